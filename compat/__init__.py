@@ -1,0 +1,124 @@
+"""Where FlagOS goes in each verl release.  The only package that names verl internals, and the gate to it.
+
+The gate takes the version of the verl that is here and gives the hooks of its release line, or refuses.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from dataclasses import dataclass
+
+from packaging.version import InvalidVersion, Version
+
+from verl_fl_overlay.errors import UnsupportedVerlError
+from verl_fl_overlay.hooks import Hook
+
+OLDEST = Version("0.7.0")
+RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
+"""The releases that the overlay was written for and is tested with; ``pins/`` has a file for each."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the gate decided: the version found, the shim's name, its hooks, and a warning if it had to guess."""
+
+    version: str
+    shim: str
+    hooks: tuple[Hook, ...]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class InstalledVerl:
+    """The verl of this process or environment: its version's text and its package folder ("" if not known)."""
+
+    version: str
+    folder: str
+
+
+def find_verl() -> InstalledVerl | None:
+    """Return the verl that is imported or installed, without importing it; None if there is none.
+
+    The imported module is asked first: it may come from a source tree that the metadata knows nothing of.
+    """
+    module = sys.modules.get("verl")
+    if module is not None:
+        folder = os.path.dirname(getattr(module, "__file__", None) or "")
+        version = getattr(module, "__version__", None) or _version_file(folder)
+        if version:
+            return InstalledVerl(version, folder)
+    try:
+        distribution = importlib.metadata.distribution("verl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return InstalledVerl(distribution.version, str(distribution.locate_file("verl")))
+
+
+def _version_file(folder: str) -> str:
+    try:
+        with open(os.path.join(folder, "version", "version"), encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def select(verl: InstalledVerl) -> Selection:
+    """Choose the shim for ``verl``.
+
+    A version decides by its release numbers alone, since a git checkout of 0.7.0 says 0.7.0.dev.  A development
+    version does not tell which side of a change it is on, so there the source tree is asked for that change.
+
+    Raises:
+        UnsupportedVerlError: verl is older than 0.7.0, or its version cannot be read.
+    """
+    try:
+        version = Version(verl.version)
+    except InvalidVersion as error:
+        raise UnsupportedVerlError(
+            f"verl says its version is {verl.version!r}, which is no Python version; needed is >= {OLDEST}. "
+            "Set it in verl/version/version."
+        ) from error
+    base = Version(version.base_version)
+    if base < OLDEST:
+        raise UnsupportedVerlError(
+            f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
+            "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
+        )
+    shim = _shim_by_probe(verl.folder) if version.is_devrelease else None
+    if shim is None:
+        shim = _shim_by_version(base)
+    return Selection(verl.version, shim, _hooks(shim, base), _warning(version, base, shim))
+
+
+def _shim_by_version(base: Version) -> str:
+    if base < Version("0.8"):
+        return "v0_7"
+    return "v0_8" if base < Version("0.9") else "v0_9"
+
+
+def _shim_by_probe(folder: str) -> str | None:
+    """Tell the release line by what only it has; None if this is no source folder of verl."""
+    if not os.path.isfile(os.path.join(folder, "workers", "engine", "base.py")):
+        return None
+    if os.path.isfile(os.path.join(folder, "plugin", "platform", "platform_manager.py")):
+        return "v0_9"
+    return "v0_7" if os.path.isfile(os.path.join(folder, "workers", "fsdp_workers.py")) else "v0_8"
+
+
+def _hooks(shim: str, base: Version) -> tuple[Hook, ...]:
+    from verl_fl_overlay.compat import v0_7, v0_8, v0_9
+
+    return tuple({"v0_7": v0_7, "v0_8": v0_8, "v0_9": v0_9}[shim].hooks(base))
+
+
+def _warning(version: Version, base: Version, shim: str) -> str:
+    if str(version) in RELEASES:
+        return ""
+    newer = base > Version(RELEASES[-1])
+    return (
+        f"verl {version} is {'newer than any' if newer else 'no'} release that verl-fl-overlay was tested with "
+        f"({', '.join(RELEASES)}); using the hooks of {shim}. Each hook's target is checked for its parameters when it "
+        "is installed, and a required one that differs is refused."
+    )

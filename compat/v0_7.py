@@ -1,0 +1,20 @@
+"""verl 0.7.0 and 0.7.1."""
+
+from __future__ import annotations
+
+from packaging.version import Version
+
+from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.hooks import Hook
+
+
+def hooks(version: Version) -> list[Hook]:
+    """Return the hooks of this release line; TorchTitan arrived with 0.7.1."""
+    backends = ["fsdp", "megatron", "veomni"] + (["torchtitan"] if version >= Version("0.7.1") else [])
+    return [
+        *engines.base_hooks(),
+        *(engines.initialize_hook(backend) for backend in backends),
+        attention.attention_hook(),
+        *cpu.shared_hooks(),
+        *cpu.device_helper_hooks(),
+    ]

@@ -1,0 +1,19 @@
+"""verl 0.8.0: the legacy workers are gone, Automodel is new, devices are still chosen by helper functions."""
+
+from __future__ import annotations
+
+from packaging.version import Version
+
+from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.hooks import Hook
+
+
+def hooks(version: Version) -> list[Hook]:
+    """Return the hooks of this release line."""
+    return [
+        *engines.base_hooks(),
+        *(engines.initialize_hook(backend) for backend in engines.ENGINES),
+        attention.attention_hook(),
+        *cpu.shared_hooks(),
+        *cpu.device_helper_hooks(),
+    ]

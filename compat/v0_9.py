@@ -1,0 +1,19 @@
+"""verl 0.9.0, 0.9.1 and, until a line of its own is needed, what comes next: a platform layer chooses the device."""
+
+from __future__ import annotations
+
+from packaging.version import Version
+
+from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.hooks import Hook
+
+
+def hooks(version: Version) -> list[Hook]:
+    """Return the hooks of this release line; 0.9.1 does without flash-attn by itself."""
+    return [
+        *engines.base_hooks(),
+        *(engines.initialize_hook(backend) for backend in engines.ENGINES),
+        *([attention.attention_hook()] if version < Version("0.9.1") else []),
+        *cpu.shared_hooks(),
+        *cpu.platform_hooks(),
+    ]

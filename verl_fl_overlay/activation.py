@@ -1,0 +1,107 @@
+"""Activation: from the environment to installed hooks, once a process."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import threading
+from collections.abc import Iterable
+from types import ModuleType
+
+import wrapt
+
+from verl_fl_overlay import compat, devices, events, features, report
+from verl_fl_overlay.compat import pins
+from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.hooks import Hook, HookSet
+from verl_fl_overlay.settings import Settings, misspelt
+
+logger = logging.getLogger("verl_fl_overlay")
+
+
+class Overlay:
+    """The active overlay of this process: what was chosen, and the hooks."""
+
+    def __init__(self, settings: Settings, selection: compat.Selection) -> None:
+        self.settings = settings
+        self.selection = selection
+        self.hooks = HookSet(
+            selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify
+        )
+
+
+_active: Overlay | None = None
+_lock = threading.Lock()
+
+
+def active() -> Overlay | None:
+    """Return the overlay of this process, None before verl was imported."""
+    return _active
+
+
+def activate_with_verl() -> None:
+    """Activate now if verl is being imported (it loads us by name), else as soon as it is."""
+    wrapt.when_imported("verl")(_verl_imported)
+
+
+def _verl_imported(module: ModuleType) -> None:
+    activate()
+
+
+def activate() -> Overlay:
+    """Read the settings, choose the shim, install the hooks; a second call returns the first one's overlay.
+
+    Raises:
+        SettingsError: environment variables that are not allowed, or an unknown name in VERL_FL_DISABLE.
+        UnsupportedVerlError: verl is missing or too old.
+        HookError: a required hook does not fit the verl that is here; nothing is left installed.
+    """
+    global _active
+    with _lock:
+        if _active is not None:
+            return _active
+        settings = Settings.from_environment()
+        found = compat.find_verl()
+        if found is None:
+            raise compat.UnsupportedVerlError(
+                f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: pip install verl"
+            )
+        selection = compat.select(found)
+        for warning in [*misspelt(), *([selection.warning] if selection.warning else [])]:
+            logger.warning(warning)
+        if settings.device == "cpu":
+            devices.refuse_hidden_accelerator()
+        overlay = Overlay(settings, selection)
+        events.set_strict(settings.strict)
+        overlay.hooks.install()
+        report.write_regularly(settings.report_dir)
+        _active = overlay
+        return overlay
+
+
+def deactivate() -> None:
+    """Take everything back; the next activation reads the environment anew."""
+    global _active
+    with _lock:
+        if _active is not None:
+            _active.hooks.remove()
+            report.stop_writing()
+            _active = None
+
+
+def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
+    known = [hook.name for hook in hooks]
+    unknown = [name for name in settings.disable if name != "*" and name not in known]
+    if unknown:
+        lines = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, known, n=3)
+            lines.append(f"  {name!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise SettingsError(
+            "VERL_FL_DISABLE names hooks that do not exist for this verl:\n"
+            + "\n".join(lines)
+            + f"\n  allowed: *, {', '.join(known)}"
+        )
+    off = {hook.name: reason for hook in hooks if (reason := features.reason_off(hook.feature, settings))}
+    by_name = known if "*" in settings.disable else settings.disable
+    return {**off, **{name: "left out by VERL_FL_DISABLE" for name in by_name}}

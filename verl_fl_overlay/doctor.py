@@ -1,0 +1,108 @@
+"""``doctor``: what the overlay would do with the verl that is here, every hook tried for real."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay import activation, compat, report
+from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat.fingerprint import Folder, fingerprint
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.hooks import Hook, State
+
+
+def examine() -> tuple[dict[str, Any], bool]:
+    """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
+    refusals: list[str] = []
+    notes: dict[str, str] = {}
+    try:
+        importlib.import_module("verl")
+        overlay = activation.activate()
+        for status in overlay.hooks.report():
+            if status.state is State.WAITING:
+                try:
+                    importlib.import_module(status.hook.module)
+                except OverlayError:
+                    raise
+                except Exception as error:  # whatever a third-party module raises while it is imported
+                    notes[status.hook.name] = f"{status.hook.module}: {type(error).__name__}: {error}".splitlines()[0]
+    except OverlayError as error:
+        refusals.append(str(error))
+    except ImportError as error:
+        refusals.append(f"verl cannot be imported: {error}. Needed is verl >= {compat.OLDEST}: pip install verl")
+    result = report.build()
+    active = activation.active()
+    by_name = {status.hook.name: status.hook for status in active.hooks.report()} if active else {}
+    for hook in result["hooks"]:
+        hook["pinned"] = _pinned(by_name[hook["name"]])
+        hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
+    if refusals:
+        result["verl"]["supported"] = False
+        inactive = "the overlay is not active"
+        others = [p for p in result["problems"] if p not in refusals and not p.startswith(inactive)]
+        result["problems"] = refusals + others
+    return result, bool(result["verl"]["supported"])
+
+
+def _pinned(hook: Hook) -> str:
+    """Compare the source that is here with this release's pin, or with the newest for a release without pins."""
+    verl = compat.find_verl()
+    if verl is None or not hook.module.startswith("verl."):
+        return "-"
+    by_release = pins.pinned(hook)
+    pin = by_release.get(verl.version) or by_release.get(max(by_release, default=""))
+    if pin is None:
+        return "no pin"
+    here = fingerprint(Folder(Path(verl.folder).parent), hook.module, hook.attribute).to_json()
+    if here == pin:
+        return "yes"
+    if here["kind"] == "missing":
+        return "missing"
+    return "body differs" if here["parameters"] == pin["parameters"] else "parameters differ"
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Lay the report out as aligned text that can be pasted into an issue."""
+    verl = result["verl"]
+    lines = [
+        f"verl-fl-overlay {result['overlay']}",
+        f"verl            {verl['version'] or 'not installed'}"
+        + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
+        + ("" if verl["supported"] else "  NOT SUPPORTED"),
+        f"torch           {result['torch'] or 'not installed'}",
+        f"device          {result['device']}",
+        f"settings        {_settings(result['settings'])}",
+        "",
+    ]
+    if result["features"]:
+        lines += _table(
+            ["feature", "on", "what for"],
+            [[name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]] for name, f in result["features"].items()],
+        )
+    if result["hooks"]:
+        rows = [
+            [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], str(h["calls"]), h["target"]]
+            for h in result["hooks"]
+        ]
+        lines += ["", *_table(["hook", "required", "pinned", "installed", "called", "target"], rows)]
+        details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
+        lines += (["", "notes", *details]) if details else []
+    lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
+    return "\n".join(lines)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v if not isinstance(v, (list, tuple)) else ','.join(v) or '-'}" for k, v in settings.items())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+
+
+def quiet() -> None:
+    """Keep third-party libraries from writing progress and advice between the lines of the report."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,67 @@
+"""Moments of a training process that features subscribe to, and the one place where their failures are handled.
+
+Hooks (in ``compat``) emit; features subscribe.  A subscriber that fails is the overlay's fault and not verl's: it is
+logged once and verl goes on, unless ``VERL_FL_STRICT=1``, which raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("verl_fl_overlay")
+
+_strict = False
+_failures: dict[str, str] = {}
+
+
+def set_strict(strict: bool) -> None:
+    """Choose whether a failing subscriber raises (True) or is logged once (False)."""
+    global _strict
+    _strict = strict
+
+
+def failures() -> dict[str, str]:
+    """Return what failed so far: subscriber -> its first error."""
+    return dict(_failures)
+
+
+class Event:
+    """A list of subscribers, called in the order they subscribed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._subscribers: tuple[Callable[..., object], ...] = ()
+
+    def subscribe(self, subscriber: Callable[..., object]) -> Callable[[], None]:
+        """Add a subscriber; call what is returned to take it away again."""
+        self._subscribers = (*self._subscribers, subscriber)
+
+        def unsubscribe() -> None:
+            self._subscribers = tuple(s for s in self._subscribers if s is not subscriber)
+
+        return unsubscribe
+
+    def emit(self, *args: Any) -> None:
+        """Call every subscriber with ``args``."""
+        for subscriber in self._subscribers:
+            try:
+                subscriber(*args)
+            except Exception as error:
+                if _strict:
+                    raise
+                self._record(subscriber, error)
+
+    def _record(self, subscriber: Callable[..., object], error: Exception) -> None:
+        key = f"{self.name}: {getattr(subscriber, '__module__', '?')}.{getattr(subscriber, '__qualname__', subscriber)}"
+        if key not in _failures:
+            _failures[key] = f"{type(error).__name__}: {error}"
+            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it instead)", key, exc_info=error)
+
+
+engine_built = Event("engine built")
+"""Emitted with the engine, right after its constructor: it has no model yet."""
+
+engine_initialized = Event("engine initialized")
+"""Emitted with the engine, after ``initialize()`` built its model, optimizer and scheduler."""

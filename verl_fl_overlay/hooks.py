@@ -1,0 +1,240 @@
+"""Hooks: what is put on somebody else's function, when, and how it is taken back.
+
+Nothing here knows verl.  A ``Hook`` says where and why; a ``HookSet`` installs its hooks when their modules are
+imported (by others: it imports none), counts their calls, reports their state and removes them exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from verl_fl_overlay.errors import HookError
+
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Called in place of the target with (wrapped, instance, args, kwargs); returns what the caller gets."""
+
+Verify = Callable[["Hook", Any], None]
+"""Called with a hook and its target before it is wrapped; raises if the target is not what the hook was written for."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One function of another package, and what we put around it.
+
+    ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
+    the hook unnecessary: the README's table and ``doctor`` are made from these.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    wrapper: Wrapper
+    feature: str
+    required: bool
+    why: str
+    upstream: str
+    until: str
+
+    @property
+    def target(self) -> str:
+        """``module:attribute``."""
+        return f"{self.module}:{self.attribute}"
+
+
+class State(str, Enum):
+    """Where a hook stands."""
+
+    WAITING = "waiting"
+    """Its module has not been imported (if it never is, the name may be wrong)."""
+    INSTALLED = "installed"
+    DISABLED = "disabled"
+    """Left out by name, or because its feature was not asked for."""
+    FAILED = "failed"
+    """Its module is there, but the hook could not be put on it; ``detail`` says why."""
+    REMOVED = "removed"
+
+
+@dataclass
+class HookStatus:
+    """A hook's state, a word on how it came to it, and how often its wrapper was called in this process."""
+
+    hook: Hook
+    state: State = State.WAITING
+    detail: str = ""
+    calls: int = 0
+
+
+@dataclass
+class _Installed:
+    """What exact removal needs: where the wrapper sits, and the wrapper itself.
+
+    ``live`` turns a wrapper off that cannot be taken out, because a plain closure of somebody else's holds it.
+    """
+
+    parent: Any
+    name: str
+    handle: Any = None
+    live: bool = True
+
+
+def _being_imported(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+class HookSet:
+    """Installs hooks lazily, a group at a time, and takes them back.
+
+    The hooks of one feature in one module are a group: all of them are installed or none.  If a required hook fails,
+    the whole set is removed and ``HookError`` is raised out of the import that brought the module, then and on every
+    later try, so that nobody trains on half an overlay.
+    """
+
+    def __init__(
+        self, hooks: Iterable[Hook], *, disabled: Mapping[str, str] | None = None, verify: Verify | None = None
+    ) -> None:
+        """Take the hooks; ``disabled`` maps the names of those to leave out to the reason."""
+        self._status = {hook.name: HookStatus(hook) for hook in hooks}
+        for name, reason in (disabled or {}).items():
+            self._status[name].state = State.DISABLED
+            self._status[name].detail = reason
+        self._verify = verify
+        self._installed: dict[str, _Installed] = {}
+        self._registered: set[str] = set()
+        self._active = False
+        self._refusal: HookError | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def refusal(self) -> HookError | None:
+        """The failure of a required hook, if there was one."""
+        return self._refusal
+
+    def report(self) -> list[HookStatus]:
+        """Return the status of every hook, in the order given."""
+        return list(self._status.values())
+
+    def install(self) -> None:
+        """Install every hook whose module is there and register the others; doing it again changes nothing.
+
+        Raises:
+            HookError: a required hook does not fit its target; nothing is left installed.
+        """
+        with self._lock:
+            self._active = True
+            for status in self._status.values():
+                if status.state is State.REMOVED:
+                    status.state, status.detail = State.WAITING, ""
+            waiting = dict.fromkeys(s.hook.module for s in self._status.values() if s.state is State.WAITING)
+            registered = [module for module in waiting if module not in self._registered]
+            present = [module for module in waiting if module in self._registered]
+            self._registered.update(registered)
+        # Outside the lock: a module that is already imported is handled at once, one that another thread is importing
+        # is waited for, and that thread may itself be waiting for this lock.
+        for name in registered:
+            wrapt.when_imported(name)(self._module_imported)
+        for name in present:
+            module = sys.modules.get(name)
+            if module is not None:
+                self._module_imported(module)
+
+    def remove(self) -> None:
+        """Take every hook off its target again, also from under wrappers that others put on top of it."""
+        with self._lock:
+            self._active = False
+            for status in reversed(self._status.values()):
+                if status.state is State.INSTALLED:
+                    self._unwrap(status)
+                if status.state in (State.INSTALLED, State.WAITING):
+                    status.state, status.detail = State.REMOVED, ""
+
+    def _module_imported(self, module: ModuleType) -> None:
+        if _being_imported(module):
+            importlib.import_module(module.__name__)  # waits, if another thread is still executing the module
+        with self._lock:
+            if self._refusal is not None:
+                self._raise_again_on_import(module)
+                raise self._refusal
+            if not self._active:
+                return
+            groups: dict[str, list[HookStatus]] = {}
+            for status in self._status.values():
+                if status.hook.module == module.__name__ and status.state is State.WAITING:
+                    groups.setdefault(status.hook.feature, []).append(status)
+            for group in groups.values():
+                self._install_group(group, module)
+
+    def _install_group(self, group: list[HookStatus], module: ModuleType) -> None:
+        for status in group:
+            try:
+                self._wrap(status, module)
+            except Exception as error:
+                self._roll_back(group, status, error)
+                if any(member.hook.required for member in group):
+                    self._refuse(status, module, error)
+                return
+
+    def _wrap(self, status: HookStatus, module: ModuleType) -> None:
+        hook = status.hook
+        try:
+            parent, name, target = wrapt.resolve_path(module, hook.attribute)
+        except wrapt.PathResolutionError as error:
+            raise HookError(f"{hook.module} has no {hook.attribute}") from error
+        if self._verify is not None:
+            self._verify(hook, target)
+        wrapper = hook.wrapper
+        place = _Installed(parent, name)
+
+        def counted(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not place.live:
+                return wrapped(*args, **kwargs)
+            status.calls += 1
+            return wrapper(wrapped, instance, args, kwargs)
+
+        place.handle = wrapt.wrap_function_wrapper(parent, name, counted)
+        self._installed[hook.name] = place
+        status.state, status.detail = State.INSTALLED, ""
+
+    def _unwrap(self, status: HookStatus) -> None:
+        place = self._installed.pop(status.hook.name)
+        place.live = False
+        with contextlib.suppress(wrapt.WrapperNotOutermostError):
+            wrapt.unwrap_object(place.parent, place.name, place.handle, missing_ok=True)
+
+    def _roll_back(self, group: list[HookStatus], failed: HookStatus, error: Exception) -> None:
+        for status in reversed(group):
+            if status.state is State.INSTALLED:
+                self._unwrap(status)
+            status.state = State.FAILED
+            status.detail = f"{error}" if status is failed else f"taken back: {failed.hook.name} failed"
+
+    def _refuse(self, status: HookStatus, module: ModuleType, error: Exception) -> None:
+        hook = status.hook
+        self._refusal = HookError(
+            f"hook {hook.name!r} cannot be put on {hook.target}: {error}.\n"
+            f"Without it: {hook.why}\n"
+            f"Nothing was left installed. VERL_FL_DISABLE={hook.name} goes on without it."
+        )
+        self.remove()
+        self._raise_again_on_import(module)
+        raise self._refusal from error
+
+    def _raise_again_on_import(self, module: ModuleType) -> None:
+        """Register for ``module`` once more: the import system forgets it when we raise, and a retry must raise too."""
+        if not _being_imported(module):
+            return
+        name = module.__name__
+        sys.modules.pop(name, None)  # wrapt calls back at once, and not later, for a module that is there
+        try:
+            wrapt.when_imported(name)(self._module_imported)
+        finally:
+            sys.modules[name] = module
