@@ -1,4 +1,4 @@
-"""verl 0.7.0 to 0.9.0 ask flash-attn for padding helpers, on every device but the NPU; here they do without."""
+"""Where verl takes it for granted that the flash-attn package is there, on every device but the NPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,40 @@ def _without_flash_attn(
     return index_first_axis, pad_input, rearrange, unpad_input
 
 
-def attention_hook() -> Hook:
-    """Return the hook on the choice of padding functions."""
+def _value_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return wrapped(*args, **kwargs) if flash_attn_imports() else _load(*args, **kwargs)
+
+
+def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        pretrained_model_name_or_path=local_path,
+        torch_dtype=torch_dtype,
+        config=model_config,
+        attn_implementation=getattr(model_config, "_attn_implementation", None) or "sdpa",
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def value_model_hook() -> Hook:
+    """Return the hook on the loading of models with a value head."""
+    return Hook(
+        name="attention.value_model",
+        module="verl.utils.model",
+        attribute="load_valuehead_model",
+        wrapper=_value_model,
+        feature="attention",
+        required=False,
+        why="verl loads value models with flash_attention_2 whatever was configured; without that package the "
+        "configured attention is taken.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/model.py#L642",
+        until="verl passes the configured attn_implementation to the value model",
+    )
+
+
+def padding_hook() -> Hook:
+    """Return the hook on the choice of padding functions, which verl 0.7.0 to 0.9.0 need."""
     return Hook(
         name="attention.padding",
         module="verl.utils.attention_utils",

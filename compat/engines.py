@@ -124,25 +124,27 @@ def base_hooks() -> list[Hook]:
 
 
 ENGINES = {
-    "fsdp": "FSDPEngine",
-    "megatron": "MegatronEngine",
-    "veomni": "VeOmniEngine",
-    "torchtitan": "TorchTitanEngine",
-    "automodel": "AutomodelEngine",
+    "fsdp": ("FSDPEngine", ""),
+    "megatron": ("MegatronEngine", "megatron"),
+    "veomni": ("VeOmniEngine", "veomni"),
+    "torchtitan": ("TorchTitanEngine", "torchtitan"),
+    "automodel": ("AutomodelEngine", "nemo_automodel"),
 }
-"""Backend -> the class that has its own ``initialize``; the others inherit one of these."""
+"""Backend -> the class that has its own ``initialize`` (the others inherit one of these), the package it needs."""
 
 
 def initialize_hook(backend: str) -> Hook:
     """Return the hook on the ``initialize`` of ``backend`` (a key of ``ENGINES``)."""
+    owner, needs = ENGINES[backend]
     return Hook(
         name=f"engine.initialize.{backend}",
         module=f"verl.workers.engine.{backend}.transformer_impl",
-        attribute=f"{ENGINES[backend]}.initialize",
+        attribute=f"{owner}.initialize",
         wrapper=_initialize,
         feature="phase",
         required=True,
         why="verl builds model, optimizer and scheduler here; it is inside the training phase, and features are told.",
         upstream=f"{UPSTREAM}/{backend}/transformer_impl.py",
         until="verl calls a plugin when an engine is initialised",
+        needs=needs,
     )

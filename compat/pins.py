@@ -12,6 +12,7 @@ from typing import Any
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook
 
+_PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 FOLDER = Path(__file__).parent / "pins"
 
 
@@ -53,7 +54,7 @@ def live_parameters(target: Any) -> Iterable[str]:
     """Yield the parameters of a live function in the notation of the pins; defaults as ``repr`` gives them."""
     function = target.__func__ if isinstance(target, classmethod | staticmethod) else target
     for parameter in inspect.signature(function).parameters.values():
-        prefix = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = _PREFIX.get(parameter.kind, "")
         default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
         yield f"{prefix}{parameter.name}{default}"
 

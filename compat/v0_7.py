@@ -14,7 +14,8 @@ def hooks(version: Version) -> list[Hook]:
     return [
         *engines.base_hooks(),
         *(engines.initialize_hook(backend) for backend in backends),
-        attention.attention_hook(),
+        attention.padding_hook(),
+        attention.value_model_hook(),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

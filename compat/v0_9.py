@@ -9,11 +9,12 @@ from verl_fl_overlay.hooks import Hook
 
 
 def hooks(version: Version) -> list[Hook]:
-    """Return the hooks of this release line; 0.9.1 does without flash-attn by itself."""
+    """Return the hooks of this release line; 0.9.1 pads without flash-attn by itself."""
     return [
         *engines.base_hooks(),
         *(engines.initialize_hook(backend) for backend in engines.ENGINES),
-        *([attention.attention_hook()] if version < Version("0.9.1") else []),
+        attention.value_model_hook(),
+        *([attention.padding_hook()] if version < Version("0.9.1") else []),
         *cpu.shared_hooks(),
         *cpu.platform_hooks(),
     ]

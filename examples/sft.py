@@ -172,7 +172,9 @@ def main() -> int:
         installed = [h for h in report["hooks"] if h["state"] == "installed"]
         called = sum(1 for h in installed if h["calls"])
         calls = sum(h["calls"] for h in installed)
-        print(f"  rank {report['process']['rank']}      {len(installed)} hooks installed, {called} called, {calls} calls")
+        print(
+            f"  rank {report['process']['rank']}      {len(installed)} hooks installed, {called} called, {calls} calls"
+        )
     for fault in faults:
         print(f"  FAULT       {fault}")
     print("  FAILED" if faults else "  ok")

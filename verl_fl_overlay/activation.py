@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import threading
 from collections.abc import Iterable
 from types import ModuleType
@@ -12,7 +13,7 @@ import wrapt
 
 from verl_fl_overlay import compat, devices, events, features, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookSet
 from verl_fl_overlay.settings import Settings, misspelt
 
@@ -25,9 +26,7 @@ class Overlay:
     def __init__(self, settings: Settings, selection: compat.Selection) -> None:
         self.settings = settings
         self.selection = selection
-        self.hooks = HookSet(
-            selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify
-        )
+        self.hooks = HookSet(selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify)
 
 
 _active: Overlay | None = None
@@ -45,7 +44,13 @@ def activate_with_verl() -> None:
 
 
 def _verl_imported(module: ModuleType) -> None:
-    activate()
+    try:
+        activate()
+    except OverlayError as error:
+        if "verl_fl_overlay" not in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+            # Nobody asked for us by name: verl >= 0.9 found our entry point, and hides what it raises.
+            logger.warning("verl-fl-overlay is installed and stays off: %s", error)
+        raise
 
 
 def activate() -> Overlay:
@@ -63,7 +68,7 @@ def activate() -> Overlay:
         settings = Settings.from_environment()
         found = compat.find_verl()
         if found is None:
-            raise compat.UnsupportedVerlError(
+            raise UnsupportedVerlError(
                 f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: pip install verl"
             )
         selection = compat.select(found)
@@ -104,4 +109,4 @@ def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
         )
     off = {hook.name: reason for hook in hooks if (reason := features.reason_off(hook.feature, settings))}
     by_name = known if "*" in settings.disable else settings.disable
-    return {**off, **{name: "left out by VERL_FL_DISABLE" for name in by_name}}
+    return {**off, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from verl_fl_overlay import activation, compat, report
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.fingerprint import Folder, fingerprint
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.hooks import Hook, State
+from verl_fl_overlay.hooks import Hook, HookStatus, State
 
 
 def examine() -> tuple[dict[str, Any], bool]:
@@ -20,15 +21,13 @@ def examine() -> tuple[dict[str, Any], bool]:
     notes: dict[str, str] = {}
     try:
         importlib.import_module("verl")
-        overlay = activation.activate()
-        for status in overlay.hooks.report():
-            if status.state is State.WAITING:
-                try:
-                    importlib.import_module(status.hook.module)
-                except OverlayError:
-                    raise
-                except Exception as error:  # whatever a third-party module raises while it is imported
-                    notes[status.hook.name] = f"{status.hook.module}: {type(error).__name__}: {error}".splitlines()[0]
+        for status in activation.activate().hooks.report():
+            fault = _import_target(status)
+            if fault and status.hook.needs and not find_spec(status.hook.needs):
+                notes[status.hook.name] = f"not needed here: {status.hook.needs} is not installed"
+            elif fault:
+                notes[status.hook.name] = fault
+                refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
     except ImportError as error:
@@ -45,6 +44,21 @@ def examine() -> tuple[dict[str, Any], bool]:
         others = [p for p in result["problems"] if p not in refusals and not p.startswith(inactive)]
         result["problems"] = refusals + others
     return result, bool(result["verl"]["supported"])
+
+
+def _import_target(status: HookStatus) -> str:
+    """Import the module a hook waits for; return in a line why that failed, "" if the hook waits no more."""
+    if status.state is not State.WAITING:
+        return ""
+    module = status.hook.module
+    try:
+        importlib.import_module(module)
+    except OverlayError:
+        raise
+    except Exception as error:  # whatever a third-party module raises while it is imported
+        if status.state is State.WAITING:
+            return f"import of {module} raises {type(error).__name__}: {error}".splitlines()[0]
+    return f"{module} was imported, and the hook was not called to it" if status.state is State.WAITING else ""
 
 
 def _pinned(hook: Hook) -> str:
@@ -80,7 +94,10 @@ def as_text(result: dict[str, Any]) -> str:
     if result["features"]:
         lines += _table(
             ["feature", "on", "what for"],
-            [[name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]] for name, f in result["features"].items()],
+            [
+                [name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]]
+                for name, f in result["features"].items()
+            ],
         )
     if result["hooks"]:
         rows = [
@@ -95,12 +112,16 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{k}={v if not isinstance(v, (list, tuple)) else ','.join(v) or '-'}" for k, v in settings.items())
+    return ", ".join(
+        f"{k}={v if not isinstance(v, (list, tuple)) else ','.join(v) or '-'}" for k, v in settings.items()
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
 
 
 def quiet() -> None:

@@ -21,7 +21,7 @@ FEATURES = {
     feature.name: feature
     for feature in (
         Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
-        Feature("attention", "padding without the flash-attn package, on any device"),
+        Feature("attention", "padding and value models without the flash-attn package, on any device"),
         Feature(
             "cpu",
             "training on a machine without an accelerator",

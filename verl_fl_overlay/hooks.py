@@ -32,7 +32,8 @@ class Hook:
     """One function of another package, and what we put around it.
 
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
-    the hook unnecessary: the README's table and ``doctor`` are made from these.
+    the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
+    which the module cannot be imported, so that waiting for it is no fault.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Hook:
     why: str
     upstream: str
     until: str
+    needs: str = ""
 
     @property
     def target(self) -> str:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 OWN_PREFIX = "VERL_FL_"
 
 
-class Malformed(ValueError):
+class MalformedError(ValueError):
     """A value that its variable does not allow; the text says what is allowed."""
 
 
@@ -29,7 +29,7 @@ def flag(text: str) -> bool:
         return True
     if lowered in {"0", "false", "no", "off", ""}:
         return False
-    raise Malformed("one of 1, true, yes, on, 0, false, no, off")
+    raise MalformedError("one of 1, true, yes, on, 0, false, no, off")
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         lowered = text.strip().lower()
         if lowered not in allowed:
-            raise Malformed("one of " + ", ".join(repr(a) for a in allowed))
+            raise MalformedError("one of " + ", ".join(repr(a) for a in allowed))
         return lowered
 
     return read
@@ -56,7 +56,7 @@ def path(text: str) -> str:
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One environment variable: ``read`` turns its text into the value, or raises ``Malformed``."""
+    """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``."""
 
     name: str
     read: Callable[[str], T]
@@ -126,7 +126,7 @@ class Settings:
             given[variable.name] = text
             try:
                 values[attribute] = variable.read(text)
-            except Malformed as error:
+            except MalformedError as error:
                 problems.append(f"{variable.name}={text!r}: allowed is {error}")
         if problems:
             raise SettingsError("verl-fl-overlay cannot use these settings:\n" + "\n".join(f"  {p}" for p in problems))
@@ -134,7 +134,7 @@ class Settings:
 
 
 def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a warning for every variable that looks like one of the overlay's but is none, with the nearest real name."""
+    """Return a warning, with the nearest real name, for every variable that only looks like one of the overlay's."""
     environment = os.environ if environment is None else environment
     known = [variable.name for variable in VARIABLES.values()]
     warnings = []

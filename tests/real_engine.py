@@ -1,0 +1,186 @@
+"""verl's real engines on small models: built, trained and asked for log-probs, with or without the overlay.
+
+As a program it runs one engine in a process of its own and prints JSON, floats as hexadecimal, so that two runs can be
+compared bit for bit:  python tests/real_engine.py MODEL --strategy fsdp2 --head lm --steps 3 [--plain]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def join_group(plain: bool) -> None:
+    """Initialise the process group, alone unless torchrun set ranks: by verl, or without it when ``plain``."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    if plain:
+        import torch.distributed
+
+        torch.distributed.init_process_group("gloo")
+    else:
+        from verl.utils.distributed import initialize_global_process_group
+
+        initialize_global_process_group()
+
+
+def configs(model: str, strategy: str, head: str, **engine: Any) -> dict[str, Any]:
+    """Return the four configurations an engine is constructed from; ``engine`` are fields of ``FSDPEngineConfig``."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+
+    model_config = HFModelConfig(
+        path=model,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    model_config.model_type = {"lm": "language_model", "value": "value_model"}[head]
+    defaults = {"use_torch_compile": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2}
+    return {
+        "model_config": model_config,
+        "engine_config": FSDPEngineConfig(strategy=strategy, **{**defaults, **engine}),
+        "optimizer_config": FSDPOptimizerConfig(
+            lr=1e-3, weight_decay=0.0, total_training_steps=100, lr_warmup_steps=0, lr_warmup_steps_ratio=0.0
+        ),
+        "checkpoint_config": CheckpointConfig(),
+    }
+
+
+def make_engine(model: str, strategy: str, head: str, *, plain: bool = False, **engine: Any) -> Any:
+    """Construct and initialise an engine: through verl's registry, or its class directly when ``plain``."""
+    arguments = configs(model, strategy, head, **engine)
+    if plain:
+        from verl.workers.engine.fsdp import transformer_impl
+
+        cls = {"lm": "FSDPEngineWithLMHead", "value": "FSDPEngineWithValueHead"}[head]
+        made = getattr(transformer_impl, cls)(**arguments)
+    else:
+        from verl.workers.engine import EngineRegistry
+
+        model_type = arguments["model_config"].model_type
+        made = EngineRegistry.new(model_type=model_type, backend=strategy, **arguments)
+    made.initialize()
+    return made
+
+
+def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu") -> Any:
+    """Return a batch of chats of unequal length as verl's SFT trainer makes it (nested tensors, no padding)."""
+    import torch
+    from arithmetic import problems, tokenizer
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    words = tokenizer()
+    ids, masks, positions = [], [], []
+    for number, (question, answer) in enumerate(problems(rows, seed)):
+        prompt = words(f"<|im_start|>user\n{'0' * number}{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        reply = words(f"{answer}<|im_end|>\n")["input_ids"]
+        ids.append(torch.tensor(prompt + reply, device=device))
+        masks.append(torch.tensor([0] * len(prompt) + [1] * len(reply), device=device))
+        positions.append(torch.arange(len(ids[-1]), device=device))
+
+    def nested(rows: list[Any]) -> Any:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    return tu.get_tensordict(
+        tensor_dict={"input_ids": nested(ids), "loss_mask": nested(masks), "position_ids": nested(positions)},
+        non_tensor_dict={
+            "use_remove_padding": False,
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": 2,
+            "temperature": 1.0,
+            "global_batch_size": rows,
+            "pad_mode": DatasetPadMode.NO_PADDING,
+            "pad_token_id": words.pad_token_id,
+        },
+    )
+
+
+def sft_loss() -> Any:
+    """Return verl's own SFT loss."""
+    from verl.workers.utils.losses import sft_loss as loss
+
+    return partial(loss, config=None)
+
+
+def squared_values(model_output: Any, data: Any, dp_group: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Be a loss for value heads: the mean square of the values, which training drives to zero."""
+    values = model_output["values"]
+    flat = values.values() if values.is_nested else values
+    return (flat.float() ** 2).mean(), {}
+
+
+def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
+    """Train ``steps`` steps on one batch; return loss and grad_norm of each."""
+    loss = sft_loss() if head == "lm" else squared_values
+    results = []
+    for _ in range(steps):
+        with engine.train_mode():
+            output = engine.train_batch(make_batch(), loss_function=loss)
+            engine.lr_scheduler_step()
+        metrics = output["metrics"]
+        total = sum(float(value) for value in output["loss"])
+        results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
+    return results
+
+
+def infer(engine: Any, head: str) -> list[float]:
+    """Return the log-probs (values) of every token of one batch."""
+    with engine.eval_mode():
+        output = engine.infer_batch(make_batch(seed=7), loss_function=None)
+    tensor = output["model_output"]["log_probs" if head == "lm" else "values"]
+    return [float(value) for value in tensor.values().float().flatten()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument("--head", default="lm", choices=["lm", "value"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plain", action="store_true")
+    options = parser.parse_args()
+
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    import verl  # noqa: F401
+
+    join_group(options.plain)
+    engine = make_engine(options.model, options.strategy, options.head, plain=options.plain)
+    steps = train(engine, options.head, options.steps)
+    values = infer(engine, options.head)
+    report = None
+    if "verl_fl_overlay" in sys.modules:
+        from verl_fl_overlay.report import build
+
+        report = build()
+    result = {
+        "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
+        "values": [value.hex() for value in values],
+        "report": report,
+    }
+    print("RESULT " + json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
