@@ -108,7 +108,7 @@ def compat(session: nox.Session, verl: str, torch: str) -> None:
     row = {"verl": verl, "torch": torch, "device": "cpu", "python": python_version(session)}
     result.with_suffix(".json").write_text(json.dumps(row))
     # Nearly every test is a process of its own that imports verl, which is seconds of one core.
-    both = ("-n", "2", "--dist", "loadfile")
+    both = ("-n", "2", "--dist", "loadgroup")
     session.run("pytest", "tests/contract", "tests/train", *both, f"--junitxml={result}.xml", *session.posargs)
 
 

@@ -12,6 +12,8 @@ from processes import OVERLAY, PLAIN, run
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = pytest.mark.xdist_group("engines")  # they share the runs
+
 PROGRAM = Path(__file__).parents[1] / "real_engine.py"
 CASES = ["lm:fsdp2", "value:fsdp2", "lm:fsdp", "value:fsdp"]
 
