@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from verl_fl_overlay.settings import Settings
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A part of the overlay that can be on or off; ``reason_off`` returns "" when the settings ask for it."""
+    """A part of the overlay that can be on or off; ``reason_off`` returns "" when the settings ask for it.
+
+    ``start`` subscribes the feature to the events it acts on and returns what takes that back; ``describe`` tells the
+    report, in JSON's types, what the feature did.  Both import the feature's module themselves, so that a feature that
+    is off costs nothing at load.
+    """
 
     name: str
     summary: str
     reason_off: Callable[[Settings], str] = lambda settings: ""
+    start: Callable[[Settings], Callable[[], None]] | None = None
+    describe: Callable[[], dict[str, Any]] | None = None
+
+
+def _flaggems_off(settings: Settings) -> str:
+    if settings.training_flaggems is False:
+        return "TRAINING_FL_FLAGGEMS_ENABLE=0"
+    if settings.training_flaggems is None and not settings.use_flaggems:
+        lists = settings.flagos_whitelist or settings.flagos_blacklist or settings.ops != ("auto",)
+        return "USE_FLAGGEMS is not set" + (", so the lists of operators have no effect" if lists else "")
+    return "VERL_FL_OPS=none" if settings.ops == ("none",) else ""
+
+
+def _start_flaggems(settings: Settings) -> Callable[[], None]:
+    from verl_fl_overlay import flaggems
+
+    return flaggems.start(settings)
+
+
+def _describe_flaggems() -> dict[str, Any]:
+    from verl_fl_overlay import flaggems
+
+    return flaggems.describe()
 
 
 FEATURES = {
@@ -27,6 +57,13 @@ FEATURES = {
             "training on a machine without an accelerator",
             lambda settings: "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu",
         ),
+        Feature(
+            "flaggems",
+            "FlagGems' operators while verl trains",
+            _flaggems_off,
+            start=_start_flaggems,
+            describe=_describe_flaggems,
+        ),
     )
 }
 
@@ -34,3 +71,15 @@ FEATURES = {
 def reason_off(name: str, settings: Settings) -> str:
     """Return why ``settings`` leave the feature out, "" if they do not."""
     return FEATURES[name].reason_off(settings)
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Start every feature that ``settings`` ask for; call what is returned to stop them, the last one first.
+
+    If one cannot start, those before it are stopped and its error is raised.
+    """
+    with contextlib.ExitStack() as started:
+        for feature in FEATURES.values():
+            if feature.start and not feature.reason_off(settings):
+                started.callback(feature.start(settings))
+        return started.pop_all().close
