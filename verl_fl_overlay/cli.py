@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="try every hook on the verl that is here and report")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+
+    env = commands.add_parser("env", help="show every variable of the stack, what it does and what is wrong with it")
+    env.add_argument("--phase", choices=["training", "rollout"], default="", help="leave out what only the other reads")
+    form = env.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
+    env.set_defaults(run=_env)
 
     pin = commands.add_parser("pin", help="print the pins of a verl release, from its wheel or folder")
     pin.add_argument("source", type=Path, help="a verl wheel, or the folder in which verl/ lies")
@@ -32,6 +40,18 @@ def _doctor(options: argparse.Namespace) -> int:
     result, usable = doctor.examine()
     print(json.dumps(result, indent=1) if options.json else doctor.as_text(result))
     return 0 if usable else 1
+
+
+def _env(options: argparse.Namespace) -> int:
+    from verl_fl_overlay import environment
+
+    result = environment.examine(os.environ, options.phase)
+    if options.sh:
+        print(environment.as_exports(os.environ, options.phase))
+        print("\n".join(result["errors"]), end="", file=sys.stderr)
+    else:
+        print(environment.as_json(result) if options.json else environment.as_text(result))
+    return 1 if result["errors"] else 0
 
 
 def _pin(options: argparse.Namespace) -> int:

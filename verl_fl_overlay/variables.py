@@ -1,0 +1,111 @@
+"""What an environment variable is: its name, who reads it, and the reader that turns its text into a value."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class MalformedError(ValueError):
+    """A value that its variable does not allow; the text says what is allowed."""
+
+
+def flag(text: str) -> bool:
+    """Read 1/true/yes/on or 0/false/no/off, in any case."""
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"0", "false", "no", "off", ""}:
+        return False
+    raise MalformedError("one of 1, true, yes, on, 0, false, no, off")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list; blanks around names, empty items and repetitions are dropped, the order is kept."""
+    return tuple(dict.fromkeys(item for part in text.split(",") if (item := part.strip())))
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """Read one of ``allowed``, in any case."""
+
+    def read(text: str) -> str:
+        lowered = text.strip().lower()
+        if lowered not in allowed:
+            raise MalformedError("one of " + ", ".join(repr(a) for a in allowed))
+        return lowered
+
+    return read
+
+
+def path(text: str) -> str:
+    """Read a file system path; ``~`` is expanded."""
+    return os.path.expanduser(text.strip())
+
+
+def directory(text: str) -> str:
+    """Read the path of a directory, which need not be on this machine; something else in its place is refused."""
+    found = path(text)
+    if os.path.exists(found) and not os.path.isdir(found):
+        raise MalformedError("a directory; this is a file")
+    return found
+
+
+def integer(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text.strip())
+    except ValueError as error:
+        raise MalformedError("a whole number") from error
+
+
+def words(text: str) -> str:
+    """Read any text; blanks around it are dropped."""
+    return text.strip()
+
+
+def choices_per_op(text: str) -> dict[str, tuple[str, ...]]:
+    """Read ``op=token|token;op=token`` into op -> tokens, in the order of preference."""
+    chosen: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        op, equals, tokens = part.partition("=")
+        found = tuple(token for piece in tokens.split("|") if (token := piece.strip()))
+        if not equals or not op.strip() or not found:
+            raise MalformedError(f"op=token|token;op=token ...; the part {part!r} is not of that form")
+        chosen[op.strip()] = found
+    return chosen
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise MalformedError(f"a JSON object; {error}") from error
+    if not isinstance(value, dict):
+        raise MalformedError(f"a JSON object; this is JSON of another type, {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``.
+
+    ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the component's first
+    release that does, "" for all.  ``truths`` are the spellings that the component itself takes for true, where they
+    are fewer than ``flag`` takes.
+    """
+
+    name: str
+    read: Callable[[str], T]
+    default: T
+    allowed: str
+    help: str
+    component: str = "verl-fl-overlay"
+    phase: str = "common"
+    since: str = ""
+    truths: tuple[str, ...] = ()
