@@ -74,8 +74,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def as_exports(environment: Mapping[str, str], phase: str = "") -> str:
     """Return shell lines that give another process the variables that are set here, and the overlay with them."""
-    settings, _ = Settings.parse(environment)
-    set_here = forwarded(settings)
+    set_here = forwarded(environment)
     wanted = [variable.name for variable in of_phase(phase) if variable.name in set_here]
     return "\n".join(f"export {name}={shlex.quote(set_here[name])}" for name in wanted)
 
@@ -85,12 +84,13 @@ def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=1, ensure_ascii=False)
 
 
-def forwarded(settings: Settings) -> dict[str, str]:
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables another process of the same run needs: the table's that are set, and what loads the overlay.
 
     Nothing else of the environment is copied, and no value that carries a password.
     """
-    given = {name: text for name, text in settings.given.items() if shown(name, text).find("://***@") < 0}
+    settings, _ = Settings.parse(environment)
+    given = {name: text for name, text in settings.given.items() if "://***@" not in shown(name, text)}
     modules = [module for module in given.get(LOADED_BY, "").split(",") if module.strip()]
     if OVERLAY not in modules:
         modules.append(OVERLAY)

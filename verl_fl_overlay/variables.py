@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -80,15 +80,19 @@ def choices_per_op(text: str) -> dict[str, tuple[str, ...]]:
     return chosen
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object."""
+def json_file(text: str) -> str:
+    """Read the path of a file that holds a JSON object of texts; it must be on this machine, as its reader demands."""
+    found = path(text)
+    if not found:
+        return found
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise MalformedError(f"a JSON object; {error}") from error
-    if not isinstance(value, dict):
-        raise MalformedError(f"a JSON object; this is JSON of another type, {type(value).__name__}")
-    return value
+        with open(found, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        raise MalformedError(f"a JSON file; {error}") from error
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise MalformedError("a JSON file of one object whose values are texts; this file holds something else")
+    return found
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ def test_a_default_is_what_an_unset_variable_gives():
         ("TEFL_LOG_LEVEL", "DEBUG", "debug"),
         ("VLLM_FL_FLAGOS_WHITELIST", " mm, softmax ,mm,", ("mm", "softmax")),
         ("VLLM_FL_PER_OP", "rms_norm=vendor:cuda|flagos; silu_and_mul = reference", None),
-        ("VLLM_FL_OP_CONFIG", '{"rms_norm": "vendor"}', {"rms_norm": "vendor"}),
         ("TRAINING_FLAGGEMS_PATH", "/tmp/größe/算子.txt", "/tmp/größe/算子.txt"),
         ("TE_FL_SKIP_CUDA", "1", 1),
     ],
@@ -64,6 +63,8 @@ def test_ten_thousand_names_are_read():
 def test_all_malformed_values_are_told_at_once(tmp_path):
     file = tmp_path / "flagcx"
     file.write_text("")
+    other = tmp_path / "list.json"
+    other.write_text("[1]")
     with pytest.raises(SettingsError) as error:
         Settings.from_environment(
             {
@@ -72,7 +73,7 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
                 "TE_FL_PREFER": "nvidia",
                 "TE_FL_PER_OP": "rmsnorm_fwd",
                 "TE_FL_SKIP_CUDA": "yes",
-                "VLLM_FL_OP_CONFIG": "[1]",
+                "VLLM_FL_OP_CONFIG": str(other),
                 "VERL_FL_DEVICE": "gpu",
             }
         )
@@ -86,7 +87,8 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
         "  TE_FL_PER_OP='rmsnorm_fwd': allowed is op=token|token;op=token ...; the part 'rmsnorm_fwd' is not of that "
         "form",
         "  TE_FL_SKIP_CUDA='yes': allowed is a whole number",
-        "  VLLM_FL_OP_CONFIG='[1]': allowed is a JSON object; this is JSON of another type, list",
+        f"  VLLM_FL_OP_CONFIG={str(other)!r}: allowed is a JSON file of one object whose values are texts; this file "
+        "holds something else",
     ]
 
 
@@ -114,7 +116,7 @@ def test_only_the_tables_variables_reach_another_process():
         "VERL_USE_EXTERNAL_MODULES": "mine",
         "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",
     }
-    assert forwarded(Settings.from_environment(environment)) == {
+    assert forwarded(environment) == {
         "USE_FLAGCX": "1",
         "VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay",
     }
