@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.compat import attention, cpu, engines, ray_env
 from verl_fl_overlay.hooks import Hook
 
 
@@ -16,6 +16,7 @@ def hooks(version: Version) -> list[Hook]:
         *(engines.initialize_hook(backend) for backend in backends),
         attention.padding_hook(),
         attention.value_model_hook(),
+        *ray_env.ray_hooks(),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

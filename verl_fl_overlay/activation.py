@@ -13,6 +13,7 @@ import wrapt
 
 from verl_fl_overlay import compat, devices, events, features, report
 from verl_fl_overlay.compat import pins
+from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookSet
 from verl_fl_overlay.settings import Settings, misspelt
@@ -89,7 +90,13 @@ def activate() -> Overlay:
                 f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: pip install verl"
             )
         selection = compat.select(found)
-        for warning in [*misspelt(), *([selection.warning] if selection.warning else [])]:
+        found_conflicts = conflicts(settings)
+        if found_conflicts and settings.strict:
+            raise SettingsError(
+                "VERL_FL_STRICT=1, and these settings do not do what they say:\n"
+                + "\n".join(f"  {conflict}" for conflict in found_conflicts)
+            )
+        for warning in [*misspelt(), *found_conflicts, *([selection.warning] if selection.warning else [])]:
             logger.warning(warning)
         if settings.device == "cpu":
             devices.refuse_hidden_accelerator()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     ops.add_argument("--json", action="store_true", help="print JSON")
     ops.add_argument("--unsafe", action="store_true", help="only those that training must not use")
     ops.set_defaults(run=_ops)
+    env = commands.add_parser("env", help="show every variable of the stack, what it does and what is wrong with it")
+    env.add_argument("--phase", choices=["training", "rollout"], default="", help="leave out what only the other reads")
+    form = env.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
+    env.set_defaults(run=_env)
 
     pin = commands.add_parser("pin", help="print the pins of a verl release, from its wheel or folder")
     pin.add_argument("source", type=Path, help="a verl wheel, or the folder in which verl/ lies")
@@ -56,6 +63,18 @@ def _ops(options: argparse.Namespace) -> int:
     else:
         print(f"no operator matches {options.pattern!r}" if options.pattern else "no operators", file=sys.stderr)
     return 0 if found else 1
+
+
+def _env(options: argparse.Namespace) -> int:
+    from verl_fl_overlay import environment
+
+    result = environment.examine(os.environ, options.phase)
+    if options.sh:
+        print(environment.as_exports(os.environ, options.phase))
+        print("\n".join(result["errors"]), end="", file=sys.stderr)
+    else:
+        print(environment.as_json(result) if options.json else environment.as_text(result))
+    return 1 if result["errors"] else 0
 
 
 def _pin(options: argparse.Namespace) -> int:

@@ -52,6 +52,7 @@ FEATURES = {
     for feature in (
         Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
+        Feature("ray", "the overlay and its settings in every process that Ray starts"),
         Feature(
             "cpu",
             "training on a machine without an accelerator",

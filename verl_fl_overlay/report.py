@@ -11,12 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from verl_fl_overlay import events, features
+from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.phase import training
+from verl_fl_overlay.settings import VARIABLES, Settings, misspelt, shown
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -44,7 +45,8 @@ def build() -> dict[str, Any]:
         "process": {"host": socket.gethostname(), "pid": os.getpid(), "rank": os.environ.get("RANK")},
         "phase": {"active": training.active, "counts": dict(training.counts)},
         "hooks": [_hook(status) for status in hooks],
-        "settings": {k: v for k, v in asdict(overlay.settings).items() if k != "given"} if overlay else {},
+        "settings": _settings(overlay.settings) if overlay else {},
+        "environment": {n: shown(n, t) for n, t in overlay.settings.given.items()} if overlay else {},
         "features": _features(),
         "problems": problems(hooks),
     }
@@ -53,13 +55,13 @@ def build() -> dict[str, Any]:
 def problems(hooks: list[HookStatus]) -> list[str]:
     """Return, in words, what is wrong in this process."""
     from verl_fl_overlay import activation
-    from verl_fl_overlay.settings import misspelt
 
     overlay = activation.active()
     found = misspelt()
     if overlay is None:
         found.append("the overlay is not active: verl has not been imported in this process")
     else:
+        found += conflicts(overlay.settings)
         if overlay.selection.warning:
             found.append(overlay.selection.warning)
         if overlay.hooks.refusal is not None:
@@ -67,6 +69,10 @@ def problems(hooks: list[HookStatus]) -> list[str]:
     found += [f"hook {s.hook.name} on {s.hook.target} failed: {s.detail}" for s in hooks if s.state is State.FAILED]
     found += [f"{where} failed and is skipped: {error}" for where, error in events.failures().items()]
     return found
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return {attribute: getattr(settings, attribute) for attribute in VARIABLES}
 
 
 def _hook(status: HookStatus) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every environment variable the overlay reads, as one table, parsed once into a frozen ``Settings``.
+"""The environment, parsed once into a frozen ``Settings``: the overlay's own variables, and those of the whole stack.
 
 All problems are collected and raised together, each with the variable, its value and what is allowed.
 """
@@ -7,92 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from verl_fl_overlay.errors import SettingsError
-
-T = TypeVar("T")
+from verl_fl_overlay.stack import PREFIXES, STACK
+from verl_fl_overlay.variables import MalformedError, Variable, choice, file, flag, listed, names, operators, path
 
 OWN_PREFIX = "VERL_FL_"
-
-
-class MalformedError(ValueError):
-    """A value that its variable does not allow; the text says what is allowed."""
-
-
-def flag(text: str) -> bool:
-    """Read 1/true/yes/on or 0/false/no/off, in any case."""
-    lowered = text.strip().lower()
-    if lowered in {"1", "true", "yes", "on"}:
-        return True
-    if lowered in {"0", "false", "no", "off", ""}:
-        return False
-    raise MalformedError("one of 1, true, yes, on, 0, false, no, off")
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list; blanks around names, empty items and repetitions are dropped, the order is kept."""
-    return tuple(dict.fromkeys(item for part in text.split(",") if (item := part.strip())))
-
-
-def choice(*allowed: str) -> Callable[[str], str]:
-    """Read one of ``allowed``, in any case."""
-
-    def read(text: str) -> str:
-        lowered = text.strip().lower()
-        if lowered not in allowed:
-            raise MalformedError("one of " + ", ".join(repr(a) for a in allowed))
-        return lowered
-
-    return read
-
-
-def path(text: str) -> str:
-    """Read a file system path; ``~`` is expanded."""
-    return os.path.expanduser(text.strip())
-
-
-def file(text: str) -> str:
-    """Read the path of a file, which need not exist."""
-    read = path(text)
-    if read and (os.path.isdir(read) or read.endswith(os.sep)):
-        raise MalformedError("a file, and this is a directory")
-    return read
-
-
-def listed(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list; blank means that there is none, and commas alone are no list."""
-    read = names(text)
-    if text.strip() and not read:
-        raise MalformedError("names, comma-separated; there is none between the commas")
-    return read
-
-
-KEYWORDS = ("auto", "all", "none")
-
-
-def operators(text: str) -> tuple[str, ...]:
-    """Read auto, all or none (a tuple of that one word), or a list of operators."""
-    read = listed(text) or ("auto",)
-    if len(read) == 1 and read[0].lower() in KEYWORDS:
-        return (read[0].lower(),)
-    mixed = [name for name in read if name.lower() in KEYWORDS]
-    if mixed:
-        raise MalformedError(f"{mixed[0]} alone, or names without it")
-    return read
-
-
-@dataclass(frozen=True)
-class Variable(Generic[T]):
-    """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``."""
-
-    name: str
-    read: Callable[[str], T]
-    default: T
-    allowed: str
-    help: str
 
 
 VARIABLES: dict[str, Variable[Any]] = {
@@ -127,9 +50,11 @@ VARIABLES: dict[str, Variable[Any]] = {
     "use_flaggems": Variable(
         "USE_FLAGGEMS",
         flag,
-        False,
+        None,
         "1 or 0",
-        "Compute with FlagGems' operators; in training unless TRAINING_FL_FLAGGEMS_ENABLE says otherwise.",
+        "Compute with FlagGems' operators: in training where it is 1, in rollout unless it is 0.",
+        "vllm-plugin-FL",
+        truths=("1", "true"),
     ),
     "training_flaggems": Variable(
         "TRAINING_FL_FLAGGEMS_ENABLE",
@@ -137,6 +62,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         None,
         "1 or 0",
         "Decides for training, whatever USE_FLAGGEMS says.",
+        phase="training",
     ),
     "flagos_whitelist": Variable(
         "TRAINING_FL_FLAGOS_WHITELIST",
@@ -144,6 +70,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         (),
         "names of FlagGems functions, comma-separated",
         "Route these operators in training and no others.",
+        phase="training",
     ),
     "flagos_blacklist": Variable(
         "TRAINING_FL_FLAGOS_BLACKLIST",
@@ -151,6 +78,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         (),
         "names of FlagGems functions, comma-separated",
         "Route all operators in training but these.",
+        phase="training",
     ),
     "ops": Variable(
         "VERL_FL_OPS",
@@ -158,6 +86,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         ("auto",),
         "auto, all, none, or names of FlagGems functions, comma-separated",
         "Which operators training routes to FlagGems.",
+        phase="training",
     ),
     "unsafe_ops": Variable(
         "VERL_FL_UNSAFE_OPS",
@@ -165,6 +94,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         (),
         "aten keys such as where.ScalarOther, comma-separated",
         "Route these although FlagGems' kernel cuts or falsifies a gradient.",
+        phase="training",
     ),
     "scope": Variable(
         "VERL_FL_SCOPE",
@@ -172,6 +102,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         "phase",
         "phase or process",
         "phase: route while verl trains and be native between; process: from the first engine on, for good.",
+        phase="training",
     ),
     "record": Variable(
         "TRAINING_FLAGGEMS_PATH",
@@ -179,20 +110,31 @@ VARIABLES: dict[str, Variable[Any]] = {
         "",
         "a file; every process puts its rank and number into the name",
         "Count the calls of FlagGems' operators in training and write them there.",
+        phase="training",
     ),
 }
-"""Field of ``Settings`` -> the variable it comes from."""
+"""Field of ``Settings`` -> the variable it comes from: those the overlay acts on; the others are ``stack.STACK``."""
+
+
+def every_variable() -> dict[str, Variable[Any]]:
+    """Return name -> variable for the whole table, the overlay's own first."""
+    return {**{variable.name: variable for variable in VARIABLES.values()}, **STACK}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The parsed environment; ``given`` holds the raw text of the variables that were set."""
+    """The parsed environment.
+
+    What the overlay acts on is an attribute.  Every variable of the table, also the others', is there by its name:
+    ``settings["USE_FLAGCX"]`` is the parsed value, or the default where it was not set.  ``given`` holds the raw text
+    of the variables that were set.
+    """
 
     disable: tuple[str, ...] = ()
     strict: bool = False
     device: str = "auto"
     report_dir: str = ""
-    use_flaggems: bool = False
+    use_flaggems: bool | None = None
     training_flaggems: bool | None = None
     flagos_whitelist: tuple[str, ...] = ()
     flagos_blacklist: tuple[str, ...] = ()
@@ -201,51 +143,81 @@ class Settings:
     scope: str = "phase"
     record: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
+    parsed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Parse ``environment`` (the process's own by default).
 
         Raises:
-            SettingsError: at least one value is not allowed; its text lists every problem.
+            SettingsError: values that are not allowed, or that contradict each other; its text lists every problem.
         """
+        from verl_fl_overlay.conflicts import contradictions
+
+        settings, problems = cls.parse(environment)
+        problems += contradictions(settings)
+        if problems:
+            raise SettingsError("verl-fl-overlay cannot use these settings:\n" + "\n".join(f"  {p}" for p in problems))
+        return settings
+
+    @classmethod
+    def parse(cls, environment: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+        """Parse what can be parsed, and say of each other variable what is allowed; those keep their defaults."""
         environment = os.environ if environment is None else environment
-        values: dict[str, Any] = {}
+        parsed: dict[str, Any] = {}
         given: dict[str, str] = {}
         problems: list[str] = []
-        for attribute, variable in VARIABLES.items():
+        for variable in every_variable().values():
             text = environment.get(variable.name)
             if text is None:
                 continue
             given[variable.name] = text
             try:
-                values[attribute] = variable.read(text)
+                parsed[variable.name] = variable.read(text)
             except MalformedError as error:
-                problems.append(f"{variable.name}={text!r}: allowed is {error}")
-        settings = cls(**values, given=given)
-        problems += settings.contradictions()
-        if problems:
-            raise SettingsError("verl-fl-overlay cannot use these settings:\n" + "\n".join(f"  {p}" for p in problems))
-        return settings
+                problems.append(f"{variable.name}={shown(variable.name, text)!r}: allowed is {error}{_quoted(text)}")
+        own = {attribute: parsed[v.name] for attribute, v in VARIABLES.items() if v.name in parsed}
+        return cls(**own, given=given, parsed=parsed), problems
 
-    def contradictions(self) -> list[str]:
-        """Return, in words, which settings cannot be meant together."""
-        lists = [
-            f"{VARIABLES[attribute].name}={','.join(getattr(self, attribute))}"
-            for attribute in ("flagos_whitelist", "flagos_blacklist", "ops")
-            if getattr(self, attribute)
-            and not (attribute == "ops" and (self.ops == ("auto",) or (self.ops == ("all",) and self.flagos_blacklist)))
-        ]
-        return [f"{' and '.join(lists)} contradict each other: allowed is one of them"] if len(lists) > 1 else []
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a variable by its name.
+
+        Raises:
+            KeyError: the table has no variable of that name.
+        """
+        variable = every_variable()[name]
+        return self.parsed.get(name, variable.default)
+
+
+def _quoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return "; the quotes are part of the value, take them away" if quoted else ""
+
+
+LONGEST_SHOWN = 200
+"""Characters of a value that are shown; the rest is only counted."""
+
+
+def shown(name: str, text: str) -> str:
+    """Return the value of variable ``name`` as it may be printed: a URL without its user and password, and not long."""
+    if "://" in text:
+        scheme, _, rest = text.partition("://")
+        text = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else text
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a warning, with the nearest real name, for every variable that only looks like one of the overlay's."""
+    """Return a warning, with the nearest real name, for every variable that only looks like one of the table's."""
     environment = os.environ if environment is None else environment
-    known = [variable.name for variable in VARIABLES.values()]
+    known = every_variable()
     warnings = []
     for name in sorted(environment):
-        if name.startswith(OWN_PREFIX) and name not in known:
+        if name in known:
+            continue
+        if name.startswith("ROLLOUT_FL_"):
+            warnings.append(f"{name} is read by nothing; rollout reads {name.replace('ROLLOUT_FL_', 'VLLM_FL_')}")
+        elif name.startswith((OWN_PREFIX, *PREFIXES)):
             near = difflib.get_close_matches(name, known, n=1)
-            warnings.append(f"{name} is not a variable of verl-fl-overlay" + (f"; {near[0]}?" if near else ""))
+            whose = "verl-fl-overlay" if name.startswith(OWN_PREFIX) else "the FlagOS stack"
+            warnings.append(f"{name} is not a variable of {whose}" + (f"; {near[0]}?" if near else ""))
     return warnings

@@ -78,4 +78,4 @@ def test_all_problems_are_told_at_once():
             {"VERL_FL_SCOPE": "x", "TRAINING_FL_FLAGOS_WHITELIST": "a", "TRAINING_FL_FLAGOS_BLACKLIST": "b"}
         )
     assert "VERL_FL_SCOPE" in str(error.value)
-    assert "contradict each other" in str(error.value)
+    assert "keep one of them" in str(error.value)

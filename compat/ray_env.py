@@ -1,0 +1,120 @@
+"""Ray's processes: the overlay and its settings in every worker, on this node and on others.
+
+A Ray worker has the environment its node was started with, and of the driver's only what a runtime environment names.
+What the user put into a runtime environment goes before what is forwarded here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from verl_fl_overlay import environment
+from verl_fl_overlay.hooks import Hook
+
+SOURCE = "https://github.com/volcengine/verl/blob"
+
+Call = Callable[..., Any]
+
+
+def _with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """Return the runtime environment ``given`` with the variables to forward, less those set in it or ``elsewhere``."""
+    runtime_env = dict(given or {})
+    own = dict(runtime_env.get("env_vars") or {})
+    added = {name: text for name, text in environment.forwarded(os.environ).items() if name not in elsewhere}
+    return {**runtime_env, "env_vars": {**added, **own}}
+
+
+def _of_submitted_job() -> dict[str, str]:
+    """Return the variables of the job that ``ray job submit`` started us as: Ray refuses to be given them again."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
+    return submitted.get("env_vars") or {}
+
+
+def _of_running_job() -> dict[str, str]:
+    """Return the variables that this process's Ray job or actor gives the actors it starts."""
+    import ray
+
+    return (ray.get_runtime_context().runtime_env or {}).get("env_vars") or {} if ray.is_initialized() else {}
+
+
+def _ray_init(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return wrapped(*args, **{**kwargs, "runtime_env": _with_overlay(kwargs.get("runtime_env"), _of_submitted_job())})
+
+
+def _ppo_runtime_env(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _with_overlay(wrapped(*args, **kwargs), _of_submitted_job())
+
+
+def _create_worker(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    given = {"env_vars": call.arguments.get("worker_env")}
+    call.arguments["worker_env"] = _with_overlay(given, _of_running_job())["env_vars"]
+    return wrapped(*call.args, **call.kwargs)
+
+
+def _rollout_env_vars(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _with_overlay({"env_vars": wrapped(*args, **kwargs)}, _of_running_job())["env_vars"]
+
+
+def ray_hooks() -> list[Hook]:
+    """Return what every release needs."""
+    return [
+        Hook(
+            name="ray.init",
+            module="ray",
+            attribute="init",
+            wrapper=_ray_init,
+            feature="ray",
+            required=False,
+            why="verl's trainers start Ray without the stack's variables, so workers on a running cluster never load "
+            "the overlay; they are added to the job's runtime environment.",
+            upstream=f"{SOURCE}/v0.9.1/verl/trainer/sft_trainer_ray.py#L383",
+            until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
+        ),
+        Hook(
+            name="ray.ppo_runtime_env",
+            module="verl.trainer.constants_ppo",
+            attribute="get_ppo_ray_runtime_env",
+            wrapper=_ppo_runtime_env,
+            feature="ray",
+            required=False,
+            why="verl's PPO trainers ask here which variables Ray's workers get; the stack's are added.",
+            upstream=f"{SOURCE}/v0.9.1/verl/trainer/constants_ppo.py#L105",
+            until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
+        ),
+        Hook(
+            name="ray.create_worker",
+            module="verl.single_controller.ray.base",
+            attribute="RayWorkerGroup._create_worker",
+            wrapper=_create_worker,
+            feature="ray",
+            required=False,
+            why="Where Ray was started before verl was imported, the job lacks the variables; each worker gets them.",
+            upstream=f"{SOURCE}/v0.9.1/verl/single_controller/ray/base.py#L623",
+            until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
+        ),
+    ]
+
+
+def rollout_hooks() -> list[Hook]:
+    """Return what the releases need whose platform says which variables a rollout server gets (0.9 on)."""
+    return [
+        Hook(
+            name=f"ray.rollout_env.{platform.lower()}",
+            module=f"verl.plugin.platform.platform_{platform.lower()}",
+            attribute=f"Platform{platform}.rollout_env_vars",
+            wrapper=_rollout_env_vars,
+            feature="ray",
+            required=False,
+            why="Where Ray was started before verl was imported, the job lacks the variables; its servers get them.",
+            upstream=f"{SOURCE}/v0.9.1/verl/plugin/platform/platform_{platform.lower()}.py",
+            until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
+        )
+        for platform in ("CUDA", "NPU")
+    ]

@@ -1,0 +1,172 @@
+"""The overlay on a Ray cluster that was started beforehand, in a process with an empty environment.
+
+Such a cluster's workers know nothing of the driver's environment: what reaches them was forwarded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("ray")
+pytest.importorskip("verl")
+
+from real_engine import free_port
+from sft import never_called, rank_reports, trainer_arguments, without_images
+
+RANKS = 2
+BARE = {"PATH": os.defpath, "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", **without_images()}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Start Ray; give its address."""
+    folder = tempfile.mkdtemp(prefix="vflray", dir="/tmp")  # a socket's path may have 107 characters
+    port = free_port()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=20"]
+    # verl before 0.9 asks Ray for a resource of the device's name.
+    command += ['--resources={"cpu": 2}', f"--temp-dir={folder}", "--include-dashboard=false", "--block"]
+    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    with (
+        open(Path(folder) / "log", "w") as log,
+        subprocess.Popen(command, env={**BARE, "HOME": folder}, stdout=log, stderr=log, cwd=folder) as head,
+    ):
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                head.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make = Path(__file__).resolve().parents[2] / "examples" / "arithmetic.py"
+    subprocess.run([sys.executable, make, folder], check=True, capture_output=True)
+    return folder
+
+
+def driver_environment(cluster: str, reports: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        **without_images(),
+        "RAY_ADDRESS": cluster,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+        "VERL_FL_DEVICE": "cpu",
+        "VERL_FL_REPORT_DIR": str(reports),
+        "TEFL_LOG_LEVEL": "WARNING",
+        "SOME_API_KEY": "secret",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run_driver(command: list[str], environment: dict[str, str], cwd: Path) -> str:
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
+
+
+def worker_reports(folder: Path) -> list[dict]:
+    reports = rank_reports(folder)
+    assert [report["process"]["rank"] for report in reports] == [str(rank) for rank in range(RANKS)]
+    return reports
+
+
+def test_verls_sft_trainer_trains_on_the_cluster_with_the_overlay(cluster, data, tmp_path):
+    arguments = [a for a in trainer_arguments(data, steps=2) if "trainer.default_local_dir" not in a]
+    arguments += [f"trainer.n_gpus_per_node={RANKS}", "trainer.nnodes=1", f"trainer.default_local_dir={tmp_path}/ckpt"]
+    command = [sys.executable, "-m", "verl.trainer.sft_trainer_ray", *arguments]
+    run_driver(command, driver_environment(cluster, tmp_path / "reports"), tmp_path)
+    for report in worker_reports(tmp_path):
+        assert report["verl"]["supported"]
+        assert report["phase"]["counts"]["train_batch"] == 2
+        assert never_called(report) == []
+        assert report["environment"]["TEFL_LOG_LEVEL"] == "WARNING"
+        assert report["problems"] == []
+
+
+GROUP = """
+    import json, os, time, ray
+    {init}
+    import verl
+    {then}
+    from functools import partial
+    from real_engine import configs, make_batch
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+    from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
+    from verl.workers.utils.losses import sft_loss
+    from verl.utils import tensordict_utils as tu
+
+    parts = configs({model!r}, "fsdp2", "lm")
+    config = TrainingWorkerConfig(model_type="language_model", **parts)
+    pool = RayResourcePool([{ranks}], use_gpu=True, max_colocate_count=1)
+    workers = RayWorkerGroup(
+        pool, RayClassWithInitArgs(ray.remote(TrainingWorker), config=config), device_name="cpu", **{extra}
+    )
+    workers.set_loss_fn(partial(sft_loss, config=None))
+    workers.reset()
+    batch = make_batch()
+    tu.assign_non_tensor(batch, update_lr_scheduler=True, global_token_num=[8] * 4)
+    for _ in range(2):
+        time.sleep(1.1)  # a report is written at most once a second, and Ray kills its actors
+        metrics = tu.get(workers.train_batch(batch).get(), "metrics")
+    print("LOSS", metrics["loss"])
+
+    @ray.remote
+    def variables():
+        return dict(os.environ)
+
+    print("PLAIN TASK", json.dumps(ray.get(variables.remote())))
+"""
+
+
+def run_group(data, environment, tmp_path, *, init, then="", extra="{}"):
+    code = textwrap.dedent(GROUP).format(init=init, then=then, model=str(data / "model"), ranks=RANKS, extra=extra)
+    tests = Path(__file__).resolve().parents[1]
+    paths = [str(tests), str(tests.parent / "examples"), environment.get("PYTHONPATH", "")]
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    out = run_driver([sys.executable, "-c", code], environment, tmp_path)
+    assert "LOSS" in out
+    return json.loads(next(line for line in out.splitlines() if "PLAIN TASK" in line).split("PLAIN TASK ")[1])
+
+
+def test_only_the_tables_variables_are_forwarded(cluster, data, tmp_path):
+    environment = driver_environment(cluster, tmp_path / "reports")
+    task = run_group(data, environment, tmp_path, init="", then="ray.init()")
+    assert task["VERL_USE_EXTERNAL_MODULES"] == "verl_fl_overlay"
+    assert task["TEFL_LOG_LEVEL"] == "WARNING"
+    assert "SOME_API_KEY" not in task
+    for report in worker_reports(tmp_path):
+        assert report["phase"]["counts"]["train_batch"] == 2
+
+
+def test_workers_of_a_ray_that_was_started_before_verl_get_the_overlay(cluster, data, tmp_path):
+    environment = driver_environment(cluster, tmp_path / "reports")
+    task = run_group(data, environment, tmp_path, init="ray.init()")
+    assert "VERL_USE_EXTERNAL_MODULES" not in task
+    for report in worker_reports(tmp_path):
+        assert report["phase"]["counts"]["train_batch"] == 2
+        assert report["environment"]["TEFL_LOG_LEVEL"] == "WARNING"
+
+
+def test_the_users_own_runtime_environment_wins(cluster, data, tmp_path):
+    environment = driver_environment(cluster, tmp_path / "reports")
+    own = 'ray.init(runtime_env={"env_vars": {"TEFL_LOG_LEVEL": "ERROR", "VLLM_FL_STRICT": "1"}})'
+    run_group(data, environment, tmp_path, init="", then=own, extra='{"worker_env": {"VLLM_FL_STRICT": "0"}}')
+    for report in worker_reports(tmp_path):
+        assert report["environment"]["TEFL_LOG_LEVEL"] == "ERROR"
+        assert report["environment"]["VLLM_FL_STRICT"] == "0"

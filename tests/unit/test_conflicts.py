@@ -1,0 +1,128 @@
+"""Every rule between variables, with the message a user reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from verl_fl_overlay.conflicts import RULES, conflicts
+from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.settings import Settings
+
+CASES = {
+    "_spelling": (
+        {"USE_FLAGGEMS": "yes"},
+        "USE_FLAGGEMS='yes' is on for verl-fl-overlay and off for vllm-plugin-FL, which takes only 1 and true for on; "
+        "write USE_FLAGGEMS=1",
+    ),
+    "_rollout_without_flaggems": (
+        {"VLLM_FL_PREFER": "vendor"},
+        "VLLM_FL_PREFER=vendor also switches all of FlagGems off in rollout, whatever USE_FLAGGEMS says; to choose for "
+        "the dispatched operators alone, set prefer in the file of VLLM_FL_CONFIG",
+    ),
+    "_training_lists": (
+        {"TRAINING_FL_FLAGOS_WHITELIST": "softmax"},
+        "TRAINING_FL_FLAGOS_WHITELIST has no effect: training uses FlagGems only with TRAINING_FL_FLAGGEMS_ENABLE=1 or "
+        "USE_FLAGGEMS=1",
+    ),
+    "_flagcx asked": (
+        {"USE_FLAGCX": "1"},
+        "USE_FLAGCX is on without FLAGCX_PATH: training uses FlagCX if its torch plugin is installed, rollout "
+        "(vllm-plugin-FL) goes by FLAGCX_PATH and does not; export FLAGCX_PATH=<the directory FlagCX was built in>",
+    ),
+    "_flagcx found": (
+        {"FLAGCX_PATH": "/"},
+        "FLAGCX_PATH='/' is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) does not; "
+        "export USE_FLAGCX=1, or unset FLAGCX_PATH",
+    ),
+    "_flagcx missing": (
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "/not/there"},
+        "FLAGCX_PATH='/not/there' does not exist on this machine",
+    ),
+    "_te_fl_vendors": (
+        {"TE_FL_ALLOW_VENDORS": "nvidia"},
+        "TE_FL_ALLOW_VENDORS names 'nvidia', which matches no vendor of TransformerEngine-FL; write CUDA, names are in "
+        "capitals",
+    ),
+    "_te_fl_tokens vendor": (
+        {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:cuda|flagos"},
+        "TE_FL_PER_OP: rmsnorm_fwd=vendor:cuda matches no implementation; write CUDA, names are in capitals",
+    ),
+    "_te_fl_tokens default": (
+        {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:CUDA|default"},
+        "TE_FL_PER_OP: rmsnorm_fwd=default matches no implementation; tokens are flagos, reference, vendor, "
+        "vendor:<NAME>, impl:<id>",
+    ),
+    "_te_fl_strict": (
+        {"TE_FL_STRICT": "1"},
+        "TE_FL_STRICT=1 is read the other way round where TransformerEngine-FL calls an operator: it tries another "
+        "implementation when one fails; 0 does the opposite",
+    ),
+    "_te_fl_prefer": (
+        {"TE_FL_PREFER": "flagos", "TE_FL_PREFER_VENDOR": "1"},
+        "TE_FL_PREFER_VENDOR has no effect: TE_FL_PREFER is set and goes before it; unset TE_FL_PREFER_VENDOR",
+    ),
+    "_vllm_config": (
+        {"VLLM_FL_CONFIG": "/not/there.yaml"},
+        "VLLM_FL_CONFIG='/not/there.yaml' is no file on this machine; vllm-plugin-FL goes on without a word, and "
+        "without the chip's own configuration too",
+    ),
+    "_vllm_config covers": (
+        {"VLLM_FL_CONFIG": "/proc/version", "VLLM_FL_PER_OP": "rms_norm=vendor"},
+        "VLLM_FL_PER_OP is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into /proc/version",
+    ),
+    "_vllm_lists": (
+        {"VLLM_FL_FLAGOS_BLACKLIST": "softmax"},
+        "VLLM_FL_FLAGOS_BLACKLIST takes the place of the chip's own list, whose operators come back into use; "
+        "VLLM_FL_FLAGOS_BLACKLIST_APPEND adds to it",
+    ),
+    "_vllm_lists append": (
+        {"VLLM_FL_FLAGOS_WHITELIST": "softmax", "VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"},
+        "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them",
+    ),
+    "_vllm_plugins": (
+        {"VLLM_PLUGINS": "ascend", "VLLM_FL_OOT_ENABLED": "1"},
+        "VLLM_PLUGINS='ascend' leaves vllm-plugin-FL out, so nothing reads VLLM_FL_OOT_ENABLED; add fl to VLLM_PLUGINS",
+    ),
+    "_external_modules": (
+        {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, mine,"},
+        "VERL_USE_EXTERNAL_MODULES='verl_fl_overlay, mine,': verl cannot import names with blanks or empty ones; write "
+        "'verl_fl_overlay,mine'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_conflict_is_told_with_what_to_do(case):
+    environment, message = CASES[case]
+    assert conflicts(Settings.from_environment(environment)) == [message]
+
+
+def test_every_rule_has_a_case():
+    assert {rule.__name__ for rule in RULES} == {case.split()[0] for case in CASES}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "softmax"},
+        {"USE_FLAGGEMS": "TRUE"},
+        {"USE_FLAGGEMS": "no", "VLLM_FL_PREFER": "vendor"},
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "/"},
+        {"TE_FL_ALLOW_VENDORS": "CUDA,METAX", "TE_FL_PER_OP": "gemm=vendor:CUDA|impl:default.flagos;x=flagos"},
+        {"VLLM_PLUGINS": "fl", "VLLM_FL_PER_OP": "rms_norm=vendor:cuda|flagos"},
+        {"VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay"},
+    ],
+)
+def test_settings_that_do_what_they_say_are_left_in_peace(environment):
+    assert conflicts(Settings.from_environment(environment)) == []
+
+
+@pytest.mark.parametrize("prefix", ["TRAINING_FL_FLAGOS", "VLLM_FL_FLAGOS", "VLLM_FL_OOT"])
+def test_both_lists_of_a_pair_are_an_error(prefix):
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environment({f"{prefix}_WHITELIST": "a", f"{prefix}_BLACKLIST": "b"})
+    assert str(error.value).splitlines()[1:] == [
+        f"  {prefix}_WHITELIST and {prefix}_BLACKLIST are both set: one list says what is used and the other what is "
+        "not; keep one of them"
+    ]

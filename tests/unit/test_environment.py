@@ -1,0 +1,160 @@
+"""The whole table: parsing, `verl-fl env`, and what another process is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from verl_fl_overlay.cli import main
+from verl_fl_overlay.environment import as_exports, examine, forwarded
+from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.settings import VARIABLES, Settings, every_variable, misspelt
+from verl_fl_overlay.stack import STACK
+
+
+def test_no_variable_has_two_rows():
+    assert not {variable.name for variable in VARIABLES.values()} & set(STACK)
+
+
+def test_every_row_is_filled():
+    for variable in every_variable().values():
+        assert variable.allowed
+        assert variable.help
+        assert variable.component
+        assert variable.phase in ("training", "rollout", "common", "build")
+
+
+def test_a_default_is_what_an_unset_variable_gives():
+    settings = Settings.from_environment({})
+    assert {name: settings[name] for name in every_variable()} == {
+        variable.name: variable.default for variable in every_variable().values()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("USE_FLAGCX", " True ", True),
+        ("USE_FLAGGEMS", "OFF", False),
+        ("TE_FL_PREFER", "FlagOS", "flagos"),
+        ("TEFL_LOG_LEVEL", "DEBUG", "debug"),
+        ("VLLM_FL_FLAGOS_WHITELIST", " mm, softmax ,mm,", ("mm", "softmax")),
+        ("VLLM_FL_PER_OP", "rms_norm=vendor:cuda|flagos; silu_and_mul = reference", None),
+        ("TRAINING_FLAGGEMS_PATH", "/tmp/größe/算子.txt", "/tmp/größe/算子.txt"),
+        ("TE_FL_SKIP_CUDA", "1", 1),
+    ],
+)
+def test_values_are_read(name, text, value):
+    if value is None:
+        value = {"rms_norm": ("vendor:cuda", "flagos"), "silu_and_mul": ("reference",)}
+    assert Settings.from_environment({name: text})[name] == value
+
+
+def test_ten_thousand_names_are_read():
+    names = tuple(f"op_{number}" for number in range(10_000))
+    settings = Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": ",".join(names)})
+    assert settings["VLLM_FL_FLAGOS_WHITELIST"] == names
+
+
+def test_all_malformed_values_are_told_at_once(tmp_path):
+    file = tmp_path / "flagcx"
+    file.write_text("")
+    other = tmp_path / "list.json"
+    other.write_text("[1]")
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environment(
+            {
+                "USE_FLAGCX": '"1"',
+                "FLAGCX_PATH": str(file),
+                "TE_FL_PREFER": "nvidia",
+                "TE_FL_PER_OP": "rmsnorm_fwd",
+                "TE_FL_SKIP_CUDA": "yes",
+                "VLLM_FL_OP_CONFIG": str(other),
+                "VERL_FL_DEVICE": "gpu",
+            }
+        )
+    assert str(error.value).splitlines() == [
+        "verl-fl-overlay cannot use these settings:",
+        "  VERL_FL_DEVICE='gpu': allowed is one of 'auto', 'cpu'",
+        "  USE_FLAGCX='\"1\"': allowed is one of 1, true, yes, on, 0, false, no, off; the quotes are part of the "
+        "value, take them away",
+        f"  FLAGCX_PATH={str(file)!r}: allowed is a directory; this is a file",
+        "  TE_FL_PREFER='nvidia': allowed is one of 'flagos', 'vendor', 'reference'",
+        "  TE_FL_PER_OP='rmsnorm_fwd': allowed is op=token|token;op=token ...; the part 'rmsnorm_fwd' is not of that "
+        "form",
+        "  TE_FL_SKIP_CUDA='yes': allowed is a whole number",
+        f"  VLLM_FL_OP_CONFIG={str(other)!r}: allowed is a JSON file of one object whose values are texts; this file "
+        "holds something else",
+    ]
+
+
+def test_a_long_value_is_shortened_in_the_error():
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environment({"USE_FLAGCX": "x" * 100_000})
+    assert len(str(error.value)) < 500
+    assert "(100000 characters)" in str(error.value)
+
+
+def test_misspelt_names_of_the_stack():
+    assert misspelt({"TE_FL_PREFRE": "1", "VLLM_FL_FLAGOS_BLACKLISTS": "a", "ROLLOUT_FL_FLAGOS_WHITELIST": "a"}) == [
+        "ROLLOUT_FL_FLAGOS_WHITELIST is read by nothing; rollout reads VLLM_FL_FLAGOS_WHITELIST",
+        "TE_FL_PREFRE is not a variable of the FlagOS stack; TE_FL_PREFER?",
+        "VLLM_FL_FLAGOS_BLACKLISTS is not a variable of the FlagOS stack; VLLM_FL_FLAGOS_BLACKLIST?",
+    ]
+
+
+def test_only_the_tables_variables_reach_another_process():
+    environment = {
+        "HOME": "/root",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "WANDB_API_KEY": "secret",
+        "USE_FLAGCX": "1",
+        "VERL_USE_EXTERNAL_MODULES": "mine",
+        "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",
+    }
+    assert forwarded(environment) == {
+        "USE_FLAGCX": "1",
+        "VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay",
+    }
+
+
+def test_exports_give_a_shell_the_same_values(tmp_path):
+    environment = {"VLLM_FL_PER_OP": "rms_norm=vendor:cuda|flagos", "TE_FL_PREFER": "it's $HOME", "USE_FLAGCX": "1"}
+    script = as_exports(environment) + '\nprintf "%s\\n" "$VLLM_FL_PER_OP" "$TE_FL_PREFER" "$VERL_USE_EXTERNAL_MODULES"'
+    shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, env={"PATH": os.defpath})
+    assert shell.stdout.splitlines() == ["rms_norm=vendor:cuda|flagos", "it's $HOME", "verl_fl_overlay"]
+    assert "VLLM_FL_PER_OP" not in as_exports(environment, "training")
+
+
+def test_a_password_is_not_shown():
+    text = json.dumps(examine({"FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning"}))
+    assert "secret" not in text
+    assert "postgresql://***@host/tuning" in text
+
+
+def test_the_command_tells_value_source_effect_and_faults(monkeypatch, capsys):
+    for name in every_variable():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USE_FLAGCX", "maybe")
+    assert main(["env", "--json", "--phase", "training"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    row = next(row for row in result["variables"] if row["name"] == "USE_FLAGCX")
+    assert row["value"] == "maybe"
+    assert row["source"] == "environment"
+    assert row["effect"]
+    assert result["errors"] == ["USE_FLAGCX='maybe': allowed is one of 1, true, yes, on, 0, false, no, off"]
+    assert "VLLM_FL_PREFER" not in {row["name"] for row in result["variables"]}
+    monkeypatch.setenv("USE_FLAGCX", "0")
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "no conflicts" in text
+    assert "USE_FLAGCX=0" in text.split("not set:")[0]
+
+
+def test_the_command_needs_neither_torch_nor_verl():
+    code = "import sys; from verl_fl_overlay.cli import main; main(['env']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

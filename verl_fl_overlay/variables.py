@@ -1,0 +1,145 @@
+"""What an environment variable is: its name, who reads it, and the reader that turns its text into a value."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class MalformedError(ValueError):
+    """A value that its variable does not allow; the text says what is allowed."""
+
+
+def flag(text: str) -> bool:
+    """Read 1/true/yes/on or 0/false/no/off, in any case."""
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"0", "false", "no", "off", ""}:
+        return False
+    raise MalformedError("one of 1, true, yes, on, 0, false, no, off")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list; blanks around names, empty items and repetitions are dropped, the order is kept."""
+    return tuple(dict.fromkeys(item for part in text.split(",") if (item := part.strip())))
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """Read one of ``allowed``, in any case."""
+
+    def read(text: str) -> str:
+        lowered = text.strip().lower()
+        if lowered not in allowed:
+            raise MalformedError("one of " + ", ".join(repr(a) for a in allowed))
+        return lowered
+
+    return read
+
+
+def path(text: str) -> str:
+    """Read a file system path; ``~`` is expanded."""
+    return os.path.expanduser(text.strip())
+
+
+def file(text: str) -> str:
+    """Read the path of a file, which need not exist."""
+    read = path(text)
+    if read and (os.path.isdir(read) or read.endswith(os.sep)):
+        raise MalformedError("a file, and this is a directory")
+    return read
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list; blank means that there is none, and commas alone are no list."""
+    read = names(text)
+    if text.strip() and not read:
+        raise MalformedError("names, comma-separated; there is none between the commas")
+    return read
+
+
+KEYWORDS = ("auto", "all", "none")
+
+
+def operators(text: str) -> tuple[str, ...]:
+    """Read auto, all or none (a tuple of that one word), or a list of operators."""
+    read = listed(text) or ("auto",)
+    if len(read) == 1 and read[0].lower() in KEYWORDS:
+        return (read[0].lower(),)
+    mixed = [name for name in read if name.lower() in KEYWORDS]
+    if mixed:
+        raise MalformedError(f"{mixed[0]} alone, or names without it")
+    return read
+
+
+def directory(text: str) -> str:
+    """Read the path of a directory, which need not be on this machine; something else in its place is refused."""
+    found = path(text)
+    if os.path.exists(found) and not os.path.isdir(found):
+        raise MalformedError("a directory; this is a file")
+    return found
+
+
+def integer(text: str) -> int:
+    """Read a whole number."""
+    try:
+        return int(text.strip())
+    except ValueError as error:
+        raise MalformedError("a whole number") from error
+
+
+def words(text: str) -> str:
+    """Read any text; blanks around it are dropped."""
+    return text.strip()
+
+
+def choices_per_op(text: str) -> dict[str, tuple[str, ...]]:
+    """Read ``op=token|token;op=token`` into op -> tokens, in the order of preference."""
+    chosen: dict[str, tuple[str, ...]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        op, equals, tokens = part.partition("=")
+        found = tuple(token for piece in tokens.split("|") if (token := piece.strip()))
+        if not equals or not op.strip() or not found:
+            raise MalformedError(f"op=token|token;op=token ...; the part {part!r} is not of that form")
+        chosen[op.strip()] = found
+    return chosen
+
+
+def json_file(text: str) -> str:
+    """Read the path of a file that holds a JSON object of texts; it must be on this machine, as its reader demands."""
+    found = path(text)
+    if not found:
+        return found
+    try:
+        with open(found, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        raise MalformedError(f"a JSON file; {error}") from error
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise MalformedError("a JSON file of one object whose values are texts; this file holds something else")
+    return found
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``.
+
+    ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the component's first
+    release that does, "" for all.  ``truths`` are the spellings that the component itself takes for true, where they
+    are fewer than ``flag`` takes.
+    """
+
+    name: str
+    read: Callable[[str], T]
+    default: T
+    allowed: str
+    help: str
+    component: str = "verl-fl-overlay"
+    phase: str = "common"
+    since: str = ""
+    truths: tuple[str, ...] = ()
