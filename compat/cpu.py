@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.devices import cpu_module
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
@@ -131,6 +132,19 @@ def _once(backend: Any) -> Any:
     return ",".join(dict.fromkeys(backend.split(","))) if isinstance(backend, str) else backend
 
 
+def _enough_cpus(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    import ray
+
+    free = ray.available_resources().get("CPU", 0)
+    needed = instance.get_n_gpus()
+    if free < needed:
+        raise OverlayError(
+            f"the training workers need {needed} CPUs of the Ray cluster, one each, and {free:g} are free; a placement "
+            "group would wait for ever. Lower trainer.n_gpus_per_node or trainer.nnodes, or raise "
+            "ray_kwargs.ray_init.num_cpus."
+        )
+
+
 def _accept_cpu_states(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     return None
 
@@ -227,5 +241,16 @@ def platform_hooks() -> list[Hook]:
             why="verl has platforms for cuda, npu and rocm; the overlay's CPU platform is given for 'cpu'.",
             upstream=f"{SOURCE}/v0.9.1/verl/plugin/platform/platform_manager.py",
             until="verl has a platform for the CPU",
+        ),
+        Hook(
+            name="cpu.ray_resources",
+            module="verl.single_controller.ray.base",
+            attribute="ResourcePoolManager._check_resource_available",
+            wrapper=_enough_cpus,
+            feature="cpu",
+            required=False,
+            why="verl counts the cluster's GPUs or NPUs before it starts its workers; on a CPU it is CPUs they hold.",
+            upstream=f"{SOURCE}/v0.9.1/verl/single_controller/ray/base.py#L226",
+            until="verl counts what its platform calls ray_resource_name()",
         ),
     ]

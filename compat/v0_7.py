@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines, ray_env
+from verl_fl_overlay.compat import attention, cpu, engines, legacy_workers, ray_env
 from verl_fl_overlay.hooks import Hook
 
 
@@ -14,6 +14,7 @@ def hooks(version: Version) -> list[Hook]:
     return [
         *engines.base_hooks(),
         *(engines.initialize_hook(backend) for backend in backends),
+        *legacy_workers.hooks(),
         attention.padding_hook(),
         attention.value_model_hook(),
         *ray_env.ray_hooks(),

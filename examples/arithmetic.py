@@ -1,13 +1,15 @@
 """A tiny Qwen2 and an arithmetic data set, made from a seed: nothing is downloaded.
 
 ``python examples/arithmetic.py FOLDER`` writes ``FOLDER/model`` (Hugging Face format, random weights, one token a
-character) and ``FOLDER/train.parquet``, ``FOLDER/val.parquet`` with chat messages such as "3+4=" -> "7".
+character), ``FOLDER/train.parquet``, ``FOLDER/val.parquet`` with chat messages such as "3+4=" -> "7", and
+``FOLDER/problems.parquet`` with the same questions for reinforcement learning, whose answers ``reward`` judges.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,19 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> Any:
-    """Return a tokenizer with one token a character and Qwen's chat markers."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    """Return a tokenizer with one token a character and Qwen's chat markers.
+
+    It is byte-level BPE without merges, so that it means the same when transformers 5 loads it as a Qwen2 tokenizer.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *CHARACTERS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    inner.decoder = decoders.Fuse()
+    bytelevel = {" ": "\u0120", "\n": "\u010a"}  # how byte-level BPE writes them
+    tokens = [*SPECIAL, *(bytelevel.get(character, character) for character in CHARACTERS)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -86,6 +93,28 @@ def write_chats(file: Path, count: int, seed: int) -> None:
     pandas.DataFrame({"messages": rows}).to_parquet(file)
 
 
+def write_problems(file: Path, count: int, seed: int) -> None:
+    """Write ``count`` problems as a parquet file with the columns that verl's reinforcement learning reads."""
+    import pandas
+
+    rows = [
+        {
+            "data_source": "arithmetic",
+            "prompt": [{"role": "user", "content": question}],
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"index": index},
+        }
+        for index, (question, answer) in enumerate(problems(count, seed))
+    ]
+    pandas.DataFrame(rows).to_parquet(file)
+
+
+def reward(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **unused: Any) -> float:
+    """Return 1 for the right number, less the farther off it is, 0 for a text that does not begin with a number."""
+    number = re.match(r"\d+", solution_str)
+    return 1 / (1 + abs(int(number[0]) - int(ground_truth))) if number else 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -94,7 +123,8 @@ def main() -> None:
     write_model(folder / "model")
     write_chats(folder / "train.parquet", count=512, seed=1)
     write_chats(folder / "val.parquet", count=32, seed=2)
-    print(f"{folder}: model, train.parquet, val.parquet")
+    write_problems(folder / "problems.parquet", count=512, seed=1)
+    print(f"{folder}: model, train.parquet, val.parquet, problems.parquet")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Hooks on the legacy workers, which train by default in verl 0.7.0 and 0.7.1, and are gone from 0.8.0 on.
+
+They sit below the Ray-facing workers, on the classes that compute, which those build in their own process: a wrapper on
+a Ray actor's class would be lost when Ray pickles it.  The reference policy is an actor's object without an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.phase import training
+
+UPSTREAM = "https://github.com/volcengine/verl/blob/v0.7.1/verl/workers"
+
+Call = Callable[..., Any]
+
+
+def _train(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with training.inside("train"):
+        return wrapped(*args, **kwargs)
+
+
+def _infer(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with training.inside("eval"):
+        return wrapped(*args, **kwargs)
+
+
+def _initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with training.inside("initialize"):
+        return wrapped(*args, **kwargs)
+
+
+STEPS = {
+    "actor.dp_actor": ("DataParallelPPOActor", {"update_policy": _train, "compute_log_prob": _infer}),
+    "actor.megatron_actor": ("MegatronPPOActor", {"update_policy": _train, "compute_log_prob": _infer}),
+    "critic.dp_critic": ("DataParallelPPOCritic", {"update_critic": _train, "compute_values": _infer}),
+    "critic.megatron_critic": ("MegatronPPOCritic", {"update_critic": _train, "compute_values": _infer}),
+}
+"""Module below verl.workers -> the class that computes, its steps and their wrappers."""
+
+BUILDERS = {
+    "ActorRolloutRefWorker": "_build_model_optimizer",
+    "CriticWorker": "_build_critic_model_optimizer",
+}
+"""Ray-facing worker -> its method that builds model and optimizer."""
+
+
+def _needs(module: str) -> str:
+    return "megatron" if "megatron" in module else ""
+
+
+def hooks() -> list[Hook]:
+    """Return the hooks on the steps of actors and critics, and on the building of their models."""
+    steps = [
+        Hook(
+            name=f"legacy.{module.split('.')[1]}.{method}",
+            module=f"verl.workers.{module}",
+            attribute=f"{owner}.{method}",
+            wrapper=wrapper,
+            feature="phase",
+            required=True,
+            why="verl 0.7's default workers compute here and enter no engine; it is inside the training phase.",
+            upstream=f"{UPSTREAM}/{module.replace('.', '/')}.py",
+            until="verl 0.8.0, which has no legacy workers",
+            needs=_needs(module),
+        )
+        for module, (owner, methods) in STEPS.items()
+        for method, wrapper in methods.items()
+    ]
+    builders = [
+        Hook(
+            name=f"legacy.{backend}.{method.strip('_')}",
+            module=f"verl.workers.{backend}_workers",
+            attribute=f"{owner}.{method}",
+            wrapper=_initialize,
+            feature="phase",
+            required=True,
+            why="verl 0.7's default workers build model and optimizer here; it is inside the training phase.",
+            upstream=f"{UPSTREAM}/{backend}_workers.py",
+            until="verl 0.8.0, which has no legacy workers",
+            needs=_needs(backend),
+        )
+        for backend in ("fsdp", "megatron")
+        for owner, method in BUILDERS.items()
+    ]
+    return [*steps, *builders]
