@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from verl_fl_overlay.compat import process_group
 from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook
@@ -119,19 +120,6 @@ def _cpu_platform() -> type[Any]:
     return PlatformCpu
 
 
-def _without_repeated_pairs(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args:
-        args = (_once(args[0]), *args[1:])
-    elif "backend" in kwargs:
-        kwargs = {**kwargs, "backend": _once(kwargs["backend"])}
-    return wrapped(*args, **kwargs)
-
-
-def _once(backend: Any) -> Any:
-    """Drop repeated device:backend pairs: "cpu:gloo,cpu:gloo" -> "cpu:gloo"."""
-    return ",".join(dict.fromkeys(backend.split(","))) if isinstance(backend, str) else backend
-
-
 def _enough_cpus(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     import ray
 
@@ -163,17 +151,7 @@ def shared_hooks() -> list[Hook]:
             upstream=f"{SOURCE}/v0.9.1/verl/workers/engine/base.py#L400",
             until="verl registers its FSDP engines for cpu",
         ),
-        Hook(
-            name="cpu.process_group",
-            module="torch.distributed",
-            attribute="init_process_group",
-            wrapper=_without_repeated_pairs,
-            feature="cpu",
-            required=True,
-            why="verl asks for 'cpu:gloo,<device>:<backend>'; on a CPU that repeats a pair, which torch refuses.",
-            upstream=f"{SOURCE}/v0.9.1/verl/utils/distributed.py#L62",
-            until="verl leaves out the second pair where the device is the CPU",
-        ),
+        process_group.cpu_hook(),
         Hook(
             name="cpu.fsdp1_sync",
             module="torch.distributed.fsdp._init_utils",

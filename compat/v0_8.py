@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines, ray_env
+from verl_fl_overlay.compat import attention, cpu, engines, process_group, ray_env
 from verl_fl_overlay.hooks import Hook
 
 
@@ -16,6 +16,9 @@ def hooks(version: Version) -> list[Hook]:
         attention.padding_hook(),
         attention.value_model_hook(),
         *ray_env.ray_hooks(),
+        *process_group.flagcx_hooks(),
+        process_group.backend_name_hook(),
+        *process_group.checkpoint_engine_hooks(),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines, ray_env
+from verl_fl_overlay.compat import attention, cpu, engines, process_group, ray_env
 from verl_fl_overlay.hooks import Hook
 
 
@@ -17,6 +17,8 @@ def hooks(version: Version) -> list[Hook]:
         *([attention.padding_hook()] if version < Version("0.9.1") else []),
         *ray_env.ray_hooks(),
         *ray_env.rollout_hooks(),
+        *process_group.flagcx_hooks(),
+        *process_group.checkpoint_engine_hooks(),
         *cpu.shared_hooks(),
         *cpu.platform_hooks(),
     ]

@@ -89,6 +89,11 @@ class CpuModule(ModuleType):
 cpu_module = CpuModule()
 
 
+def without_repeated_pairs(backend: Any) -> Any:
+    """Drop repeated device:backend pairs: "cpu:gloo,cpu:gloo" -> "cpu:gloo"."""
+    return ",".join(dict.fromkeys(backend.split(","))) if isinstance(backend, str) else backend
+
+
 def refuse_hidden_accelerator() -> None:
     """Raise if VERL_FL_DEVICE=cpu was asked for where torch sees CUDA: verl decided for CUDA before the overlay loaded.
 

@@ -18,3 +18,7 @@ class UnsupportedVerlError(OverlayError):
 
 class HookError(OverlayError):
     """A hook could not be put on its target, although the target's module was imported."""
+
+
+class FlagCXError(OverlayError):
+    """FlagCX was asked for, and its plugin or library is not there, does not load, or cannot serve what verl asks."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from verl_fl_overlay import flagcx, te_fl
 from verl_fl_overlay.settings import Settings
 
 
@@ -53,6 +54,14 @@ FEATURES = {
         Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
         Feature("ray", "the overlay and its settings in every process that Ray starts"),
+        Feature("flagcx", "collectives of training through FlagCX", flagcx.reason_off, describe=flagcx.describe),
+        Feature(
+            "te_fl",
+            "the policies of TransformerEngine-FL and Megatron-LM-FL",
+            te_fl.reason_off,
+            start=te_fl.start,
+            describe=te_fl.describe,
+        ),
         Feature(
             "cpu",
             "training on a machine without an accelerator",

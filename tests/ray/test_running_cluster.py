@@ -15,13 +15,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from real_engine import free_port
+from sft import never_called, rank_reports, trainer_arguments, without_images
 
 pytest.importorskip("torch")
 pytest.importorskip("ray")
 pytest.importorskip("verl")
-
-from real_engine import free_port
-from sft import never_called, rank_reports, trainer_arguments, without_images
 
 RANKS = 2
 BARE = {"PATH": os.defpath, "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", **without_images()}

@@ -1,0 +1,101 @@
+"""Which collectives verl asks torch for: the backend's name, and the string a process group is initialised with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from verl_fl_overlay import devices, flagcx
+from verl_fl_overlay.hooks import Hook, Wrapper
+
+SOURCE = "https://github.com/volcengine/verl/blob"
+
+Call = Callable[..., Any]
+
+
+def _choosing(choose: Callable[[Any], Any]) -> Wrapper:
+    """Return a wrapper of ``init_process_group`` that lets ``choose`` change the backend's text."""
+
+    def wrapper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            args = (choose(args[0]), *args[1:])
+        elif "backend" in kwargs:
+            kwargs = {**kwargs, "backend": choose(kwargs["backend"])}
+        return wrapped(*args, **kwargs)
+
+    return wrapper
+
+
+def cpu_hook() -> Hook:
+    """Return the hook that training on a CPU needs."""
+    return Hook(
+        name="cpu.process_group",
+        module="torch.distributed",
+        attribute="init_process_group",
+        wrapper=_choosing(devices.without_repeated_pairs),
+        feature="cpu",
+        required=True,
+        why="verl asks for 'cpu:gloo,<device>:<backend>'; on a CPU that repeats a pair, which torch refuses.",
+        upstream=f"{SOURCE}/v0.9.1/verl/utils/distributed.py#L62",
+        until="verl leaves out the second pair where the device is the CPU",
+    )
+
+
+def _flagcx_backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return flagcx.BACKEND
+
+
+def _checkpoint_engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    flagcx.refuse_native(args[0] if args else kwargs["backend"])
+    return wrapped(*args, **kwargs)
+
+
+def flagcx_hooks() -> list[Hook]:
+    """Return what every release needs."""
+    return [
+        Hook(
+            name="flagcx.process_group",
+            module="torch.distributed",
+            attribute="init_process_group",
+            wrapper=_choosing(flagcx.for_group),
+            feature="flagcx",
+            required=True,
+            why="Nothing in verl imports FlagCX's torch plugin, and some trainers ask for its backend alone, which "
+            "serves no CPU tensors; it is imported first, and gloo is put beside it.",
+            upstream=f"{SOURCE}/v0.9.0/verl/utils/distributed.py#L62",
+            until="verl imports flagcx where its platform asks for it, and gives both backends everywhere",
+        )
+    ]
+
+
+def backend_name_hook() -> Hook:
+    """Return what the releases without a platform layer (0.7, 0.8) need besides."""
+    return Hook(
+        name="flagcx.backend",
+        module="verl.utils.device",
+        attribute="get_nccl_backend",
+        wrapper=_flagcx_backend,
+        feature="flagcx",
+        required=True,
+        why="verl says nccl (hccl on an NPU) whatever USE_FLAGCX is; with it on, flagcx is said.",
+        upstream=f"{SOURCE}/v0.8.0/verl/utils/device.py#L116",
+        until="verl 0.9.0, whose platforms read USE_FLAGCX",
+    )
+
+
+def checkpoint_engine_hooks() -> list[Hook]:
+    """Return what the releases with checkpoint engines (0.7.1 on) need besides."""
+    return [
+        Hook(
+            name=name,
+            module="verl.checkpoint_engine.base",
+            attribute=f"CheckpointEngineRegistry.{method}",
+            wrapper=_checkpoint_engine,
+            feature="flagcx",
+            required=False,
+            why="Some checkpoint engines use NCCL past torch's backends; with USE_FLAGCX on they are refused.",
+            upstream=f"{SOURCE}/v0.9.1/verl/checkpoint_engine/nccl_checkpoint_engine.py#L298",
+            until="verl's checkpoint engines communicate through the platform's backend",
+        )
+        for name, method in (("flagcx.checkpoint_engine", "new"), ("flagcx.checkpoint_engine_class", "get"))
+    ]

@@ -1,0 +1,124 @@
+"""verl's own process groups with FlagCX, whose torch plugin is a stand-in: gloo, registered as ``flagcx`` for cuda."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+from real_engine import free_port
+from sft import without_images
+
+pytest.importorskip("torch")
+verl = pytest.importorskip("verl")
+
+PLUGIN = """
+    import os
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    import torch.distributed as dist
+    os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    def create(store, rank, size, timeout):
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    dist.Backend.register_backend("flagcx", create, devices=["cuda"])
+"""
+
+PROGRAM = """
+    import os, torch, verl
+    import torch.distributed as dist
+    import verl.utils.device as device
+    if hasattr(device, "is_cuda_available"):
+        device.is_cuda_available = True  # verl before 0.9 tells the device by this
+    from verl.utils.distributed import initialize_global_process_group_ray
+    try:
+        {body}
+    except BaseException as error:
+        print("ERROR", type(error).__name__, error)
+"""
+
+GROUPS = """
+        initialize_global_process_group_ray()
+        def show(name):
+            ones = torch.ones(3)
+            dist.all_reduce(ones)
+            gathered = [None]
+            dist.all_gather_object(gathered, name)
+            print(name, dist.get_backend_config(), ones.tolist(), gathered)
+            dist.destroy_process_group()
+        show("verl")
+        dist.init_process_group("flagcx")
+        show("bare")
+        print("autoload", os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"))
+"""
+
+
+@pytest.fixture
+def flagcx(tmp_path):
+    """A folder as FlagCX's build leaves it: the library (another one) and the plugin (a stand-in)."""
+    (tmp_path / "build/lib").mkdir(parents=True)
+    shutil.copy(find_spec("_ctypes").origin, tmp_path / "build/lib/libflagcx.so")
+    package = tmp_path / "plugin/torch/flagcx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent(PLUGIN))
+    return tmp_path
+
+
+def run(body: str, **environment: str) -> list[str]:
+    body = textwrap.indent(textwrap.dedent(body).strip(), " " * 4)
+    code = textwrap.dedent(PROGRAM).replace("    {body}", body)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **{name: text for name, text in os.environ.items() if not name.startswith(("VERL", "FLAGCX", "USE_FLAG"))},
+            **without_images(),
+            "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+            "VERL_PLATFORM": "nvidia",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = ("verl ", "bare ", "autoload ", "ERROR ", "OK")
+    return [line for line in done.stdout.splitlines() if line.startswith(told)]
+
+
+def test_verls_groups_and_bare_ones_use_flagcx_beside_gloo(flagcx):
+    assert run(GROUPS, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx), TORCH_DEVICE_BACKEND_AUTOLOAD="1") == [
+        "verl cpu:gloo,cuda:flagcx [1.0, 1.0, 1.0] ['verl']",
+        "bare cpu:gloo,cuda:flagcx [1.0, 1.0, 1.0] ['bare']",
+        "autoload 1",
+    ]
+
+
+def test_without_use_flagcx_nothing_of_it_is_touched(flagcx):
+    body = """
+        import sys
+        from verl.utils.device import get_nccl_backend
+        print("OK", get_nccl_backend(), "flagcx" in sys.modules)
+"""
+    assert run(body, FLAGCX_PATH=str(flagcx)) == ["OK nccl False"]
+
+
+@pytest.mark.skipif(verl.__version__ == "0.7.0", reason="verl 0.7.0 has no checkpoint engines")
+def test_a_checkpoint_engine_on_nccl_is_refused(flagcx):
+    body = """
+        from verl.checkpoint_engine.base import CheckpointEngineRegistry as registry
+        print("OK", registry.get("naive").__name__)
+        registry.new(backend="nccl")
+"""
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
+        "OK ColocatedCheckpointEngine",
+        "ERROR FlagCXError verl's checkpoint engine 'nccl' communicates through NCCL (HCCL on Ascend), and "
+        "USE_FLAGCX=1 asks for FlagCX. Take another one (actor_rollout_ref.rollout.checkpoint_engine.backend=naive, "
+        "nixl or mooncake), or leave this check out with "
+        "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class",
+    ]

@@ -1,0 +1,113 @@
+"""FlagCX's plugin and library: what is missing is named, with the tried places."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from verl_fl_overlay import flagcx
+from verl_fl_overlay.errors import FlagCXError
+from verl_fl_overlay.settings import Settings
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder as FlagCX's build leaves it: a library that loads, and a plugin that counts its imports."""
+    (tmp_path / "build/lib").mkdir(parents=True)
+    shutil.copy(find_spec("_ctypes").origin, tmp_path / "build/lib/libflagcx.so")
+    package = tmp_path / "plugin/torch/flagcx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import os; os.environ.pop('TORCH_DEVICE_BACKEND_AUTOLOAD', None)")
+    monkeypatch.setenv("FLAGCX_PATH", str(tmp_path))
+    monkeypatch.setattr(flagcx, "_loaded_from", "")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "flagcx", raising=False)
+    yield tmp_path
+    sys.modules.pop("flagcx", None)
+
+
+@pytest.mark.parametrize("backend", [None, "nccl", "cpu:gloo,cuda:nccl", "gloo", 3])
+def test_what_does_not_name_flagcx_is_left_alone(folder, backend):
+    assert flagcx.for_group(backend) is backend
+    assert "flagcx" not in sys.modules
+
+
+def test_the_plugin_is_imported_from_the_path_and_the_environment_kept(folder, monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    assert flagcx.for_group("cpu:gloo,cuda:flagcx") == "cpu:gloo,cuda:flagcx"
+    assert flagcx.describe()["plugin"] == str(folder / "plugin/torch/flagcx/__init__.py")
+    assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1"
+
+
+def test_a_missing_plugin_is_named_with_the_tried_places(folder):
+    shutil.rmtree(folder / "plugin")
+    with pytest.raises(FlagCXError) as error:
+        flagcx.for_group("flagcx")
+    assert str(error.value) == (
+        "USE_FLAGCX is on and FlagCX's torch plugin (the package 'flagcx') was not found; tried site-packages, "
+        f"{folder}/plugin/torch/flagcx. Install it with: pip install --no-build-isolation {folder}/plugin/torch"
+    )
+
+
+def test_a_folder_of_sources_with_that_name_is_no_plugin(folder, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere/flagcx").mkdir(parents=True)
+    sys.path.insert(0, str(tmp_path / "elsewhere"))
+    assert flagcx.load() == str(folder / "plugin/torch/flagcx/__init__.py")
+
+
+def test_without_a_path_the_error_says_so(folder, monkeypatch):
+    monkeypatch.delenv("FLAGCX_PATH")
+    with pytest.raises(FlagCXError) as error:
+        flagcx.for_group("flagcx")
+    assert str(error.value) == (
+        "USE_FLAGCX is on and FlagCX's torch plugin (the package 'flagcx') was not found; tried site-packages; "
+        "FLAGCX_PATH is not set. Install it with: pip install --no-build-isolation <FlagCX>/plugin/torch"
+    )
+
+
+def test_a_missing_library_is_named_with_the_tried_places(folder):
+    (folder / "build/lib/libflagcx.so").unlink()
+    with pytest.raises(FlagCXError) as error:
+        flagcx.for_group("flagcx")
+    assert str(error.value) == (
+        f"FLAGCX_PATH={folder} holds no libflagcx.so; tried {folder}/lib/libflagcx.so, "
+        f"{folder}/build/lib/libflagcx.so. Build FlagCX there, or set FLAGCX_PATH to where it was built"
+    )
+
+
+def test_a_library_that_does_not_load_is_named(folder):
+    (folder / "build/lib/libflagcx.so").write_text("no library")
+    with pytest.raises(
+        FlagCXError, match=f"^{folder}/build/lib/libflagcx.so cannot be loaded: .*Build FlagCX for this"
+    ):
+        flagcx.for_group("flagcx")
+
+
+def test_a_plugin_for_another_torch_is_told(folder):
+    (folder / "plugin/torch/flagcx/__init__.py").write_text("from ._C import *")
+    with pytest.raises(FlagCXError, match=r"^FlagCX's torch plugin cannot be imported: No module named 'flagcx._C'"):
+        flagcx.for_group("flagcx")
+
+
+def test_a_plugin_that_registers_nothing_is_told(folder):
+    pytest.importorskip("torch")
+    with pytest.raises(FlagCXError, match="registered no backend 'flagcx'; build it anew"):
+        flagcx.for_group("flagcx")
+
+
+@pytest.mark.parametrize("engine", ["nccl", "kimi_ckpt_engine", "delta_sharded"])
+def test_native_checkpoint_engines_are_refused(engine):
+    with pytest.raises(FlagCXError, match=f"checkpoint engine '{engine}' communicates through"):
+        flagcx.refuse_native(engine)
+    flagcx.refuse_native("naive")
+
+
+def test_it_is_off_unless_asked_for():
+    assert flagcx.reason_off(Settings.from_environment({"FLAGCX_PATH": "/"})) == "USE_FLAGCX is not on"
+    assert flagcx.reason_off(Settings.from_environment({"USE_FLAGCX": "1"})) == ""
+    cpu = {"USE_FLAGCX": "1", "VERL_FL_DEVICE": "cpu"}
+    assert flagcx.reason_off(Settings.from_environment(cpu)) == "VERL_FL_DEVICE=cpu: a CPU communicates through gloo"

@@ -1,0 +1,73 @@
+"""The chips of the FlagOS stack as one table: what each is called by whom, and how to tell which one is here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One vendor's chip.
+
+    ``vendor`` is FlagGems' name, ``device`` torch's, ``backend`` the vendor's own collectives in torch ("" where none
+    is known).  ``package`` is what brings ``torch.<device>`` ("" where torch itself does), ``command`` the vendor's
+    tool that lists the chips.
+    """
+
+    vendor: str
+    device: str
+    backend: str
+    visible_devices: str
+    package: str
+    command: str
+
+
+CHIPS = {
+    chip.vendor: chip
+    for chip in (
+        Chip("ascend", "npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "torch_npu", "npu-smi"),
+        Chip("mthreads", "musa", "mccl", "MUSA_VISIBLE_DEVICES", "torch_musa", "mthreads-gmi"),
+        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", "cnmon"),
+        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", "efsmi"),
+        Chip("tsingmicro", "txda", "", "TXDA_VISIBLE_DEVICES", "torch_txda", "tsm_smi"),
+        Chip("sunrise", "ptpu", "pccl", "PTPU_VISIBLE_DEVICES", "torch_ptpu", "pt_smi"),
+        Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "mx-smi"),
+        Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "ixsmi"),
+        Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "hy-smi"),
+        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "xpu-smi"),
+        Chip("amd", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "rocm-smi"),
+        Chip("nvidia", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "nvidia-smi"),
+    )
+}
+"""FlagGems' name of the vendor -> its chip.  Those whose package or tool nobody else has come first."""
+
+
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def find(
+    environment: Mapping[str, str] | None = None,
+    *,
+    installed: Callable[[str], bool] = _installed,
+    command: Callable[[str], str | None] = shutil.which,
+) -> tuple[Chip | None, str]:
+    """Return the chip of this machine and what told it; (None, ...) where nothing does.
+
+    No vendor's package is imported: what counts is GEMS_VENDOR, then an installed package, then a vendor's tool.
+    """
+    environment = os.environ if environment is None else environment
+    named = environment.get("GEMS_VENDOR", "").strip().lower()
+    if named in CHIPS:
+        return CHIPS[named], f"GEMS_VENDOR={named}"
+    for chip in CHIPS.values():
+        if chip.package and installed(chip.package):
+            return chip, f"{chip.package} is installed"
+    for chip in CHIPS.values():
+        if command(chip.command):
+            return chip, f"{chip.command} is there"
+    return None, "no vendor's package or tool is there"

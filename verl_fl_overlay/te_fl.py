@@ -1,0 +1,99 @@
+"""TransformerEngine-FL and Megatron-LM-FL: told from NVIDIA's packages, their policy made what the environment says.
+
+Both call themselves as NVIDIA's do, and so do their versions; what only they have is a ``plugin`` package inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from verl_fl_overlay.events import engine_built
+from verl_fl_overlay.settings import Settings
+
+logger = logging.getLogger("verl_fl_overlay")
+
+CORE = "transformer_engine.plugin.core"
+
+_told: dict[str, Any] = {}
+
+
+def installed() -> dict[str, bool]:
+    """Return which of the two are here; nothing is imported."""
+    return {
+        "TransformerEngine-FL": _has("transformer_engine", "plugin", "core", "__init__.py"),
+        "Megatron-LM-FL": _has("megatron", "plugin", "decorators.py"),
+    }
+
+
+def _has(package: str, *inside: str) -> bool:
+    spec = find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    return any(os.path.isfile(os.path.join(folder, *inside)) for folder in folders or ())
+
+
+def reason_off(settings: Settings) -> str:
+    """Return why there is nothing to do, "" where one of the two is installed."""
+    return "" if any(installed().values()) else "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Act on every Megatron engine that verl builds; call what is returned to stop."""
+
+    def built(engine: Any) -> None:
+        if any("megatron" in cls.__module__.lower() for cls in type(engine).__mro__):
+            apply(settings)
+
+    return engine_built.subscribe(built)
+
+
+def apply(settings: Settings) -> None:
+    """Have TransformerEngine-FL read its policy anew, note what it became, and warn once if that is not FlagOS."""
+    here = installed()
+    _told.update(here)
+    if here["Megatron-LM-FL"]:
+        _told["MG_FL_PREFER"] = settings["MG_FL_PREFER"] or "the device's vendor"
+    if here["TransformerEngine-FL"]:
+        core = importlib.import_module(CORE)
+        core.reset_global_policy()  # it was cached, if anything asked before the environment was complete
+        _told["policy"] = _policy(core.get_policy())
+        _warn(settings)
+
+
+def _policy(policy: Any) -> dict[str, Any]:
+    return {
+        "prefer": policy.prefer,
+        "allow_vendors": sorted(policy.allow_vendors or ()),
+        "deny_vendors": sorted(policy.deny_vendors),
+        "per_op": {op: list(order) for op, order in policy.per_op_order},
+        "another implementation is tried when one fails": os.environ.get("TE_FL_STRICT", "1") != "0",
+    }
+
+
+def _warn(settings: Settings) -> None:
+    if "warned" in _told or (settings["TE_FL_PREFER"] == "flagos" and "TE_FL_PREFER" in settings.given):
+        return
+    _told["warned"] = True
+    given = settings.given.get("TE_FL_PREFER")
+    found = f"TE_FL_PREFER={given}" if given is not None else "TE_FL_PREFER not set"
+    logger.warning(
+        "a Megatron engine starts with %s, and TransformerEngine-FL takes %s implementations first; "
+        "export TE_FL_PREFER=flagos for those of FlagOS",
+        found,
+        _told["policy"]["prefer"],
+    )
+
+
+def describe() -> dict[str, Any]:
+    """Return what is installed, and the policy of the last Megatron engine that was built."""
+    told = {**installed(), **_told}
+    told.pop("warned", None)
+    module = sys.modules.get("transformer_engine_torch")
+    if module is not None:
+        told["backend"] = type(module).__name__
+    return told
