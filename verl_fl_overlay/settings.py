@@ -92,7 +92,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         path,
         "",
         "a directory, made if it is not there",
-        "Every process with the overlay writes <host>-<pid>.json there.",
+        "Every process with the overlay writes `<host>-<pid>.json` there.",
     ),
 }
 """Field of ``Settings`` -> the variable it comes from."""
