@@ -137,6 +137,10 @@ def _accept_cpu_states(wrapped: Call, instance: Any, args: tuple[Any, ...], kwar
     return None
 
 
+def _not_pinned(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return wrapped(pin_memory=False)
+
+
 def shared_hooks() -> list[Hook]:
     """Return what every release needs."""
     return [
@@ -162,6 +166,17 @@ def shared_hooks() -> list[Hook]:
             why="FSDP1 refuses to broadcast CPU parameters, which gloo can do; its check is skipped.",
             upstream="https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/fsdp/_init_utils.py",
             until="torch allows sync_module_states with CPU parameters",
+        ),
+        Hook(
+            name="cpu.offload_policy",
+            module="torch.distributed.fsdp._fully_shard._fsdp_api",
+            attribute="CPUOffloadPolicy.__init__",
+            wrapper=_not_pinned,
+            feature="cpu",
+            required=False,
+            why="verl offloads reference models to pinned memory, which torch refuses where there is no accelerator.",
+            upstream=f"{SOURCE}/v0.7.1/verl/workers/fsdp_workers.py#L620",
+            until="torch ignores pin_memory where there is no accelerator",
         ),
     ]
 

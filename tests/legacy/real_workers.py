@@ -1,0 +1,159 @@
+"""verl 0.7's real legacy workers on a CPU, one process: actor, reference and critic built, asked and trained.
+
+Prints JSON: for every call whether the training phase was on in each forward pass of the model and after the call, the
+results as hexadecimal floats, and the overlay's report:  python tests/legacy/real_workers.py MODEL
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "examples")]
+
+PROMPT, RESPONSE, ROWS = 6, 4, 4
+
+
+def config_of(model: str) -> Any:
+    """Compose verl's own ppo_trainer configuration for a small model."""
+    import verl
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        return compose(
+            "ppo_trainer",
+            overrides=[
+                f"actor_rollout_ref.model.path={model}",
+                "actor_rollout_ref.model.use_remove_padding=False",
+                "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+                "actor_rollout_ref.actor.strategy=fsdp2",
+                "actor_rollout_ref.actor.use_torch_compile=False",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+                "actor_rollout_ref.actor.optim.lr=1e-3",
+                "actor_rollout_ref.rollout.name=vllm",
+                "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+                "actor_rollout_ref.ref.strategy=fsdp2",
+                "actor_rollout_ref.ref.use_torch_compile=False",
+                "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
+                f"critic.model.path={model}",
+                "critic.model.use_remove_padding=False",
+                "+critic.model.override_config.attn_implementation=sdpa",
+                "critic.strategy=fsdp2",
+                "critic.ppo_mini_batch_size=4",
+                "critic.ppo_micro_batch_size_per_gpu=2",
+                "critic.forward_micro_batch_size_per_gpu=2",
+                "critic.optim.lr=1e-3",
+            ],
+        )
+
+
+def batch() -> Any:
+    """Return a DataProto as the trainer hands it to its workers; tensors are [4, 10] and [4, 4]."""
+    import torch
+    from verl import DataProto
+
+    numbers = torch.Generator().manual_seed(0)
+    length = PROMPT + RESPONSE
+    ids = torch.randint(4, 78, (ROWS, length), generator=numbers)
+    small = torch.rand((3, ROWS, RESPONSE), generator=numbers)
+    return DataProto.from_dict(
+        tensors={
+            "input_ids": ids,
+            "responses": ids[:, PROMPT:],
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(length).expand(ROWS, length).clone(),
+            "response_mask": torch.ones(ROWS, RESPONSE, dtype=torch.long),
+            "old_log_probs": -4.4 + small[0],
+            "advantages": small[1] - 0.5,
+            "values": small[2],
+            "returns": small[0],
+        },
+        meta_info={"temperature": 1.0, "global_token_num": [length] * ROWS},
+    )
+
+
+class Watch:
+    """Notes whether the phase is on in every forward pass of ``model`` during a call, and after it."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: list[bool] = []
+        model.register_forward_pre_hook(lambda module, inputs: self.seen.append(phase_is_on()))
+
+    def call(self, method: Any, **extra: Any) -> tuple[Any, dict[str, Any]]:
+        self.seen.clear()
+        output = method(batch())
+        return output, {"inside": list(self.seen), "after": phase_is_on(), **extra}
+
+
+def phase_is_on() -> bool:
+    from verl_fl_overlay.phase import training
+
+    return training.active
+
+
+def hexed(tensor: Any) -> list[str]:
+    return [value.hex() for value in tensor.double().flatten().tolist()]
+
+
+def main() -> None:
+    from real_engine import free_port
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    import torch
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
+
+    from verl_fl_overlay.report import build
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = config_of(sys.argv[1])
+    calls: dict[str, Any] = {}
+
+    actor = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="actor")
+    actor.init_model()
+    watch = Watch(actor.actor_module_fsdp)
+    output, calls["compute_log_prob"] = watch.call(actor.compute_log_prob)
+    calls["compute_log_prob"]["result"] = hexed(output.batch["old_log_probs"])
+    calls["compute_log_prob"]["expected"] = hexed(reference_log_probs(sys.argv[1]))
+    before = [p.full_tensor().clone() for p in actor.actor_module_fsdp.parameters()]
+    output, calls["update_policy"] = watch.call(actor.update_actor)
+    after = [p.full_tensor() for p in actor.actor_module_fsdp.parameters()]
+    calls["update_policy"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["actor/grad_norm"]]
+    calls["update_policy"]["change"] = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
+
+    reference = ActorRolloutRefWorker(config=config.actor_rollout_ref, role="ref")
+    reference.init_model()
+    output, calls["compute_ref_log_prob"] = Watch(reference.ref_module_fsdp).call(reference.compute_ref_log_prob)
+    calls["compute_ref_log_prob"]["result"] = hexed(output.batch["ref_log_prob"])
+
+    critic = CriticWorker(config=omega_conf_to_dataclass(config.critic))
+    critic.init_model()
+    watch = Watch(critic.critic_module)
+    output, calls["compute_values"] = watch.call(critic.compute_values)
+    calls["compute_values"]["result"] = hexed(output.batch["values"])
+    output, calls["update_critic"] = watch.call(critic.update_critic)
+    calls["update_critic"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["critic/grad_norm"]]
+
+    print("RESULT " + json.dumps({"calls": calls, "report": build()}))
+    torch.distributed.destroy_process_group()
+
+
+def reference_log_probs(model: str) -> Any:
+    """Compute the responses' log-probs by Hugging Face alone, in fp32; [4, 4]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = batch().batch["input_ids"]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model).float()(input_ids=ids).logits
+    log_probs = logits[:, PROMPT - 1 : -1].log_softmax(-1)
+    return log_probs.gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
+
+
+if __name__ == "__main__":
+    main()

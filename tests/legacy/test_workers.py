@@ -1,0 +1,102 @@
+"""The hooks on verl 0.7's legacy workers, proved on the real workers in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[1] / "examples"
+STEPS = ["compute_log_prob", "update_policy", "compute_ref_log_prob", "compute_values", "update_critic"]
+HOOKS = "dp_actor.update_policy dp_actor.compute_log_prob dp_critic.update_critic dp_critic.compute_values".split()
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+pytestmark = pytest.mark.skipif(
+    not installed("verl").startswith("0.7."),
+    reason=f"legacy workers are in verl 0.7.0 and 0.7.1 only; here is verl {installed('verl') or 'none'}",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from arithmetic import write_model
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+def run(model: Path, disable: str = "") -> dict:
+    paths = [str(EXAMPLES / "stand_ins")] if installed("verl") == "0.7.0" and not installed("torchvision") else []
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+        "VERL_FL_DEVICE": "cpu",
+        "VERL_FL_STRICT": "1",
+        "VERL_FL_DISABLE": disable,
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(HERE / "real_workers.py"), str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.split("RESULT ")[1])
+
+
+@pytest.fixture(scope="module")
+def hooked(model):
+    return run(model)
+
+
+@pytest.fixture(scope="module")
+def unhooked(model):
+    """Return the same without the hooks on the steps: everything else stays, since a CPU needs it."""
+    return run(model, disable=",".join(f"legacy.{name}" for name in HOOKS))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_phase_is_on_inside_a_step_and_off_after_it(hooked, step):
+    call = hooked["calls"][step]
+    assert len(call["inside"]) == 2  # two micro-batches
+    assert all(call["inside"])
+    assert not call["after"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_without_its_hook_the_phase_stays_off(unhooked, step):
+    assert unhooked["calls"][step]["inside"] == [False, False]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_results_are_bit_equal_with_and_without_hooks(hooked, unhooked, step):
+    assert hooked["calls"][step]["result"] == unhooked["calls"][step]["result"]
+
+
+def test_log_probs_are_those_of_the_model(hooked):
+    call = hooked["calls"]["compute_log_prob"]
+    got, expected = ([float.fromhex(v) for v in call[name]] for name in ("result", "expected"))
+    assert got == pytest.approx(expected, abs=0.05)  # verl's actor runs in bf16
+
+
+def test_update_trains(hooked):
+    assert hooked["calls"]["update_policy"]["change"] > 1e-4
+
+
+def test_models_are_built_inside_the_phase(hooked):
+    assert hooked["report"]["phase"]["counts"] == {"initialize": 3, "eval": 3, "train": 2}
+    calls = {hook["name"]: hook["calls"] for hook in hooked["report"]["hooks"]}
+    assert calls["legacy.fsdp.build_model_optimizer"] == 2
+    assert calls["legacy.fsdp.build_critic_model_optimizer"] == 1
