@@ -33,7 +33,8 @@ class Hook:
 
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
     the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
-    which the module cannot be imported, so that waiting for it is no fault.
+    which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
+    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Hook:
     upstream: str
     until: str
     needs: str = ""
+    relies_on: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
