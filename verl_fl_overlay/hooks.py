@@ -91,6 +91,21 @@ class _Installed:
     live: bool = True
 
 
+class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        owner = getattr(self.__wrapped__, "__self__", self._self_owner)
+        return getattr, (owner, self.__name__)
+
+
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A wrapper that pickles as what it wraps would: by name, so that whoever loads it gets what is there."""
+
+    __bound_function_wrapper__ = _BoundWrapper
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        return str(self.__qualname__)
+
+
 def _being_imported(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
@@ -204,7 +219,7 @@ class HookSet:
             status.calls += 1
             return wrapper(wrapped, instance, args, kwargs)
 
-        place.handle = wrapt.wrap_function_wrapper(parent, name, counted)
+        place.handle = wrapt.wrap_object(parent, name, _Wrapper, (counted,))
         self._installed[hook.name] = place
         status.state, status.detail = State.INSTALLED, ""
 
