@@ -69,4 +69,8 @@ def padding_hook() -> Hook:
         why="verl imports flash_attn's padding helpers on all but NPUs; without that package its own torch ones serve.",
         upstream="https://github.com/volcengine/verl/blob/v0.9.0/verl/utils/attention_utils.py",
         until="verl 0.9.1, which falls back by itself",
+        relies_on=tuple(
+            f"verl.utils.npu_flash_attn_utils:{name}"
+            for name in ("index_first_axis", "pad_input", "rearrange", "unpad_input")
+        ),
     )

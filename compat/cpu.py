@@ -154,6 +154,10 @@ def shared_hooks() -> list[Hook]:
             why="verl registers its engines for cuda and npu only; the CPU gets the class that serves cuda.",
             upstream=f"{SOURCE}/v0.9.1/verl/workers/engine/base.py#L400",
             until="verl registers its FSDP engines for cpu",
+            relies_on=(
+                "verl.workers.engine.base:EngineRegistry._engines",
+                "verl.workers.engine.base:EngineRegistry.register",
+            ),
         ),
         process_group.cpu_hook(),
         Hook(
@@ -234,6 +238,7 @@ def platform_hooks() -> list[Hook]:
             why="verl has platforms for cuda, npu and rocm; the overlay's CPU platform is given for 'cpu'.",
             upstream=f"{SOURCE}/v0.9.1/verl/plugin/platform/platform_manager.py",
             until="verl has a platform for the CPU",
+            relies_on=("verl.plugin.platform.platform_base:PlatformBase",),
         ),
         Hook(
             name="cpu.ray_resources",

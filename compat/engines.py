@@ -86,6 +86,7 @@ def base_hooks() -> list[Hook]:
             why="verl enters an engine's train or eval mode here; the training phase goes one level in.",
             upstream=f"{UPSTREAM}/base.py#L330",
             until="verl has callbacks for entering and leaving an engine's mode",
+            relies_on=(f"{BASE}:BaseEngineCtx.mode",),
         ),
         Hook(
             name="engine.exit",

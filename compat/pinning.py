@@ -1,44 +1,41 @@
-"""Making the pins of a release: the fingerprints of everything that its shim hooks, from a wheel or a folder."""
+"""Making the pins of a release: the fingerprints of everything that its shim hooks and relies on."""
 
 from __future__ import annotations
 
 import json
-import zipfile
-from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat.fingerprint import Folder, Source, Wheel, fingerprint
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.compat.fingerprint import fingerprint
+from verl_fl_overlay.compat.sources import Tree
+from verl_fl_overlay.hooks import Hook
+
+LICENCE = "The text under 'source' is verl's (Apache-2.0), kept to show what a later release changed."
 
 
-def open_source(path: Path) -> Source:
-    """Open a wheel or a folder that holds verl.
+def selection_for(tree: Tree) -> compat.Selection:
+    """Choose the hooks as the overlay would for the verl in ``tree``.
 
     Raises:
-        OverlayError: the path is neither.
+        UnsupportedVerlError: it is too old.
     """
-    if path.is_dir():
-        source: Source = Folder(path)
-    else:
-        try:
-            source = Wheel(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise OverlayError(f"{path} is neither a folder nor a wheel that can be read: {error}") from error
-    if source.read("verl/version/version") is None:
-        raise OverlayError(f"{path} does not hold verl: there is no verl/version/version in it")
-    return source
+    return compat.select(compat.InstalledVerl(tree.version, str(tree.folder / "verl")))
 
 
-def pins_of(path: Path) -> dict[str, Any]:
-    """Fingerprint every hooked function of the verl in ``path``."""
-    source = open_source(path)
-    version = (source.read("verl/version/version") or "").strip()
-    folder = str(path / "verl") if path.is_dir() else ""
-    selection = compat.select(compat.InstalledVerl(version, folder))
-    targets = sorted({(h.module, h.attribute) for h in selection.hooks if h.module.startswith("verl.")})
-    functions = {f"{m}:{a}": fingerprint(source, m, a).to_json() for m, a in targets}
-    return {"verl": version, "shim": selection.shim, "functions": functions}
+def targets(hooks: tuple[Hook, ...]) -> list[str]:
+    """Return ``module:attribute`` of all that the hooks are put on or rely on inside verl, sorted."""
+    return sorted({t for hook in hooks for t in (hook.target, *hook.relies_on) if t.startswith("verl.")})
+
+
+def pins_of(tree: Tree) -> dict[str, Any]:
+    """Fingerprint everything the hooks of this verl need.
+
+    Raises:
+        OverlayError: the verl is too old, or a hooked file cannot be parsed.
+    """
+    selection = selection_for(tree)
+    prints = {target: fingerprint(tree, *target.split(":")).to_json() for target in targets(selection.hooks)}
+    return {"verl": tree.version, "shim": selection.shim, "licence": LICENCE, "functions": prints}
 
 
 def as_text(pins: dict[str, Any]) -> str:

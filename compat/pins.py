@@ -5,64 +5,111 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Iterable
-from pathlib import Path
+import pkgutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+from verl_fl_overlay import compat
+from verl_fl_overlay.compat.fingerprint import FUNCTIONS, Fingerprint, shape
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook
 
 _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-FOLDER = Path(__file__).parent / "pins"
 
 
 @functools.cache
-def load(release: str) -> dict[str, dict[str, Any]]:
-    """Return the pins of ``release``: target -> fingerprint as JSON; empty if there is no such file."""
-    file = FOLDER / f"{release}.json"
-    if not file.is_file():
-        return {}
-    pins: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["functions"]
-    return pins
+def load(release: str) -> dict[str, Fingerprint]:
+    """Return the pins of ``release``: ``module:attribute`` -> fingerprint; empty if it has none."""
+    try:
+        text = pkgutil.get_data(__package__, f"pins/{release}.json")  # also where the overlay lies in a zip
+    except OSError:
+        text = None
+    functions = json.loads(text)["functions"] if text else {}
+    return {target: Fingerprint.from_json(pin) for target, pin in functions.items()}
 
 
-def pinned(hook: Hook) -> dict[str, dict[str, Any]]:
-    """Return release -> fingerprint for every release in which ``hook``'s target is pinned."""
-    releases = sorted(file.stem for file in FOLDER.glob("*.json"))
-    return {release: pins[hook.target] for release in releases if hook.target in (pins := load(release))}
+def pinned(target: str) -> dict[str, Fingerprint]:
+    """Return release -> fingerprint, oldest first, for every release in which ``target`` is pinned."""
+    return {release: pins[target] for release in compat.RELEASES if target in (pins := load(release))}
 
 
 def verify(hook: Hook, target: Any) -> None:
-    """Compare a live target with the pinned contracts; any release's will do.
+    """Compare a live target, and what its hook relies on in the same module, with the pins; any release's will do.
 
-    Targets outside verl are not pinned and not compared.
+    Targets outside verl are not pinned and not compared; nothing is imported to reach what lies in other modules.
 
     Raises:
-        HookError: the parameters differ from those of every pinned release; says which were found and expected.
+        HookError: kind or parameters differ from those of every pinned release; says which were found and expected.
     """
-    contracts = {tuple(pin["parameters"]): release for release, pin in pinned(hook).items()}
+    _verify_contract("it", target, pinned(hook.target))
+    for reliance in hook.relies_on:
+        module, _, attribute = reliance.partition(":")
+        pins = pinned(reliance)
+        if module != hook.module or not pins or any(pin.kind == "instance attribute" for pin in pins.values()):
+            continue
+        try:
+            found = functools.reduce(inspect.getattr_static, attribute.split("."), sys.modules[module])
+        except AttributeError as error:
+            raise HookError(f"it relies on {reliance}, which is not there") from error
+        if next(iter(pins.values())).kind in FUNCTIONS:
+            _verify_contract(f"it relies on {reliance}, which", found, pins)
+
+
+def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> None:
+    contracts = {(pin.kind, pin.parameters): release for release, pin in pins.items()}
     if not contracts:
         return
-    found = tuple(live_parameters(target))
-    if found == ("*args", "**kwargs") or any(_same(found, contract) for contract in contracts):
+    found = live(target)
+    if _is_stub(target):
+        raise HookError(f"{what} only raises NotImplementedError; the function that the hook is for is elsewhere")
+    if any(found.same_contract(Fingerprint(*contract)) for contract in contracts):
         return
-    expected = " or ".join(f"({', '.join(c)}) as in verl {release}" for c, release in contracts.items())
-    raise HookError(f"its parameters are ({', '.join(found)}), expected {expected}")
+    opaque = shape(found.parameters) == shape(("*args", "**kwargs"))  # another plugin's wrapper, which passes all on
+    if opaque and found.kind in {kind for kind, _ in contracts}:
+        return
+    expected = " or ".join(f"{signature(Fingerprint(*c))} as in verl {release}" for c, release in contracts.items())
+    raise HookError(f"{what} is {signature(found)}, expected {expected}")
 
 
-def live_parameters(target: Any) -> Iterable[str]:
-    """Yield the parameters of a live function in the notation of the pins; defaults as ``repr`` gives them."""
-    function = target.__func__ if isinstance(target, classmethod | staticmethod) else target
-    for parameter in inspect.signature(function).parameters.values():
+def _is_stub(target: Any) -> bool:
+    function = inspect.unwrap(getattr(target, "__func__", target))
+    return getattr(getattr(function, "__code__", None), "co_names", ()) == ("NotImplementedError",)
+
+
+def signature(fingerprint: Fingerprint) -> str:
+    """Return kind and parameters as they are reported: ``classmethod (cls, name)``."""
+    return f"{fingerprint.kind} ({', '.join(fingerprint.parameters)})"
+
+
+def live(target: Any) -> Fingerprint:
+    """Fingerprint a live function: its contract only; defaults are written as ``repr`` gives them."""
+    kind = "function"
+    function = target
+    for special in (classmethod, staticmethod, property):
+        if isinstance(target, special):
+            kind = special.__name__
+            function = target.fget if isinstance(target, property) else target.__func__
+    if not callable(function):
+        return Fingerprint("attribute")
+    if kind == "function" and isinstance(function, type):
+        kind = "class"
+    elif kind == "function" and inspect.iscoroutinefunction(inspect.unwrap(function)):
+        kind = "async function"
+    return Fingerprint(kind, tuple(_parameters(function)))
+
+
+def _parameters(function: Any) -> Iterator[str]:
+    """Yield the parameters in the notation of the pins."""
+    parameters = list(inspect.signature(function).parameters.values())
+    starred = False
+    for index, parameter in enumerate(parameters):
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            yield "*"
         prefix = _PREFIX.get(parameter.kind, "")
-        default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
-        yield f"{prefix}{parameter.name}{default}"
-
-
-def _same(found: tuple[str, ...], pinned: tuple[str, ...]) -> bool:
-    """Compare names, order and which have defaults; a default's text is only in the source, its value only here."""
-
-    def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
-        return [(p.partition("=")[0], "=" in p) for p in parameters if p not in ("*", "/")]
-
-    return shape(found) == shape(pinned)
+        starred = starred or prefix == "*"
+        yield f"{prefix}{parameter.name}" + ("" if parameter.default is parameter.empty else f"={parameter.default!r}")
+        following = parameters[index + 1].kind if index + 1 < len(parameters) else None
+        if parameter.kind is parameter.POSITIONAL_ONLY and following is not parameter.POSITIONAL_ONLY:
+            yield "/"

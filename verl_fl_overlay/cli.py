@@ -30,8 +30,16 @@ def main(arguments: list[str] | None = None) -> int:
     form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
     env.set_defaults(run=_env)
 
-    pin = commands.add_parser("pin", help="print the pins of a verl release, from its wheel or folder")
-    pin.add_argument("source", type=Path, help="a verl wheel, or the folder in which verl/ lies")
+    target = "a version, 'latest', a wheel, an sdist, the folder in which verl/ lies, or CHECKOUT@REF"
+    check = commands.add_parser("check", help="say whether the hooks hold on a verl release, from its source alone")
+    check.add_argument("target", help=target)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument("--against", metavar="RELEASE", help="the pinned release to compare with (default: the nearest)")
+    check.set_defaults(run=_check)
+
+    pin = commands.add_parser("pin", help="print the pins of a verl release, from its source alone")
+    pin.add_argument("target", help=target)
+    pin.add_argument("--write", action="store_true", help="write them to compat/pins/VERSION.json of this checkout")
     pin.set_defaults(run=_pin)
 
     options = parser.parse_args(arguments)
@@ -77,13 +85,34 @@ def _env(options: argparse.Namespace) -> int:
     return 1 if result["errors"] else 0
 
 
-def _pin(options: argparse.Namespace) -> int:
-    from verl_fl_overlay.compat import pinning
+def _check(options: argparse.Namespace) -> int:
+    from verl_fl_overlay.compat import check, sources
     from verl_fl_overlay.errors import OverlayError
 
     try:
-        print(pinning.as_text(pinning.pins_of(options.source)), end="")
+        with sources.opened(options.target) as tree:
+            report = check.check(tree, options.against)
+    except OverlayError as error:
+        print(f"verl-fl check: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(check.as_json(report), indent=1) if options.json else check.as_text(report))
+    return 0 if report.holds else 1
+
+
+def _pin(options: argparse.Namespace) -> int:
+    from verl_fl_overlay.compat import pinning, sources
+    from verl_fl_overlay.errors import OverlayError
+
+    try:
+        with sources.opened(options.target) as tree:
+            pins = pinning.pins_of(tree)
     except OverlayError as error:
         print(f"verl-fl pin: {error}", file=sys.stderr)
         return 2
+    if options.write:
+        file = Path(pinning.__file__).parent / "pins" / f"{pins['verl']}.json"
+        file.write_text(pinning.as_text(pins), encoding="utf-8")
+        print(file)
+    else:
+        print(pinning.as_text(pins), end="")
     return 0

@@ -10,7 +10,8 @@ from typing import Any
 
 from verl_fl_overlay import activation, compat, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.compat.fingerprint import Folder, fingerprint
+from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
+from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
 
@@ -66,16 +67,16 @@ def _pinned(hook: Hook) -> str:
     verl = compat.find_verl()
     if verl is None or not hook.module.startswith("verl."):
         return "-"
-    by_release = pins.pinned(hook)
-    pin = by_release.get(verl.version) or by_release.get(max(by_release, default=""))
+    by_release = pins.pinned(hook.target)
+    pin = by_release.get(verl.version) or next(reversed(by_release.values()), None)
     if pin is None:
         return "no pin"
-    here = fingerprint(Folder(Path(verl.folder).parent), hook.module, hook.attribute).to_json()
-    if here == pin:
-        return "yes"
-    if here["kind"] == "missing":
+    here = fingerprint(Tree(Path(verl.folder).parent, "here"), hook.module, hook.attribute)
+    if here == MISSING:
         return "missing"
-    return "body differs" if here["parameters"] == pin["parameters"] else "parameters differ"
+    if not here.same_contract(pin):
+        return "parameters differ"
+    return "yes" if (here.body, here.decorators) == (pin.body, pin.decorators) else "body differs"
 
 
 def as_text(result: dict[str, Any]) -> str:

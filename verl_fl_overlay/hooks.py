@@ -33,7 +33,8 @@ class Hook:
 
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
     the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
-    which the module cannot be imported, so that waiting for it is no fault.
+    which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
+    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Hook:
     upstream: str
     until: str
     needs: str = ""
+    relies_on: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:
@@ -87,6 +89,21 @@ class _Installed:
     name: str
     handle: Any = None
     live: bool = True
+
+
+class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        owner = getattr(self.__wrapped__, "__self__", self._self_owner)
+        return getattr, (owner, self.__name__)
+
+
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A wrapper that pickles as what it wraps would: by name, so that whoever loads it gets what is there."""
+
+    __bound_function_wrapper__ = _BoundWrapper
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        return str(self.__qualname__)
 
 
 def _being_imported(module: ModuleType) -> bool:
@@ -202,7 +219,7 @@ class HookSet:
             status.calls += 1
             return wrapper(wrapped, instance, args, kwargs)
 
-        place.handle = wrapt.wrap_function_wrapper(parent, name, counted)
+        place.handle = wrapt.wrap_object(parent, name, _Wrapper, (counted,))
         self._installed[hook.name] = place
         status.state, status.detail = State.INSTALLED, ""
 

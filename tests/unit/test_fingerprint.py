@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import pytest
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import MISSING, Folder, fingerprint
-from verl_fl_overlay.errors import HookError, OverlayError
+from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
+from verl_fl_overlay.compat.sources import Tree, opened
+from verl_fl_overlay.errors import HookError
 
 PLAIN = '''
 import os
@@ -40,7 +43,7 @@ class Engine:
 
 def of(tmp_path: Path, text: str, attribute: str = "Engine.new"):
     (tmp_path / "m.py").write_text(text)
-    return fingerprint(Folder(tmp_path), "m", attribute)
+    return fingerprint(Tree(tmp_path, "made up"), "m", attribute)
 
 
 def test_contract(tmp_path):
@@ -50,7 +53,9 @@ def test_contract(tmp_path):
 
 
 def test_looks_do_not_matter(tmp_path):
-    assert of(tmp_path, PLAIN) == of(tmp_path, REFORMATTED)
+    plain, reformatted = of(tmp_path, PLAIN), of(tmp_path, REFORMATTED)
+    assert plain.same_contract(reformatted)
+    assert plain.body == reformatted.body
 
 
 @pytest.mark.parametrize(("old", "new"), [("size > 2", "size > 3"), ("{size!r}", "{size!s}"), ("cls(kind)", "cls()")])
@@ -65,7 +70,7 @@ def test_digest_is_the_same_on_every_python(tmp_path):
 def test_missing(tmp_path):
     assert of(tmp_path, PLAIN, "Engine.old") == MISSING
     assert of(tmp_path, PLAIN, "Gone.new") == MISSING
-    assert fingerprint(Folder(tmp_path), "no.such", "x") == MISSING
+    assert fingerprint(Tree(tmp_path, "made up"), "no.such", "x") == MISSING
 
 
 def test_definition_inside_try_and_the_last_one_wins(tmp_path):
@@ -74,17 +79,41 @@ def test_definition_inside_try_and_the_last_one_wins(tmp_path):
 
 
 def test_imported_name_is_followed(tmp_path):
-    (tmp_path / "pkg").mkdir()
-    (tmp_path / "pkg" / "__init__.py").write_text("from .inner import work as run\n")
-    (tmp_path / "pkg" / "inner.py").write_text("def work(a, b=1): return a\n")
-    assert fingerprint(Folder(tmp_path), "pkg", "run").parameters == ("a", "b=1")
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "__init__.py").write_text("from .inner import work as run\nfrom einops import pack\n")
+    (tmp_path / "verl" / "inner.py").write_text("def work(a, b=1): return a\n")
+    found = fingerprint(Tree(tmp_path, "made up"), "verl", "run")
+    assert found.parameters == ("a", "b=1")
+    assert found.at == "verl.inner:work"
+    outside = fingerprint(Tree(tmp_path, "made up"), "verl", "pack")
+    assert (outside.kind, outside.at) == ("import", "einops:pack")
 
 
-@pytest.mark.parametrize("release", compat.RELEASES)
-def test_every_hook_is_pinned_and_no_pin_is_left_over(release):
-    hooks = compat.select(compat.InstalledVerl(release, "")).hooks
-    assert {h.target for h in hooks if h.module.startswith("verl.")} == set(pins.load(release))
-    assert not [t for t, pin in pins.load(release).items() if pin["kind"] == "missing"]
+def test_imports_in_a_circle_end(tmp_path):
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "a.py").write_text("from .b import f\n")
+    (tmp_path / "verl" / "b.py").write_text("from .a import f\nclass C(C): pass\n")
+    assert fingerprint(Tree(tmp_path, "made up"), "verl.a", "f") == MISSING
+    assert fingerprint(Tree(tmp_path, "made up"), "verl.b", "C.f") == MISSING
+
+
+def test_inherited_method_and_attributes(tmp_path):
+    text = """
+class Base:
+    table = {}
+    def __init__(self):
+        self.mode: str = "train"
+    def run(self, x): return x
+    def stub(self): raise NotImplementedError("later")
+class Engine(Base):
+    go = Base.run
+    pass
+"""
+    assert of(tmp_path, text, "Engine.run").at == "m:Base.run"
+    assert of(tmp_path, text, "Engine.stub") == MISSING
+    assert of(tmp_path, text, "Engine.table").kind == "attribute"
+    assert of(tmp_path, text, "Engine.mode").kind == "instance attribute"
+    assert of(tmp_path, text, "Engine.table") != of(tmp_path, text.replace("{}", "[]"), "Engine.table")
 
 
 class Live:
@@ -111,16 +140,50 @@ def test_live_function_that_takes_anything_was_wrapped_by_others():
 
 
 def test_live_function_with_other_parameters():
-    with pytest.raises(HookError, match=r"are \(self, data, loss\), expected \(self, data, loss_function\) as in verl"):
+    with pytest.raises(
+        HookError, match=r"is function \(self, data, loss\), expected function \(self, data, loss_function\) as"
+    ):
         pins.verify(hook(), Live.__dict__["renamed"])
 
 
-def test_pinning_what_is_no_verl(tmp_path):
-    with pytest.raises(OverlayError, match="does not hold verl"):
-        pinning.pins_of(tmp_path)
-    (tmp_path / "x.whl").write_bytes(b"PK no zip")
-    with pytest.raises(OverlayError, match="neither a folder nor a wheel"):
-        pinning.pins_of(tmp_path / "x.whl")
+def test_live_stub_that_is_inherited():
+    def train_batch(self, data, loss_function):
+        """Doc."""
+        raise NotImplementedError("later")
+
+    with pytest.raises(HookError, match="only raises NotImplementedError"):
+        pins.verify(hook(), train_batch)
+
+
+def test_live_keyword_only_parameter():
+    def train_batch(self, data, *, loss_function):
+        return data
+
+    with pytest.raises(HookError, match=r"\(self, data, \*, loss_function\)"):
+        pins.verify(hook(), train_batch)
+
+
+def test_live_reliance_in_the_same_module(monkeypatch):
+    class EngineRegistry:
+        @classmethod
+        def get_engine_cls(cls, model_type, backend):
+            return cls
+
+        @classmethod
+        def register(cls, model_type, backend, device="cuda"):
+            return cls
+
+    base = types.ModuleType("verl.workers.engine.base")
+    base.EngineRegistry = EngineRegistry
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    live = EngineRegistry.__dict__["get_engine_cls"]
+    with pytest.raises(HookError, match=r"relies on .*EngineRegistry._engines, which is not there"):
+        pins.verify(hook("cpu.engine_class"), live)
+    EngineRegistry._engines = {}
+    pins.verify(hook("cpu.engine_class"), live)
+    EngineRegistry.register = classmethod(lambda cls, entry: cls)
+    with pytest.raises(HookError, match=r"EngineRegistry.register, which is classmethod \(cls, entry\)"):
+        pins.verify(hook("cpu.engine_class"), live)
 
 
 def test_pinning_a_wheel_and_its_folder_gives_the_same(tmp_path):
@@ -130,6 +193,7 @@ def test_pinning_a_wheel_and_its_folder_gives_the_same(tmp_path):
             archive.writestr(name, text)
     with zipfile.ZipFile(tmp_path / "verl.whl") as archive:
         archive.extractall(tmp_path / "tree")
-    made = pinning.pins_of(tmp_path / "verl.whl")
-    assert made == pinning.pins_of(tmp_path / "tree")
-    assert made["functions"]["verl.workers.engine.base:BaseEngine.train_batch"]["kind"] == "missing"
+    with opened(str(tmp_path / "verl.whl")) as wheel, opened(str(tmp_path / "tree")) as tree:
+        made = pinning.pins_of(wheel)
+        assert made == pinning.pins_of(tree)
+    assert made["functions"]["verl.workers.engine.base:BaseEngine.train_batch"] == {"kind": "missing"}

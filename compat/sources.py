@@ -1,0 +1,212 @@
+"""Where verl's source can be had: a version on the package index, a wheel, an sdist, a folder, a git checkout.
+
+All of them end as a ``Tree``, a folder to read from: archives are unpacked into a temporary one, of which nothing is
+ever executed or imported.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+from packaging.version import InvalidVersion, Version
+
+from verl_fl_overlay.errors import OverlayError
+
+VERSION_FILE = "verl/version/version"
+NEWEST = "latest"
+"""As a target: whatever verl is newest on the package index."""
+
+_BROKEN = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
+"""What the archive modules raise for a truncated, damaged or encrypted file."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder in which ``verl/`` lies, and in words where it came from."""
+
+    folder: Path
+    origin: str
+
+    @property
+    def version(self) -> str:
+        """The version that verl's own file gives; a git checkout of 0.7.0 says 0.7.0.dev."""
+        return (self.read(VERSION_FILE) or "").strip()
+
+    def read(self, path: str) -> str | None:
+        """Return the text of ``path`` (such as ``verl/protocol.py``), None if there is no such file.
+
+        Raises:
+            OverlayError: it is not UTF-8.
+        """
+        file = self.folder / path
+        try:
+            return file.read_text(encoding="utf-8") if file.is_file() else None
+        except UnicodeDecodeError as error:
+            raise OverlayError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+    def files(self) -> list[str]:
+        """Return the paths of all of verl's Python files, sorted."""
+        return sorted(file.relative_to(self.folder).as_posix() for file in (self.folder / "verl").rglob("*.py"))
+
+
+@contextmanager
+def opened(target: str) -> Iterator[Tree]:
+    """Open ``target``: a version (or ``latest``), a wheel, an sdist, a folder, or ``CHECKOUT@REF``.
+
+    Raises:
+        OverlayError: it is none of these, is damaged, does not hold verl, or the index cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="verl-fl-") as scratch:
+        yield _open(target, Path(scratch))
+
+
+def _open(target: str, scratch: Path) -> Tree:
+    path = Path(target).expanduser()
+    if path.is_dir():
+        return _holding_verl(path.parent if (path / "version" / "version").is_file() else path, f"folder {target}")
+    if path.is_file():
+        _unpack(path, scratch)
+        return _holding_verl(scratch, path.name)
+    checkout, at, ref = target.rpartition("@")
+    if at and Path(checkout).expanduser().is_dir():
+        commit = _unpack_commit(Path(checkout).expanduser(), ref, scratch)
+        return _holding_verl(scratch, f"{ref} ({commit[:10]}) of {checkout}")
+    wanted = target.removeprefix("verl==")
+    if wanted != NEWEST:
+        try:
+            Version(wanted)
+        except InvalidVersion as error:
+            raise OverlayError(
+                f"{target!r} is no file, no folder and no version; give a version, {NEWEST}, a wheel, an sdist, "
+                "the folder in which verl/ lies, or CHECKOUT@REF"
+            ) from error
+    _download(wanted, scratch)
+    return _holding_verl(scratch, "the package index")
+
+
+def _holding_verl(folder: Path, origin: str) -> Tree:
+    tree = Tree(folder, origin)
+    if not tree.version:
+        raise OverlayError(f"{origin} does not hold verl: there is no {VERSION_FILE} in it")
+    return tree
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Write the files of verl in a wheel or an sdist to ``folder/verl``."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                _write(zipped.namelist(), zipped.read, folder, archive.name)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tarred:
+                _unpack_tar(tarred, folder, archive.name)
+                while tarred.fileobj and tarred.fileobj.read(1 << 16):  # to the end, where the checksum is
+                    pass
+        else:
+            raise OverlayError(f"{archive.name} is neither a wheel nor an sdist, or is cut short: it cannot be read")
+    except OverlayError:
+        raise
+    except _BROKEN as error:
+        raise OverlayError(f"{archive.name} is damaged: {error}") from error
+
+
+def _unpack_tar(tarred: tarfile.TarFile, folder: Path, origin: str) -> None:
+    members = {member.name: member for member in tarred.getmembers() if member.isfile() or member.isdir()}
+
+    def content(name: str) -> bytes:
+        file = tarred.extractfile(members[name])
+        return file.read() if file else b""
+
+    _write([name for name, member in members.items() if member.isfile()], content, folder, origin)
+
+
+def _write(names: Iterable[str], content: Callable[[str], bytes], folder: Path, origin: str) -> None:
+    """Write what lies under ``verl/``, which an sdist keeps one folder deeper; links are left out.
+
+    Raises:
+        OverlayError: a path is absolute or climbs out of the archive.
+    """
+    names = list(names)
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise OverlayError(f"{origin} holds the path {name!r}, which climbs out of it; refused")
+    versions = [name for name in names if name == VERSION_FILE or name.endswith(f"/{VERSION_FILE}")]
+    if not versions:
+        return
+    root = min(versions, key=len).removesuffix(VERSION_FILE)
+    for name in names:
+        inside = name.removeprefix(root)
+        if not name.startswith(f"{root}verl/") or not (name.endswith(".py") or inside == VERSION_FILE):
+            continue
+        file = folder / inside
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content(name))
+
+
+def _unpack_commit(checkout: Path, ref: str, folder: Path) -> str:
+    """Write ``verl/`` as it is at ``ref``; the checkout's own files are not touched.  Return the commit."""
+    if ref.startswith("-"):
+        raise OverlayError(f"{ref!r} is no git ref")
+    commit = _git(checkout, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
+    if commit is None:
+        raise OverlayError(f"{checkout} is not a git checkout that knows {ref!r}: git fetch --tags, or correct the ref")
+    name = commit.decode().strip()
+    archive = _git(checkout, "archive", "--format=tar", name, "verl")
+    if archive is None:
+        raise OverlayError(f"{ref} of {checkout} does not hold verl: there is no folder verl/ in it")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tarred:
+        _unpack_tar(tarred, folder, ref)
+    return name
+
+
+def _git(checkout: Path, *arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise OverlayError("git is not installed; name a folder or a wheel instead") from error
+    return done.stdout if done.returncode == 0 else None
+
+
+def _download(version: str, folder: Path) -> None:
+    """Install the wheel of ``version`` into ``folder``: no dependencies, no sdist (building one runs its code)."""
+    requirement = "verl" if version == NEWEST else f"verl=={version}"
+    command = [*_installer(), "--no-deps", "--only-binary", ":all:", "--target", str(folder), requirement]
+    environment = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15"}
+    environment.update({"UV_HTTP_TIMEOUT": "15", "UV_HTTP_RETRIES": "1", **os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == 0:
+        return
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+    said = " ".join(" ".join(errors[:1]).split())
+    if any(
+        sign in done.stderr.lower() for sign in ("from versions: none", "retrying", "connect", "error sending request")
+    ):
+        raise OverlayError(f"the package index cannot be reached for {requirement}; name a wheel or a folder instead")
+    raise OverlayError(f"the package index does not give {requirement}: {said}")
+
+
+def _installer() -> list[str]:
+    """Return the install command of whichever of pip and uv is here, so that its index settings hold."""
+    pip = ["install", "--quiet", "--no-compile"]
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip", *pip]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--quiet", "--python", sys.executable]
+    if found := shutil.which("pip"):
+        return [found, *pip]
+    raise OverlayError("a version is fetched by pip or uv, and neither is here; name a wheel or a folder instead")

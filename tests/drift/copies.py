@@ -1,0 +1,120 @@
+"""A copy of verl's hooked files, and its modules imported without what verl itself needs.
+
+A copied module is executed as it is.  Whatever it imports from outside the copy and the standard library becomes a
+placeholder: what the gate looks at, the functions with their kinds and parameters, is the copy's own.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from verl_fl_overlay.compat import pinning
+from verl_fl_overlay.compat.sources import VERSION_FILE, Tree
+
+KEPT = {*sys.stdlib_module_names, "verl_fl_overlay", "wrapt", "packaging"}
+
+
+class _Placeholder(abc.ABCMeta):
+    """A class that stands for anything a module does with a name at import: subclass it, call it, decorate by it."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return placeholder(name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        decorates = len(args) == 1 and not kwargs and isinstance(args[0], FunctionType | type)
+        return args[0] if decorates else placeholder(cls.__name__)
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls
+
+    def __or__(cls, other: Any) -> Any:
+        return cls
+
+    def __ror__(cls, other: Any) -> Any:
+        return cls
+
+    def __lt__(cls, other: Any) -> bool:
+        return False
+
+    def __ge__(cls, other: Any) -> bool:
+        return True
+
+    def __iter__(cls) -> Iterator[Any]:
+        return iter(())
+
+
+def placeholder(name: str) -> Any:
+    return _Placeholder(name, (), {})
+
+
+class _PlaceholderModule(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return placeholder(name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.partition(".")[0] in KEPT:
+            return None
+        file = self._folder / f"{name.replace('.', '/')}.py"
+        if name.startswith("verl.") and file.is_file():
+            return importlib.util.spec_from_file_location(name, file)
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return _PlaceholderModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@contextmanager
+def imported(folder: Path, name: str) -> Iterator[ModuleType]:
+    """Import the copied module ``name``; afterwards the process has the modules that it had before."""
+    before = dict(sys.modules)
+    for module in before:
+        if module.partition(".")[0] not in KEPT | {"pytest", "_pytest", "__main__"} and module.startswith("verl"):
+            del sys.modules[module]
+    finder = _Finder(folder)
+    sys.meta_path.insert(0, finder)
+    dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cached copy of the same second is stale
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.dont_write_bytecode = dont_write
+        sys.meta_path.remove(finder)
+        for module in list(sys.modules):
+            if module not in before:
+                del sys.modules[module]
+        sys.modules.update(before)
+
+
+def hooked_files(tree: Tree) -> dict[str, str]:
+    """Return path -> text of every file in which something is hooked or relied on, and of verl's version."""
+    names = {target.partition(":")[0] for target in pinning.targets(pinning.selection_for(tree).hooks)}
+    paths = [f"{name.replace('.', '/')}.py" for name in names]
+    return {path: text for path in [*paths, VERSION_FILE] if (text := tree.read(path)) is not None}
+
+
+def write(files: dict[str, str], folder: Path) -> Tree:
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    return Tree(folder, "a changed copy")

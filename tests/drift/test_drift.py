@@ -1,0 +1,234 @@
+"""Every hook against every kind of upstream change: ``check`` and the gate at run time have to say the same.
+
+The real files of the newest release that is here are changed one function at a time.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import verl_trees
+from drift import changes, copies
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.compat import check, pinning, pins
+from verl_fl_overlay.compat.check import Status
+from verl_fl_overlay.errors import HookError
+from verl_fl_overlay.hooks import Hook, HookSet, State
+
+NEWEST = next((r for r in reversed(compat.RELEASES) if verl_trees.find(r)), compat.RELEASES[-1])
+HOOKS = [h for h in compat.select(compat.InstalledVerl(NEWEST, "")).hooks if h.module.startswith("verl.")]
+REAL_ENGINES = {"FSDPEngine", "MegatronEngine"}
+hooked = pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+
+
+@functools.cache
+def files() -> dict[str, str]:
+    return copies.hooked_files(verl_trees.tree(NEWEST))
+
+
+def path_of(target: str) -> str:
+    return target.partition(":")[0].replace(".", "/") + ".py"
+
+
+def changed(hook: Hook, change: Any, folder: Path) -> Any:
+    text = change(files()[path_of(hook.target)], hook.attribute)
+    if text is None:
+        pytest.skip(f"{hook.attribute} has nothing to do this to")
+    return copies.write({**files(), path_of(hook.target): text}, folder)
+
+
+def inherits_another(hook: Hook) -> bool:
+    """Whether, without its own method, the class would have that of another engine, which is a real one."""
+    node = changes.locate_class(files()[path_of(hook.target)], hook.attribute)
+    return node is not None and any(isinstance(b, ast.Name) and b.id in REAL_ENGINES for b in node.bases)
+
+
+def finding(tree: Any, hook: Hook) -> Any:
+    return next(f for f in check.check(tree).findings if f.hook.name == hook.name)
+
+
+def install(folder: Path, hook: Hook) -> tuple[HookSet, HookError | None, dict[str, Any]]:
+    """Import the hooked module of the copy and install all hooks on it; say what a call of each target gives."""
+
+    def answer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> str:
+        return "hooked"
+
+    group = [dataclasses.replace(h, wrapper=answer) for h in HOOKS if h.module == hook.module]
+    with copies.imported(folder, hook.module) as module:
+        before = {h.name: static(module, h) for h in group}
+        hooks = HookSet(group, verify=pins.verify)
+        try:
+            hooks.install()
+        except HookError as error:
+            after = {h.name: static(module, h) for h in group}
+            assert all(after[name] is before[name] for name in before), "half-installed"
+            return hooks, error, {}
+        answers = {}
+        for status in hooks.report():
+            if status.state is State.INSTALLED:
+                owner: Any = functools.reduce(getattr, status.hook.attribute.split(".")[:-1], module)
+                answers[status.hook.name] = getattr(owner, status.hook.attribute.rpartition(".")[2])(object())
+            else:
+                assert static(module, status.hook) is before[status.hook.name], "half-installed"
+        hooks.remove()
+        return hooks, None, answers
+
+
+def static(module: ModuleType, hook: Hook) -> Any:
+    try:
+        return functools.reduce(inspect.getattr_static, hook.attribute.split("."), module)
+    except AttributeError:
+        return None
+
+
+def assert_same_at_run_time(folder: Path, found: Any) -> None:
+    hooks, error, answers = install(folder, found.hook)
+    states = {status.hook.name: status for status in hooks.report()}
+    assert found.fatal == (error is not None), error
+    if found.fatal:
+        assert hooks.refusal is error
+        assert found.hook.target in str(error)
+        assert found.hook.name in str(error)
+        assert State.INSTALLED not in {status.state for status in states.values()}
+    elif found.breaks:
+        assert states[found.hook.name].state is State.FAILED
+        assert states[found.hook.name].detail
+    else:
+        assert answers[found.hook.name] == "hooked"
+
+
+@hooked
+def test_untouched(hook: Hook, tmp_path: Path) -> None:
+    found = finding(copies.write(files(), tmp_path), hook)
+    assert not found.changed
+    assert_same_at_run_time(tmp_path, found)
+
+
+@pytest.mark.parametrize("kind", changes.BREAKING)
+@hooked
+def test_breaking_change(hook: Hook, kind: str, tmp_path: Path) -> None:
+    change, status = changes.BREAKING[kind]
+    found = finding(changed(hook, change, tmp_path), hook)
+    if inherits_another(hook) and kind in ("rename", "delete"):
+        assert found.target.status is Status.MOVED
+        assert found.target.detail.startswith(
+            f"{hook.target} -> {f'{hook.target}_renamed' if kind == 'rename' else 'nowhere'};"
+        )
+        assert not found.breaks
+        assert_same_at_run_time(tmp_path, found)
+        return
+    assert found.target.status.value == status
+    assert found.breaks
+    assert found.fatal == any(h.required for h in HOOKS if (h.feature, h.module) == (hook.feature, hook.module))
+    assert found.meaning
+    if status == "MOVED":
+        assert found.target.detail.endswith(f"-> {hook.target}_renamed")
+    if status == "SIGNATURE":
+        assert re.search(r"\(.*\) -> .*\(.*\)", found.target.detail)
+        assert found.target.diff
+    assert_same_at_run_time(tmp_path, found)
+
+
+@hooked
+def test_move_to_another_module(hook: Hook, tmp_path: Path) -> None:
+    rest, function = changes.cut(files()[path_of(hook.target)], hook.attribute)
+    moved = path_of(changes.MOVED_MODULE)
+    tree = copies.write({**files(), path_of(hook.target): rest, moved: function}, tmp_path)
+    found = finding(tree, hook)
+    name = hook.attribute.rpartition(".")[2]
+    assert found.target.status is Status.MOVED
+    assert f"{hook.target} -> {changes.MOVED_MODULE}:{name}" in found.target.detail
+    assert found.breaks != inherits_another(hook)
+    assert_same_at_run_time(tmp_path, found)
+
+
+@hooked
+def test_move_that_leaves_the_old_name(hook: Hook, tmp_path: Path) -> None:
+    """A whole class, or a function, goes elsewhere and is imported where it was."""
+    text = files()[path_of(hook.target)]
+    top = hook.attribute.partition(".")[0]
+    moved = path_of(changes.MOVED_MODULE)
+    shell = f"from {changes.MOVED_MODULE} import {top}\n"
+    found = finding(copies.write({**files(), path_of(hook.target): shell, moved: text}, tmp_path), hook)
+    assert found.target.status is Status.MOVED
+    assert f"-> {changes.MOVED_MODULE}:{hook.attribute}" in found.target.detail
+    assert not found.target.breaks
+
+
+@pytest.mark.parametrize("kind", changes.WORTH_A_LOOK)
+@hooked
+def test_change_worth_a_look(hook: Hook, kind: str, tmp_path: Path) -> None:
+    change, status = changes.WORTH_A_LOOK[kind]
+    found = finding(changed(hook, change, tmp_path), hook)
+    assert found.target.status.value == status
+    assert not found.breaks
+    if status == "BODY changed":
+        assert any(line.startswith("+") and not line.startswith("+++") for line in found.target.diff)
+    if kind == "wrap":
+        assert "@retried" in found.target.detail
+    assert_same_at_run_time(tmp_path, found)
+
+
+@pytest.mark.parametrize("kind", changes.HARMLESS)
+@hooked
+def test_harmless_change(hook: Hook, kind: str, tmp_path: Path) -> None:
+    tree = changed(hook, changes.HARMLESS[kind], tmp_path)
+    assert tree.read(path_of(hook.target)) != files()[path_of(hook.target)]
+    found = finding(tree, hook)
+    assert found.target.status is Status.OK, found.target.diff
+    assert_same_at_run_time(tmp_path, found)
+
+
+@hooked
+def test_module_that_is_gone(hook: Hook, tmp_path: Path) -> None:
+    tree = copies.write({path: text for path, text in files().items() if path != path_of(hook.target)}, tmp_path)
+    found = finding(tree, hook)
+    assert found.target.status is Status.MISSING
+    assert "is gone" in found.target.detail
+    assert found.breaks
+
+
+@pytest.mark.parametrize(
+    ("hook", "reliance"),
+    [(hook, r) for hook in HOOKS for r in hook.relies_on],
+    ids=lambda value: value.name if isinstance(value, Hook) else value.rpartition(":")[2],
+)
+def test_reliance_that_is_gone(hook: Hook, reliance: str, tmp_path: Path) -> None:
+    name = reliance.rpartition(":")[2].rpartition(".")[2]
+    text = files()[path_of(reliance)]
+    renamed = re.sub(rf"\b{name}\b", f"{name}_renamed", text)
+    assert renamed != text
+    found = finding(copies.write({**files(), path_of(reliance): renamed}, tmp_path), hook)
+    broken = next(c for c in found.reliances if c.target == reliance)
+    assert broken.status in (Status.MOVED, Status.MISSING)
+    assert found.breaks
+    live = pins.pinned(reliance)[NEWEST].kind != "instance attribute"
+    if reliance.partition(":")[0] == hook.module and live:
+        assert_same_at_run_time(tmp_path, found)
+
+
+def test_new_abstract_method_of_a_class_that_a_hook_subclasses(tmp_path: Path) -> None:
+    subclassed = [t for t in pinning.targets(tuple(HOOKS)) if pins.pinned(t)[NEWEST].kind == "class"]
+    if not subclassed:
+        pytest.skip(f"the hooks of {NEWEST} subclass nothing")
+    for target in subclassed:
+        name = target.rpartition(":")[2]
+        text = re.sub(
+            rf"(class {name}\(.*\):\n)",
+            r"\1    @abc.abstractmethod\n    def something_new(self): ...\n",
+            files()[path_of(target)],
+        )
+        report = check.check(copies.write({**files(), path_of(target): text}, tmp_path))
+        comparisons = [c for f in report.findings for c in f.reliances if c.target == target]
+        assert {c.status for c in comparisons} == {Status.SIGNATURE}
+        assert all("something_new" in c.detail for c in comparisons)
+        assert not report.holds

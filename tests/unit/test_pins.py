@@ -1,0 +1,69 @@
+"""The pins are those of the hooks: of every release, from its own source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import verl_trees
+
+from verl_fl_overlay import cli, compat
+from verl_fl_overlay.compat import check, pinning, pins
+from verl_fl_overlay.compat.sources import Tree
+
+FOLDER = Path(pinning.__file__).parent
+each_release = pytest.mark.parametrize("release", compat.RELEASES)
+
+
+@each_release
+def test_every_hook_and_all_it_relies_on_is_pinned(release: str) -> None:
+    hooks = compat.select(compat.InstalledVerl(release, "")).hooks
+    pinned = pins.load(release)
+    assert sorted(pinned) == pinning.targets(hooks), "the hooks changed: run verl-fl pin --write for every release"
+    assert [target for target, pin in pinned.items() if pin.kind == "missing"] == []
+
+
+@each_release
+def test_pins_are_what_the_release_has(release: str) -> None:
+    tree = verl_trees.tree(release)
+    file = FOLDER / "pins" / f"{release}.json"
+    assert pinning.as_text(pinning.pins_of(tree)) == file.read_text(encoding="utf-8")
+    report = check.check(tree)
+    assert report.verdict == f"verl {release} works"
+
+
+def test_every_release_has_pins_and_constraints() -> None:
+    assert {file.stem for file in (FOLDER / "pins").glob("*.json")} == set(compat.RELEASES)
+    constraints = {file.stem.removeprefix("verl-") for file in (FOLDER / "constraints").glob("verl-*.txt")}
+    assert not constraints or constraints == set(compat.RELEASES)  # they are not installed with the package
+
+
+def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What CONTRIBUTING tells to do, for a release that does not exist: its changed function is pinned as it is."""
+    newest = verl_trees.newest()
+    shutil.copytree(newest.folder / "verl", tmp_path / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+    base = tmp_path / "verl/workers/engine/base.py"
+    base.write_text(base.read_text().replace("engine_cls(*args, **kwargs)", "(engine_cls)(*args, **kwargs, new=1)"))
+    (tmp_path / "verl/version/version").write_text("99.1.0\n")
+
+    assert cli.main(["check", str(tmp_path)]) == 0
+    before = capsys.readouterr().out
+    assert before.endswith("verl 99.1.0 works, review these: engine.new\n")
+    assert f"against verl {compat.RELEASES[-1]}" in before
+    assert "+    return (engine_cls)(*args, **kwargs, new=1)" in before
+
+    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "pinning.py"))
+    (tmp_path / "pins").mkdir()
+    assert cli.main(["pin", str(tmp_path), "--write"]) == 0
+    written = json.loads((tmp_path / "pins/99.1.0.json").read_text())
+    assert written["verl"] == "99.1.0"
+    assert cli.main(["pin", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2]) == written
+
+    load = pins.load
+    new = {target: pins.Fingerprint.from_json(pin) for target, pin in written["functions"].items()}
+    monkeypatch.setattr(compat, "RELEASES", (*compat.RELEASES, "99.1.0"))
+    monkeypatch.setattr(pins, "load", lambda release: new if release == "99.1.0" else load(release))
+    assert check.check(Tree(tmp_path, "a copy")).verdict == "verl 99.1.0 works"

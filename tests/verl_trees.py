@@ -1,0 +1,43 @@
+"""verl's releases as source: from VERL_WHEELS, a folder of downloaded wheels, or the verl that is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.compat.sources import Tree, opened
+
+
+@functools.cache
+def find(release: str) -> Tree | None:
+    """Return the source of ``release``; None if neither a wheel nor an installed verl has it."""
+    for wheel in Path(os.environ.get("VERL_WHEELS", "/nowhere")).glob(f"verl-{release}-*.whl"):
+        with opened(str(wheel)) as tree:
+            kept = Path(tempfile.mkdtemp(prefix=f"verl-{release}-"))
+            (tree.folder / "verl").rename(kept / "verl")
+            return Tree(kept, wheel.name)
+    installed = compat.find_verl()
+    if installed is not None and installed.version == release:
+        return Tree(Path(installed.folder).parent, "installed")
+    return None
+
+
+def tree(release: str) -> Tree:
+    """Return the source of ``release``, or skip the test."""
+    found = find(release)
+    if found is None:
+        pytest.skip(f"verl {release} is not installed, and VERL_WHEELS names no folder with its wheel")
+    return found
+
+
+def newest() -> Tree:
+    """Return the source of the newest release that is here, or skip the test."""
+    for release in reversed(compat.RELEASES):
+        if (found := find(release)) is not None:
+            return found
+    pytest.skip("no verl release is installed, and VERL_WHEELS names no folder with wheels")
