@@ -72,11 +72,13 @@ def select(settings: Settings, gems: FlagGems) -> Selection:
     for kernel in gems.kernels:
         if kernel.name not in choice.names:
             continue
-        reason = "" if kernel.key in allowed else safety.why_unsafe(kernel)
-        if reason:
-            left_out[kernel.key] = reason
-        else:
+        reason = safety.why_unsafe(kernel)
+        if not reason:
+            kernels.append(safety.seen_by_autograd(kernel))
+        elif kernel.key in allowed:
             kernels.append(kernel)
+        else:
+            left_out[kernel.key] = reason
     if not kernels:
         raise SettingsError(
             f"{choice.source} leaves no operator to route to FlagGems {gems.version}.\n"

@@ -69,7 +69,8 @@ class Router:
             return
         library, self._library = self._library, None
         library._destroy()
-        # Destroying gives up the claims of our library, also those that torch's own Python kernels had before us.
+        del library
+        # Both gave up all claims of our library, also those that torch's own Python kernels had before us.
         torch.library._impls.update(self._claims)
         self._claims.clear()
 

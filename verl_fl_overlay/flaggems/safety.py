@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -35,6 +36,21 @@ def why_unsafe(kernel: Kernel) -> str:
         if cut:
             return f"torch differentiates {kernel.key} only by decomposing it, and {cut}: its gradient would be cut"
     return ""
+
+
+def seen_by_autograd(kernel: Kernel) -> Kernel:
+    """Return a safe ``kernel`` as it has to be registered, which differs where torch only decomposes.
+
+    Its function brings the gradient itself and so belongs on autograd's key too; on the backend's alone torch warns
+    that it was not registered there, and announces that it will cut the gradient one day.
+    """
+    import torch
+
+    if not differentiated_by_decomposition(kernel.key):
+        return kernel
+    above = (f"Autograd{key}" for key in kernel.dispatch_keys)
+    keys = tuple(key for key in above if hasattr(torch._C.DispatchKey, key))
+    return replace(kernel, dispatch_keys=(*kernel.dispatch_keys, *keys))
 
 
 def differentiated_by_decomposition(key: str) -> bool:

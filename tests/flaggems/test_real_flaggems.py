@@ -1,0 +1,191 @@
+"""The real FlagGems registers into torch's real dispatcher, and is taken back; only its device probes are answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from verl_fl_overlay.errors import SettingsError  # noqa: E402
+from verl_fl_overlay.flaggems import names, safety  # noqa: E402
+from verl_fl_overlay.flaggems.choice import select  # noqa: E402
+from verl_fl_overlay.flaggems.routing import Router, registered_in  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
+
+FOLDER = Path(__file__).parent
+ROUTING = os.path.join("verl_fl_overlay", "flaggems", "routing.py")
+
+
+def dumps(kernels):
+    return {kernel.key: torch._C._dispatch_dump(f"aten::{kernel.key}") for kernel in kernels}
+
+
+def test_it_offers_hundreds_of_kernels_for_cuda_and_only_operators_torch_has(real_gems):
+    assert len(real_gems.kernels) > 300
+    assert real_gems.vendor == "nvidia"
+    assert {kernel.dispatch_keys[0] for kernel in real_gems.kernels} == {"CUDA"}
+    by_key = {kernel.key: kernel.name for kernel in real_gems.kernels}
+    assert by_key["mm"] == "mm"
+    assert by_key["_to_copy"] == "to_copy"
+    assert by_key["div.Tensor"] == by_key["true_divide.Tensor"] == "true_divide"
+    assert "nll_loss_nd_forward" not in by_key
+    assert "nll_loss_nd_forward" in real_gems.not_here
+
+
+def test_asking_what_it_has_registers_nothing_and_leaves_its_own_note_alone(real_gems):
+    import flag_gems
+
+    assert flag_gems.current_work_registrar is None
+    assert ROUTING not in registered_in("mm", "CUDA")
+    assert "flag_gems" not in registered_in("mm", "CUDA")
+
+
+def test_all_safe_operators_go_in_and_the_dispatcher_is_the_same_afterwards(real_gems):
+    kernels = select(Settings(), real_gems).kernels
+    before = dumps(kernels)
+    router = Router(kernels)
+    for _ in range(2):
+        router.enter()
+        assert all(registered_in(k.key, "CUDA").endswith(ROUTING) for k in kernels)
+        assert registered_in("rms_norm", "AutogradCUDA").endswith(ROUTING)
+        assert not registered_in("mm", "AutogradCUDA").endswith(ROUTING)
+        assert not router.failed
+        assert not router.held
+        router.leave()
+        assert dumps(kernels) == before
+
+
+@pytest.mark.parametrize("key", ["conv1d", "conv2d", "conv2d.padding", "rms_norm"])
+def test_an_autograd_function_is_kept_although_torch_only_decomposes(real_gems, key):
+    kernel = next(kernel for kernel in real_gems.kernels if kernel.key == key)
+    assert safety.differentiated_by_decomposition(key)
+    assert safety.why_unsafe(kernel) == ""
+
+
+@pytest.mark.parametrize("key", ["div.Tensor", "mm", "mul.Tensor", "where.self", "copy_", "_to_copy", "_log_softmax"])
+def test_what_has_a_derivative_formula_is_kept(real_gems, key):
+    kernel = next(kernel for kernel in real_gems.kernels if kernel.key == key)
+    assert safety.why_unsafe(kernel) == ""
+
+
+@pytest.mark.parametrize(
+    "key", ["true_divide.Tensor", "divide.Tensor", "pad", "tile", "hstack", "vstack", "kron", "prelu", "selu", "conv3d"]
+)
+def test_a_kernel_in_place_of_a_decomposition_is_left_out(real_gems, key):
+    kernel = next(kernel for kernel in real_gems.kernels if kernel.key == key)
+    assert "gradient would be cut" in safety.why_unsafe(kernel)
+    selection = select(Settings(), real_gems)
+    assert key in selection.left_out
+    assert key not in {k.key for k in selection.kernels}
+    assert key in {k.key for k in select(Settings(unsafe_ops=(f"aten::{key}",)), real_gems).kernels}
+
+
+def test_the_names_in_the_stacks_own_documents_are_explained(real_gems):
+    with pytest.raises(SettingsError) as error:
+        names.check(["rmsnorm", "layernorm", "softmax"], "TRAINING_FL_FLAGOS_WHITELIST", real_gems)
+    text = str(error.value)
+    assert "'rmsnorm': FlagGems calls it rms_norm" in text
+    assert "'layernorm': FlagGems calls it layer_norm" in text
+    assert "'softmax'" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("_to_copy", "its function is to_copy"),
+        ("mm.out", "its function is mm_out"),
+        ("aten::add.Tensor", "its function is add"),
+        ("where_scalar_other", "gone since FlagGems 5.0"),
+        ("flash_attention", "FlagGems calls it flash_attention_forward"),
+        ("nll_loss_nd_forward", "leaves it out"),
+        ("silu_and_mul", "no aten operator"),
+        ("sofmax", "did you mean softmax"),
+        ("no_such_thing_at_all", "nothing like it"),
+    ],
+)
+def test_every_wrong_name_is_explained(real_gems, name, said):
+    with pytest.raises(SettingsError, match=said):
+        names.check([name], "VERL_FL_OPS", real_gems)
+
+
+def run_with_probes(code: str, tmp_path: Path, **environment: str) -> str:
+    program = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nfrom stubs import device_probes\n{code}"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "FLAGGEMS_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_what_was_enabled_before_is_reported_and_stays(real_gems, tmp_path):
+    said = run_with_probes(
+        """
+import json, torch
+with device_probes():
+    import flag_gems
+    flag_gems.only_enable(include=["mm", "mul"])
+    from verl_fl_overlay import flaggems, phase
+    from verl_fl_overlay.flaggems.routing import registered_in
+    from verl_fl_overlay.settings import Settings
+    stop = flaggems.start(Settings(ops=("mm", "mul", "add"), strict=True))
+    with phase.training.inside("train"):
+        inside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
+    outside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
+print(json.dumps([flaggems.describe(), inside, outside, len(flag_gems.all_registered_keys())]))
+""",
+        tmp_path,
+    )
+    described, inside, outside, theirs = json.loads(said)
+    assert described["enabled before us"].startswith("2 operators")
+    assert set(described["held by others"]) == {"mm", "mul.Tensor"}
+    assert described["routed"] == ["add.Tensor"]
+    assert inside["add.Tensor"].endswith(ROUTING)
+    for place in (inside, outside):
+        assert all("flag_gems" in place[key] and not place[key].endswith(ROUTING) for key in ("mm", "mul.Tensor"))
+    assert not outside["add.Tensor"].endswith(ROUTING)
+    assert theirs == 2
+
+
+def test_each_process_has_a_tuning_database_of_its_own_unless_the_user_names_one(real_gems, tmp_path):
+    code = """
+import os, sys
+with device_probes():
+    from verl_fl_overlay.flaggems import library
+    library.load()
+    from flag_gems.utils.libentry import libcache
+assert os.environ.get("FLAGGEMS_DB_URL", "") == os.environ.get("GIVEN", "")
+print(libcache.db_url)
+"""
+    own = run_with_probes(code, tmp_path, RANK="3")
+    assert own.startswith(f"sqlite:///{tmp_path}")
+    assert own.endswith("rank3.db")
+    given = f"sqlite:///{tmp_path}/mine.db"
+    assert run_with_probes(code, tmp_path, FLAGGEMS_DB_URL=given, GIVEN=given) == given
+
+
+def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypatch, capsys):
+    from verl_fl_overlay.cli import main
+    from verl_fl_overlay.flaggems import library
+
+    monkeypatch.setattr(library, "load", lambda: real_gems)
+    assert main(["ops", "--json", "true_divide"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    by_name = {entry["function"]: entry["keys"] for entry in listed}
+    assert by_name["true_divide"]["div.Tensor"] == ""
+    assert "gradient would be cut" in by_name["true_divide"]["divide.Tensor"]
+    assert main(["ops", "--unsafe"]) == 0
+    unsafe = capsys.readouterr().out
+    assert "conv3d" in unsafe
+    assert "conv2d" not in unsafe
+    assert main(["ops", "nothing*like*it"]) == 1

@@ -1,0 +1,95 @@
+"""A FlagGems that cannot be used is refused with what was found and what to do; nothing of it is imported at load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from verl_fl_overlay import events, flaggems, phase
+from verl_fl_overlay.flaggems import library
+from verl_fl_overlay.flaggems.library import FlagGemsError
+from verl_fl_overlay.settings import Settings
+
+
+@pytest.fixture
+def no_database(monkeypatch, tmp_path):
+    monkeypatch.setattr("verl_fl_overlay.flaggems.database._folder", lambda: tmp_path)
+    monkeypatch.delitem(sys.modules, "flag_gems", raising=False)
+    yield
+    sys.modules.pop("flag_gems", None)
+
+
+def a_module(tmp_path, monkeypatch, text: str) -> None:
+    (tmp_path / "flag_gems.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(library, "installed_version", lambda: "")
+
+
+def test_a_release_before_5_is_refused_without_importing_it(monkeypatch):
+    monkeypatch.setattr(library, "installed_version", lambda: "4.2.0")
+    monkeypatch.setattr(library, "_import", lambda: pytest.fail("imported"))
+    with pytest.raises(FlagGemsError, match=r"4\.2\.0 is here.*>= 5\.0\.0.*pip install"):
+        library.load()
+
+
+def test_no_flag_gems_no_triton_and_an_unknown_chip_are_told_apart(monkeypatch, tmp_path, no_database):
+    a_module(tmp_path, monkeypatch, "import no_such_triton")
+    with pytest.raises(FlagGemsError, match="it needs no_such_triton: pip install no_such_triton"):
+        library.load()
+    a_module(tmp_path, monkeypatch, "raise RuntimeError('No device were detected on your machine ! ')")
+    with pytest.raises(FlagGemsError, match=r"No device were detected.*GEMS_VENDOR names it"):
+        library.load()
+    (tmp_path / "flag_gems.py").unlink()
+    monkeypatch.setattr(sys, "meta_path", [_Nothing, *sys.meta_path])
+    with pytest.raises(FlagGemsError, match="FlagGems is not installed: pip install"):
+        library.load()
+
+
+class _Nothing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "flag_gems":
+            raise ModuleNotFoundError("No module named 'flag_gems'", name=name)
+
+
+def test_one_that_takes_no_registrar_is_refused(monkeypatch, tmp_path, no_database):
+    a_module(tmp_path, monkeypatch, "def enable(lib=None): pass")
+    with pytest.raises(FlagGemsError, match="takes no registrar"):
+        library.load()
+
+
+def test_training_goes_on_natively_after_one_warning_or_stops_when_strict(monkeypatch, caplog):
+    tries = []
+
+    def fail():
+        tries.append(1)
+        raise FlagGemsError("no chip")
+
+    monkeypatch.setattr(library, "load", fail)
+    stop = flaggems.start(Settings(use_flaggems=True))
+    try:
+        for _ in range(3):
+            with phase.training.inside("train"):
+                pass
+        assert len(tries) == 1
+        assert sum("no chip" in str(record.exc_info) for record in caplog.records) == 1
+        assert flaggems.describe()["state"] == "no chip"
+        monkeypatch.setattr(events, "_strict", True)
+        with pytest.raises(FlagGemsError, match="no chip"), phase.training.inside("train"):
+            pass
+        assert not phase.training.active
+    finally:
+        stop()
+        events._failures.clear()
+
+
+def test_nothing_heavy_is_imported_at_load():
+    code = (
+        "import sys; import verl_fl_overlay, verl_fl_overlay.flaggems as f; from verl_fl_overlay.settings import "
+        "Settings; f.start(Settings(use_flaggems=True)); "
+        "print([m for m in ('torch', 'flag_gems', 'triton', 'sqlalchemy', 'yaml') if m in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
