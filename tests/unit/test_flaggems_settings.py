@@ -67,7 +67,7 @@ def test_what_is_not_allowed_is_said_with_what_is(variable, value, allowed):
 
 
 def test_the_record_is_a_file_and_not_a_directory(tmp_path):
-    with pytest.raises(SettingsError, match="TRAINING_FLAGGEMS_PATH.*this is a directory"):
+    with pytest.raises(SettingsError, match=r"TRAINING_FLAGGEMS_PATH.*this is a directory"):
         Settings.from_environment({"TRAINING_FLAGGEMS_PATH": str(tmp_path)})
     assert Settings.from_environment({"TRAINING_FLAGGEMS_PATH": f"{tmp_path}/ops.txt"}).record == f"{tmp_path}/ops.txt"
 

@@ -125,8 +125,9 @@ def _import() -> ModuleType:
             raise FlagGemsError(f"FlagGems is not installed: {INSTALL}") from error
         raise FlagGemsError(f"flag_gems cannot be imported, it needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # whatever its probing of the chip raises
+        said = " ".join(str(error).split()).rstrip(". ")
         raise FlagGemsError(
-            f"flag_gems cannot be imported: {type(error).__name__}: {' '.join(str(error).split()).rstrip('. ')}. It has no CPU "
+            f"flag_gems cannot be imported: {type(error).__name__}: {said}. It has no CPU "
             "kernels and has to know the chip; GEMS_VENDOR names it (nvidia, ascend, metax, ...)"
         ) from error
 
