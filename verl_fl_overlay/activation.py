@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import wrapt
@@ -27,6 +27,23 @@ class Overlay:
         self.settings = settings
         self.selection = selection
         self.hooks = HookSet(selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify)
+        self._stop_features: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Install the hooks and start the features; all of it or nothing."""
+        self.hooks.install()
+        try:
+            self._stop_features = features.start(self.settings)
+        except BaseException:
+            self.hooks.remove()
+            raise
+
+    def stop(self) -> None:
+        """Stop the features and remove the hooks."""
+        if self._stop_features is not None:
+            self._stop_features()
+            self._stop_features = None
+        self.hooks.remove()
 
 
 _active: Overlay | None = None
@@ -78,7 +95,7 @@ def activate() -> Overlay:
             devices.refuse_hidden_accelerator()
         overlay = Overlay(settings, selection)
         events.set_strict(settings.strict)
-        overlay.hooks.install()
+        overlay.start()
         report.write_regularly(settings.report_dir)
         _active = overlay
         return overlay
@@ -89,7 +106,7 @@ def deactivate() -> None:
     global _active
     with _lock:
         if _active is not None:
-            _active.hooks.remove()
+            _active.stop()
             report.stop_writing()
             _active = None
 

@@ -99,6 +99,8 @@ def as_text(result: dict[str, Any]) -> str:
                 for name, f in result["features"].items()
             ],
         )
+        for name, feature in result["features"].items():
+            lines += _detail(name, feature.get("detail", {}))
     if result["hooks"]:
         rows = [
             [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], str(h["calls"]), h["target"]]
@@ -109,6 +111,20 @@ def as_text(result: dict[str, Any]) -> str:
         lines += (["", "notes", *details]) if details else []
     lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
     return "\n".join(lines)
+
+
+def _detail(name: str, detail: dict[str, Any]) -> list[str]:
+    """Lay out what a feature says of itself, a line an entry; what is empty is left out."""
+    told = {key: value for key, value in detail.items() if value not in (None, "", [], {}, ())}
+    width = max(map(len, told), default=0)
+    lines = [f"  {key.ljust(width)}  {_value(value)}" for key, value in told.items()]
+    return ["", name, *lines] if lines else []
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _settings(settings: dict[str, Any]) -> str:

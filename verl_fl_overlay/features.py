@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from verl_fl_overlay.settings import Settings
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A part of the overlay that can be on or off; ``reason_off`` returns "" when the settings ask for it."""
+    """A part of the overlay that can be on or off; ``reason_off`` returns "" when the settings ask for it.
+
+    ``start`` subscribes the feature to the events it acts on and returns what takes that back; ``describe`` tells the
+    report, in JSON's types, what the feature did.  Both import the feature's module themselves, so that a feature that
+    is off costs nothing at load.
+    """
 
     name: str
     summary: str
     reason_off: Callable[[Settings], str] = lambda settings: ""
+    start: Callable[[Settings], Callable[[], None]] | None = None
+    describe: Callable[[], dict[str, Any]] | None = None
 
 
 FEATURES = {
@@ -34,3 +43,15 @@ FEATURES = {
 def reason_off(name: str, settings: Settings) -> str:
     """Return why ``settings`` leave the feature out, "" if they do not."""
     return FEATURES[name].reason_off(settings)
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Start every feature that ``settings`` ask for; call what is returned to stop them, the last one first.
+
+    If one cannot start, those before it are stopped and its error is raised.
+    """
+    with contextlib.ExitStack() as started:
+        for feature in FEATURES.values():
+            if feature.start and not feature.reason_off(settings):
+                started.callback(feature.start(settings))
+        return started.pop_all().close

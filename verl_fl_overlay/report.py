@@ -91,6 +91,8 @@ def _features() -> dict[str, dict[str, Any]]:
     for feature in features.FEATURES.values():
         reason = feature.reason_off(overlay.settings) if overlay else "the overlay is not active"
         reported[feature.name] = {"on": not reason, "reason": reason, "summary": feature.summary}
+        if feature.describe and not reason:
+            reported[feature.name]["detail"] = feature.describe()
     return reported
 
 
