@@ -166,6 +166,7 @@ def main() -> None:
 
     join_group(options.plain)
     engine = make_engine(options.model, options.strategy, options.head, plain=options.plain)
+    untrained = infer(engine, options.head)
     steps = train(engine, options.head, options.steps)
     values = infer(engine, options.head)
     report = None
@@ -175,6 +176,7 @@ def main() -> None:
         report = build()
     result = {
         "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
+        "untrained": [value.hex() for value in untrained],
         "values": [value.hex() for value in values],
         "report": report,
     }
