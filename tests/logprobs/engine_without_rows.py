@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from real_engine import main  # noqa: E402
+from real_engine import main
 
 
 def row_by_row(*args, **kwargs):

@@ -7,7 +7,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from logprobs.reference import expected, random_case, relative_error  # noqa: E402
-
 from verl_fl_overlay import logprobs_torch  # noqa: E402
 from verl_fl_overlay.logprobs import LogprobsInputError, kernels_used, token_logprobs  # noqa: E402
 
