@@ -17,6 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
+    ops = commands.add_parser("ops", help="list the operators of the FlagGems that is here, and which training may use")
+    ops.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name, or with * and ?")
+    ops.add_argument("--json", action="store_true", help="print JSON")
+    ops.add_argument("--unsafe", action="store_true", help="only those that training must not use")
+    ops.set_defaults(run=_ops)
+
     pin = commands.add_parser("pin", help="print the pins of a verl release, from its wheel or folder")
     pin.add_argument("source", type=Path, help="a verl wheel, or the folder in which verl/ lies")
     pin.set_defaults(run=_pin)
@@ -32,6 +38,24 @@ def _doctor(options: argparse.Namespace) -> int:
     result, usable = doctor.examine()
     print(json.dumps(result, indent=1) if options.json else doctor.as_text(result))
     return 0 if usable else 1
+
+
+def _ops(options: argparse.Namespace) -> int:
+    from verl_fl_overlay.errors import OverlayError
+    from verl_fl_overlay.flaggems import listing
+
+    try:
+        found = listing.operators(options.pattern, options.unsafe)
+    except OverlayError as error:
+        print(f"verl-fl ops: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif found:
+        print(listing.as_text(found))
+    else:
+        print(f"no operator matches {options.pattern!r}" if options.pattern else "no operators", file=sys.stderr)
+    return 0 if found else 1
 
 
 def _pin(options: argparse.Namespace) -> int:

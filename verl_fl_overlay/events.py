@@ -1,7 +1,8 @@
 """Moments of a training process that features subscribe to, and the one place where their failures are handled.
 
 Hooks (in ``compat``) emit; features subscribe.  A subscriber that fails is the overlay's fault and not verl's: it is
-logged once and verl goes on, unless ``VERL_FL_STRICT=1``, which raises.
+logged once and verl goes on, unless ``VERL_FL_STRICT=1``, which raises.  Settings that turn out impossible always
+raise.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from verl_fl_overlay.errors import SettingsError
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -48,6 +51,8 @@ class Event:
         for subscriber in self._subscribers:
             try:
                 subscriber(*args)
+            except SettingsError:
+                raise  # the user asked for something that cannot be: going on natively would hide it
             except Exception as error:
                 if _strict:
                     raise

@@ -32,6 +32,27 @@ def _describe_logprobs() -> dict[str, Any]:
     return {"kernels": logprobs.kernels_used() if logprobs else {}}
 
 
+def _flaggems_off(settings: Settings) -> str:
+    if settings.training_flaggems is False:
+        return "TRAINING_FL_FLAGGEMS_ENABLE=0"
+    if settings.training_flaggems is None and not settings.use_flaggems:
+        lists = settings.flagos_whitelist or settings.flagos_blacklist or settings.ops != ("auto",)
+        return "USE_FLAGGEMS is not set" + (", so the lists of operators have no effect" if lists else "")
+    return "VERL_FL_OPS=none" if settings.ops == ("none",) else ""
+
+
+def _start_flaggems(settings: Settings) -> Callable[[], None]:
+    from verl_fl_overlay import flaggems
+
+    return flaggems.start(settings)
+
+
+def _describe_flaggems() -> dict[str, Any]:
+    from verl_fl_overlay import flaggems
+
+    return flaggems.describe()
+
+
 FEATURES = {
     feature.name: feature
     for feature in (
@@ -46,6 +67,13 @@ FEATURES = {
             "cpu",
             "training on a machine without an accelerator",
             lambda settings: "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu",
+        ),
+        Feature(
+            "flaggems",
+            "FlagGems' operators while verl trains",
+            _flaggems_off,
+            start=_start_flaggems,
+            describe=_describe_flaggems,
         ),
     )
 }

@@ -54,6 +54,36 @@ def path(text: str) -> str:
     return os.path.expanduser(text.strip())
 
 
+def file(text: str) -> str:
+    """Read the path of a file, which need not exist."""
+    read = path(text)
+    if read and (os.path.isdir(read) or read.endswith(os.sep)):
+        raise MalformedError("a file, and this is a directory")
+    return read
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list; blank means that there is none, and commas alone are no list."""
+    read = names(text)
+    if text.strip() and not read:
+        raise MalformedError("names, comma-separated; there is none between the commas")
+    return read
+
+
+KEYWORDS = ("auto", "all", "none")
+
+
+def operators(text: str) -> tuple[str, ...]:
+    """Read auto, all or none (a tuple of that one word), or a list of operators."""
+    read = listed(text) or ("auto",)
+    if len(read) == 1 and read[0].lower() in KEYWORDS:
+        return (read[0].lower(),)
+    mixed = [name for name in read if name.lower() in KEYWORDS]
+    if mixed:
+        raise MalformedError(f"{mixed[0]} alone, or names without it")
+    return read
+
+
 @dataclass(frozen=True)
 class Variable(Generic[T]):
     """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``."""
@@ -94,6 +124,62 @@ VARIABLES: dict[str, Variable[Any]] = {
         "a directory, made if it is not there",
         "Every process with the overlay writes <host>-<pid>.json there.",
     ),
+    "use_flaggems": Variable(
+        "USE_FLAGGEMS",
+        flag,
+        False,
+        "1 or 0",
+        "Compute with FlagGems' operators; in training unless TRAINING_FL_FLAGGEMS_ENABLE says otherwise.",
+    ),
+    "training_flaggems": Variable(
+        "TRAINING_FL_FLAGGEMS_ENABLE",
+        flag,
+        None,
+        "1 or 0",
+        "Decides for training, whatever USE_FLAGGEMS says.",
+    ),
+    "flagos_whitelist": Variable(
+        "TRAINING_FL_FLAGOS_WHITELIST",
+        listed,
+        (),
+        "names of FlagGems functions, comma-separated",
+        "Route these operators in training and no others.",
+    ),
+    "flagos_blacklist": Variable(
+        "TRAINING_FL_FLAGOS_BLACKLIST",
+        listed,
+        (),
+        "names of FlagGems functions, comma-separated",
+        "Route all operators in training but these.",
+    ),
+    "ops": Variable(
+        "VERL_FL_OPS",
+        operators,
+        ("auto",),
+        "auto, all, none, or names of FlagGems functions, comma-separated",
+        "Which operators training routes to FlagGems.",
+    ),
+    "unsafe_ops": Variable(
+        "VERL_FL_UNSAFE_OPS",
+        listed,
+        (),
+        "aten keys such as where.ScalarOther, comma-separated",
+        "Route these although FlagGems' kernel cuts or falsifies a gradient.",
+    ),
+    "scope": Variable(
+        "VERL_FL_SCOPE",
+        choice("phase", "process"),
+        "phase",
+        "phase or process",
+        "phase: route while verl trains and be native between; process: from the first engine on, for good.",
+    ),
+    "record": Variable(
+        "TRAINING_FLAGGEMS_PATH",
+        file,
+        "",
+        "a file; every process puts its rank and number into the name",
+        "Count the calls of FlagGems' operators in training and write them there.",
+    ),
 }
 """Field of ``Settings`` -> the variable it comes from."""
 
@@ -106,6 +192,14 @@ class Settings:
     strict: bool = False
     device: str = "auto"
     report_dir: str = ""
+    use_flaggems: bool = False
+    training_flaggems: bool | None = None
+    flagos_whitelist: tuple[str, ...] = ()
+    flagos_blacklist: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ("auto",)
+    unsafe_ops: tuple[str, ...] = ()
+    scope: str = "phase"
+    record: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -128,9 +222,21 @@ class Settings:
                 values[attribute] = variable.read(text)
             except MalformedError as error:
                 problems.append(f"{variable.name}={text!r}: allowed is {error}")
+        settings = cls(**values, given=given)
+        problems += settings.contradictions()
         if problems:
             raise SettingsError("verl-fl-overlay cannot use these settings:\n" + "\n".join(f"  {p}" for p in problems))
-        return cls(**values, given=given)
+        return settings
+
+    def contradictions(self) -> list[str]:
+        """Return, in words, which settings cannot be meant together."""
+        lists = [
+            f"{VARIABLES[attribute].name}={','.join(getattr(self, attribute))}"
+            for attribute in ("flagos_whitelist", "flagos_blacklist", "ops")
+            if getattr(self, attribute)
+            and not (attribute == "ops" and (self.ops == ("auto",) or (self.ops == ("all",) and self.flagos_blacklist)))
+        ]
+        return [f"{' and '.join(lists)} contradict each other: allowed is one of them"] if len(lists) > 1 else []
 
 
 def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:

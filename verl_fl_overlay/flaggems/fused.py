@@ -53,7 +53,9 @@ class FusedModules:
             for source in _sources(model):
                 self._replace_rotary(source)
         if self.counts.total() == before and not self._modules:
-            logger.warning("no module of %s has a structure with a fused kernel; it runs natively", type(model).__name__)
+            logger.warning(
+                "no module of %s has a structure with a fused kernel; it runs natively", type(model).__name__
+            )
 
     def remove(self) -> None:
         """Give every module and every file its own forward and function back."""

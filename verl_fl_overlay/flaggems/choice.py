@@ -1,0 +1,86 @@
+"""Which operators training routes to FlagGems, and who said so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.flaggems import names, safety
+from verl_fl_overlay.flaggems.library import FlagGems, Kernel
+from verl_fl_overlay.settings import Settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Function names of FlagGems, and where they come from (a variable's name, a profile, the default)."""
+
+    names: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernels to route, where the choice came from, and what it named but training must not use, with reasons."""
+
+    kernels: tuple[Kernel, ...]
+    source: str
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+Source = Callable[[Settings, FlagGems], Choice | None]
+"""Returns what it says should be routed, None if it has nothing to say."""
+
+
+def by_list(settings: Settings, gems: FlagGems) -> Choice | None:
+    """Return what the user's environment names, checked against the installed FlagGems."""
+    if settings.flagos_whitelist:
+        names.check(settings.flagos_whitelist, "TRAINING_FL_FLAGOS_WHITELIST", gems)
+        return Choice(settings.flagos_whitelist, "TRAINING_FL_FLAGOS_WHITELIST")
+    if settings.flagos_blacklist:
+        names.check(settings.flagos_blacklist, "TRAINING_FL_FLAGOS_BLACKLIST", gems)
+        rest = tuple(name for name in gems.names if name not in settings.flagos_blacklist)
+        return Choice(rest, "TRAINING_FL_FLAGOS_BLACKLIST")
+    if settings.ops == ("all",):
+        return Choice(gems.names, "VERL_FL_OPS=all")
+    if settings.ops != ("auto",):
+        names.check(settings.ops, "VERL_FL_OPS", gems)
+        return Choice(settings.ops, "VERL_FL_OPS")
+    return None
+
+
+def everything(settings: Settings, gems: FlagGems) -> Choice:
+    """Return all that FlagGems has."""
+    return Choice(gems.names, "default: all that is safe in training")
+
+
+SOURCES: list[Source] = [by_list, everything]
+"""Asked in this order; the first that has something to say decides."""
+
+
+def select(settings: Settings, gems: FlagGems) -> Selection:
+    """Return the kernels to route: those chosen, without those that would harm a gradient.
+
+    VERL_FL_UNSAFE_OPS lets single aten keys through.
+
+    Raises:
+        SettingsError: a list names what FlagGems does not have, or nothing is left of it.
+    """
+    choice = next(found for source in SOURCES if (found := source(settings, gems)) is not None)
+    allowed = names.check_keys(settings.unsafe_ops, "VERL_FL_UNSAFE_OPS", gems)
+    kernels, left_out = [], {}
+    for kernel in gems.kernels:
+        if kernel.name not in choice.names:
+            continue
+        reason = "" if kernel.key in allowed else safety.why_unsafe(kernel)
+        if reason:
+            left_out[kernel.key] = reason
+        else:
+            kernels.append(kernel)
+    if not kernels:
+        raise SettingsError(
+            f"{choice.source} leaves no operator to route to FlagGems {gems.version}.\n"
+            + "".join(f"  {key}: {reason}\n" for key, reason in left_out.items())
+            + "  VERL_FL_UNSAFE_OPS lets an unsafe aten key through; VERL_FL_OPS=none switches routing off."
+        )
+    return Selection(tuple(kernels), choice.source, left_out)

@@ -1,0 +1,78 @@
+"""A tuning database for each process: FlagGems' SQLite file, shared by the ranks of a host, makes them lock each other.
+
+The file is found again by the next run, so what was tuned stays tuned.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+VARIABLE = "FLAGGEMS_DB_URL"
+
+_seats: list[int] = []
+"""Descriptors of the lock files this process holds; the system lets go of them when the process ends."""
+
+
+@contextmanager
+def own_database() -> Iterator[None]:
+    """Let FlagGems find a database of this process's own while it is imported; a URL set by the user stays.
+
+    FlagGems reads the variable once, at import.  Afterwards it is unset again, or a child process would inherit it.
+    """
+    if os.environ.get(VARIABLE):
+        yield
+        return
+    os.environ[VARIABLE] = f"sqlite:///{_claim(_folder())}"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+
+
+def _folder() -> Path:
+    root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
+    folder = root / "config_cache" / "verl_fl" / f"{_chip()}-triton{_triton_version()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _claim(folder: Path) -> Path:
+    """Return this rank's file in ``folder``, or the next that no live process holds.
+
+    The rank alone does not tell processes apart: an actor's and a critic's worker group both have a rank 0.
+    """
+    rank = os.environ.get("RANK", "0")
+    for seat in count():
+        name = f"rank{rank}" + (f".{seat}" if seat else "")
+        descriptor = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        _seats.append(descriptor)
+        return folder / f"{name}.db"
+    raise AssertionError("unreachable: count() does not end")
+
+
+def _chip() -> str:
+    """Name the chip, since what was tuned on one is wrong on another."""
+    import torch
+
+    name = getattr(torch.get_device_module(), "get_device_name", None)
+    return "".join(c if c.isalnum() else "_" for c in str(name() if name else "chip"))
+
+
+def _triton_version() -> str:
+    for distribution in ("triton", "flagtree", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "none"

@@ -1,0 +1,50 @@
+"""``verl-fl ops``: the operators of the FlagGems that is here, and whether training may use them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from verl_fl_overlay.flaggems import library, safety
+
+
+def operators(pattern: str = "", only_unsafe: bool = False) -> list[dict[str, Any]]:
+    """Return the operators by function name: ``{"function", "keys": {aten key: "" or why training must not use it}}``.
+
+    ``pattern`` (``*`` and ``?`` as in file names, else a part of the name) has to match the function or one of its
+    aten keys.
+
+    Raises:
+        FlagGemsError: there is no FlagGems that can be used here.
+    """
+    functions: dict[str, dict[str, str]] = {}
+    for kernel in library.load().kernels:
+        functions.setdefault(kernel.name, {})[kernel.key] = safety.why_unsafe(kernel)
+    return [
+        {"function": name, "keys": dict(sorted(keys.items()))}
+        for name, keys in sorted(functions.items())
+        if any(_matches(text, pattern) for text in (name, *keys)) and (not only_unsafe or any(keys.values()))
+    ]
+
+
+def _matches(text: str, pattern: str) -> bool:
+    return fnmatchcase(text, pattern) if "*" in pattern or "?" in pattern else pattern in text
+
+
+def as_text(found: list[dict[str, Any]]) -> str:
+    """Lay the operators out as aligned text: function, aten key, and yes or why not."""
+    rows = [
+        (entry["function"] if position == 0 else "", key, f"no: {reason}" if reason else "yes")
+        for entry in found
+        for position, (key, reason) in enumerate(entry["keys"].items())
+    ]
+    head = ("function", "aten key", "in training")
+    function, key = (max(len(row[column]) for row in [head, *rows]) for column in (0, 1))
+    unsafe = sum(1 for row in rows if row[2] != "yes")
+    return "\n".join(
+        [
+            *(f"{row[0].ljust(function)}  {row[1].ljust(key)}  {row[2]}" for row in [head, *rows]),
+            "",
+            f"{len(found)} functions, {len(rows)} aten keys, {unsafe} of them not safe in training",
+        ]
+    )
