@@ -15,7 +15,7 @@ CONSUMERS = {
     "prefix_grouper": ("verl.trainer.ppo.prefix_grouper_utils", False, "prefix_grouper"),
     "legacy_actor": ("verl.workers.actor.dp_actor", False, ""),
 }
-"""Who binds the function -> its module, whether a call that says nothing may be answered in place, the package it needs.
+"""Who binds the function -> its module, whether a call that does not say may be done in place, the package it needs.
 
 In place is verl's default, but the legacy actor and the prefix grouper compute the entropy from the same logits.
 """

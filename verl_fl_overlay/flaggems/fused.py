@@ -22,6 +22,9 @@ logger = logging.getLogger("verl_fl_overlay")
 ROTARY = "apply_rotary_pos_emb"
 """What Hugging Face models call the function in each model's own file."""
 
+LIGER = "liger_kernel"
+"""The package whose fused classes and forwards verl puts in when use_liger is set."""
+
 
 class FusedModules:
     """The modules of this process that run on a fused kernel."""
@@ -109,19 +112,17 @@ def _takes_one_input(forward: Callable[..., Any]) -> bool:
 
 
 def _is_untouched(module: Any) -> bool:
-    """Whether the forward is the one that the module's class came with (Liger, for one, puts its own there)."""
-    return "forward" not in vars(module) and _home(type(module).forward) in {c.__module__ for c in type(module).__mro__}
-
-
-def _home(function: Any) -> str:
-    return str(inspect.unwrap(function).__module__)
+    """Whether the forward is what the module's class came with, and that class is not a fused one already."""
+    home = type(module).forward.__module__
+    own = home in {cls.__module__ for cls in type(module).__mro__}
+    return own and home.partition(".")[0] != LIGER and "forward" not in vars(module)
 
 
 def _sources(model: Any) -> Iterator[ModuleType]:
     """Yield the files that define the model's classes and a rotary function of their own that is still there."""
     for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
         function = getattr(sys.modules.get(name), ROTARY, None)
-        if function is None or _home(function) != name:
+        if function is None or function.__module__ != name:  # somebody else's, or ours already
             continue
         if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]:
             yield sys.modules[name]
