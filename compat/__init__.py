@@ -6,6 +6,7 @@ The gate takes the version of the verl that is here and gives the hooks of its r
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -39,16 +40,16 @@ class InstalledVerl:
 
 
 def find_verl() -> InstalledVerl | None:
-    """Return the verl that is imported or installed, without importing it; None if there is none.
+    """Return the verl that is imported or would be, without importing it; None if there is none.
 
-    The imported module is asked first: it may come from a source tree that the metadata knows nothing of.
+    The module is asked first: it may come from a source tree that the metadata knows nothing of.
     """
     module = sys.modules.get("verl")
-    if module is not None:
-        folder = os.path.dirname(getattr(module, "__file__", None) or "")
-        version = getattr(module, "__version__", None) or _version_file(folder)
-        if version:
-            return InstalledVerl(version, folder)
+    spec = importlib.util.find_spec("verl") if module is None else module.__spec__
+    folder = os.path.dirname(spec.origin) if spec is not None and spec.origin else ""
+    version = getattr(module, "__version__", None) or _version_file(folder)
+    if version:
+        return InstalledVerl(version, folder)
     try:
         distribution = importlib.metadata.distribution("verl")
     except importlib.metadata.PackageNotFoundError:

@@ -81,7 +81,7 @@ def fingerprint(source: Source, module: str, attribute: str) -> Fingerprint:
     for position, name in enumerate(attribute.split(".")):
         found = _definition(node, name)
         if found is None and position == 0:
-            origin = _imported_from(tree, module, name)
+            origin = _imported_from(tree, _package(source, module), name)
             if origin is not None:
                 rest = attribute.split(".")[1:]
                 return fingerprint(source, origin[0], ".".join([origin[1], *rest]))
@@ -117,20 +117,26 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
                 yield from _statements(child)
 
 
-def _imported_from(tree: ast.Module, module: str, name: str) -> tuple[str, str] | None:
+def _package(source: Source, module: str) -> str:
+    """Return what relative imports in ``module`` start from: itself if it is a package, else its parent."""
+    is_module = source.read(f"{module.replace('.', '/')}.py") is not None
+    return module.rpartition(".")[0] if is_module else module
+
+
+def _imported_from(tree: ast.Module, package: str, name: str) -> tuple[str, str] | None:
     for child in _statements(tree):
         if not isinstance(child, ast.ImportFrom):
             continue
         for alias in child.names:
             if (alias.asname or alias.name) == name:
-                return _absolute(module, child), alias.name
+                return _absolute(package, child), alias.name
     return None
 
 
-def _absolute(module: str, node: ast.ImportFrom) -> str:
+def _absolute(package: str, node: ast.ImportFrom) -> str:
     if not node.level:
         return node.module or ""
-    parents = module.split(".")[: -node.level]
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
     return ".".join([*parents, *([node.module] if node.module else [])])
 
 

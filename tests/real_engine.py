@@ -1,7 +1,7 @@
 """verl's real engines on small models: built, trained and asked for log-probs, with or without the overlay.
 
-As a program it runs one engine in a process of its own and prints JSON, floats as hexadecimal, so that two runs can be
-compared bit for bit:  python tests/real_engine.py MODEL --strategy fsdp2 --head lm --steps 3 [--plain]
+As a program it runs engines in a process of its own and prints JSON, floats as hexadecimal, so that two runs can be
+compared bit for bit:  python tests/real_engine.py MODEL --cases lm:fsdp2,value:fsdp [--plain]
 """
 
 from __future__ import annotations
@@ -33,11 +33,27 @@ def join_group(plain: bool) -> None:
     if plain:
         import torch.distributed
 
+        bare_platform()
         torch.distributed.init_process_group("gloo")
     else:
         from verl.utils.distributed import initialize_global_process_group
 
         initialize_global_process_group()
+
+
+def bare_platform() -> None:
+    """Give verl >= 0.9 the least platform that its engines construct on, by its public interface, not the overlay's."""
+    try:
+        from verl.plugin.platform import PlatformBase, set_platform
+    except ImportError:
+        return
+    import torch
+
+    answers = {name: (lambda self, *args, **kwargs: None) for name in PlatformBase.__abstractmethods__}
+    answers |= {"device_name": "cpu", "vendor_name": "cpu", "device_module": torch.cpu}
+    answers |= {"is_available": lambda self: True, "current_device": lambda self: "cpu"}
+    answers |= {"communication_backend_name": lambda self: "gloo"}
+    set_platform(type("BarePlatform", (PlatformBase,), answers)())
 
 
 def configs(model: str, strategy: str, head: str, **engine: Any) -> dict[str, Any]:
@@ -149,37 +165,38 @@ def infer(engine: Any, head: str) -> list[float]:
     return [float(value) for value in tensor.values().float().flatten()]
 
 
+def run_case(model: str, head: str, strategy: str, steps: int, plain: bool) -> dict[str, Any]:
+    """Train and infer on a fresh engine; return every number as hexadecimal text."""
+    import torch
+
+    torch.manual_seed(0)
+    engine = make_engine(model, strategy, head, plain=plain)
+    trained = [{name: value.hex() for name, value in step.items()} for step in train(engine, head, steps)]
+    return {"steps": trained, "values": [value.hex() for value in infer(engine, head)]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--strategy", default="fsdp2")
-    parser.add_argument("--head", default="lm", choices=["lm", "value"])
+    parser.add_argument("--cases", default="lm:fsdp2", help="head:strategy, comma-separated")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="without verl's registry and helpers for the device")
     options = parser.parse_args()
 
     import torch
 
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     import verl  # noqa: F401
 
     join_group(options.plain)
-    engine = make_engine(options.model, options.strategy, options.head, plain=options.plain)
-    untrained = infer(engine, options.head)
-    steps = train(engine, options.head, options.steps)
-    values = infer(engine, options.head)
-    report = None
+    result: dict[str, Any] = {}
+    for case in options.cases.split(","):
+        head, strategy = case.split(":")
+        result[case] = run_case(options.model, head, strategy, options.steps, options.plain)
     if "verl_fl_overlay" in sys.modules:
         from verl_fl_overlay.report import build
 
-        report = build()
-    result = {
-        "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
-        "untrained": [value.hex() for value in untrained],
-        "values": [value.hex() for value in values],
-        "report": report,
-    }
+        result["report"] = build()
     print("RESULT " + json.dumps(result))
     torch.distributed.destroy_process_group()
 

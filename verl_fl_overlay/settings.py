@@ -138,7 +138,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         path,
         "",
         "a directory, made if it is not there",
-        "Every process with the overlay writes <host>-<pid>.json there.",
+        "Every process with the overlay writes `<host>-<pid>.json` there.",
     ),
     "use_flaggems": Variable(
         "USE_FLAGGEMS",

@@ -1,0 +1,81 @@
+"""Write the tables of README.md that are made from the code: ``python .ci/readme.py [--check]``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.settings import VARIABLES
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def by_release() -> dict[str, dict[str, Hook]]:
+    """Return release -> name -> hook."""
+    chosen = {r: compat.select(compat.InstalledVerl(r, "")).hooks for r in compat.RELEASES}
+    return {release: {hook.name: hook for hook in hooks} for release, hooks in chosen.items()}
+
+
+def hooks() -> str:
+    """Return the table of hooks: one row a hook, and the releases that have it."""
+    releases = by_release()
+    every = {name: hook for hooks in releases.values() for name, hook in hooks.items()}
+    rows = []
+    for name, hook in every.items():
+        having = [release for release, hooks in releases.items() if name in hooks]
+        where = "all" if len(having) == len(releases) else ", ".join(having)
+        required = "yes" if hook.required else "no"
+        target = f"[`{hook.module.removeprefix('verl.')}:{hook.attribute}`]({hook.upstream})"
+        rows.append([f"`{name}`", target, where, required, hook.why, hook.until])
+    return markdown(["hook", "on", "verl", "required", "why", "until"], rows)
+
+
+def releases() -> str:
+    """Return the table of releases and their shims."""
+    rows = []
+    for release in compat.RELEASES:
+        chosen = compat.select(compat.InstalledVerl(release, ""))
+        file = f"compat/constraints/verl-{release}.txt"
+        rows.append([release, chosen.shim, str(len(chosen.hooks)), f"[{file}]({file})"])
+    return markdown(["verl", "shim", "hooks", "a set of versions it runs with"], rows)
+
+
+def settings() -> str:
+    """Return the table of variables."""
+    rows = [[f"`{v.name}`", v.allowed, v.help] for v in VARIABLES.values()]
+    return markdown(["variable", "allowed", "what it does"], rows)
+
+
+def rendered(text: str) -> str:
+    """Return ``text`` with every generated part made anew."""
+    for name, make in {"releases": releases, "hooks": hooks, "settings": settings}.items():
+        before, begin, rest = text.partition(f"<!-- {name}: made by .ci/readme.py -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not begin or not end:
+            raise SystemExit(f"README.md has no part named {name}")
+        text = f"{before}{begin}{make()}\n{end}{after}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is not up to date")
+    options = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    made = rendered(text)
+    if options.check:
+        return int(made != text)
+    README.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,270 @@
+"""The hooks on the verl that is installed: present, effective, in every import order, and gone again when removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, PLAIN, output, python, run
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+VERL = version("verl")
+
+STUB = """
+    import torch
+    from verl.workers.engine.base import BaseEngine, BaseEngineCtx, EngineRegistry
+    from verl_fl_overlay import events, phase
+
+    seen = []
+    events.engine_built.subscribe(lambda engine: seen.append("built"))
+    phase.training.entered.subscribe(lambda: seen.append("entered"))
+    phase.training.left.subscribe(lambda: seen.append("left"))
+
+    class Mode(BaseEngineCtx):
+        pass
+
+    @EngineRegistry.register(model_type="stub", backend="stub", device=["cuda", "npu", "cpu"])
+    class Stub(BaseEngine):
+        is_param_offload_enabled = is_optimizer_offload_enabled = False
+        def to(self, **kwargs): pass
+        def train_mode(self, **kwargs): return Mode(self, "train")
+        def eval_mode(self, **kwargs): return Mode(self, "eval")
+        def optimizer_zero_grad(self): pass
+        def optimizer_step(self): return 0.0
+        def is_mp_src_rank_with_outputs(self): return True
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            seen.append(f"depth {phase.training.depth}")
+            if loss_function is not None: loss_function()
+            return {"metrics": {}}
+"""
+
+
+def test_every_hook_installs_on_this_release():
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=OVERLAY)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["verl"]["version"] == VERL
+    assert report["problems"] == []
+    for hook in report["hooks"]:
+        if hook["detail"].startswith("not needed here"):
+            assert hook["state"] == "waiting"
+        else:
+            assert hook["state"] in {"installed", "disabled"}, hook
+        assert hook["pinned"] in {"yes", "-"}, hook
+
+
+def test_without_asking_for_the_cpu_its_hooks_stay_off():
+    program = "import verl; from verl.utils.device import get_device_name, get_nccl_backend; print(get_nccl_backend())"
+    done = python(program, env={"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"})
+    assert done.stdout.strip().endswith("nccl"), done.stderr
+    assert output(program, env=OVERLAY) == "gloo"
+
+
+def test_phase_follows_the_engine():
+    code = (
+        STUB
+        + """
+    engine = EngineRegistry.new("stub", "stub")
+    with engine.train_mode():
+        with engine.train_mode():
+            engine.train_batch({}, lambda: None)
+    with engine.eval_mode():
+        engine.infer_batch({})
+    engine.train_batch({}, lambda: None)
+    print(seen == ["built", "entered", "depth 3", "left", "entered", "depth 2", "left", "entered", "depth 1", "left"],
+          seen)
+    """
+    )
+    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY).startswith("True")
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('CUDA out of memory')", "FloatingPointError()", "KeyboardInterrupt()"])
+def test_a_step_that_raises_leaves_the_phase_and_its_error_alone(error):
+    code = (
+        STUB
+        + f"""
+    engine, raised = EngineRegistry.new("stub", "stub"), {error}
+    def fails(): raise raised
+    try:
+        with engine.train_mode():
+            engine.train_batch({{}}, fails)
+    except BaseException as caught:
+        assert caught is raised and caught.__cause__ is None and caught.__context__ is None
+    print(phase.training.depth, engine.mode, seen[-1])
+    """
+    )
+    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY) == "0 None left"
+
+
+def test_a_feature_that_fails_strictly_leaves_verl_clean():
+    code = (
+        STUB
+        + """
+    engine = EngineRegistry.new("stub", "stub")
+    def fails(): raise ValueError("feature")
+    phase.training.entered.subscribe(fails)
+    try:
+        with engine.train_mode():
+            raise SystemExit("the body ran")
+    except ValueError:
+        print(phase.training.depth, engine.mode)
+    """
+    )
+    assert output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"}) == "0 None"
+
+
+ORDERS = {
+    "verl, then engines": "import verl; from verl.workers.engine.base import BaseEngine",
+    "engines at once": "from verl.workers.engine.base import BaseEngine",
+    "overlay first": "import verl_fl_overlay; import verl; from verl.workers.engine.base import BaseEngine",
+    "overlay twice": "import verl, verl_fl_overlay, importlib; importlib.import_module('verl_fl_overlay')\n"
+    "from verl.workers.engine.base import BaseEngine",
+    "in a thread": "import threading\ndef go():\n    import verl.workers.engine.base\n"
+    "t = threading.Thread(target=go); t.start(); t.join()\nfrom verl.workers.engine.base import BaseEngine",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_import_orders(order):
+    program = f"""{ORDERS[order]}
+from verl_fl_overlay.phase import training
+class E(BaseEngine):
+    def forward_backward_batch(self, *a, **k): return training.depth
+print(E().infer_batch({{}}))"""
+    assert output(program, env=OVERLAY) == "1"
+
+
+def test_overlay_imported_by_hand_after_the_engines():
+    program = """
+    from verl.workers.engine.base import BaseEngine
+    import verl_fl_overlay
+    from verl_fl_overlay.phase import training
+    class E(BaseEngine):
+        def forward_backward_batch(self, *a, **k): return training.depth
+    print(E().infer_batch({}))"""
+    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "1"
+
+
+def test_entry_point_alone_loads_it_where_verl_looks_for_plugins():
+    program = "import sys, verl; print('verl_fl_overlay' in sys.modules)"
+    assert output(program, env={}) == str(VERL >= "0.9")
+    assert output(program, env={"VERL_USE_EXTERNAL_PLUGINS": "none"}) == "False"
+
+
+def test_removal_is_exact():
+    program = """
+    import sys
+    from verl.utils import device
+    from verl.workers.engine import base
+    import torch.distributed
+    places = [(base.BaseEngine, "train_batch"), (base.BaseEngine, "infer_batch"), (base.EngineRegistry, "new"),
+              (base.BaseEngineCtx, "__enter__"), (base.BaseEngineCtx, "__exit__"), (device, "get_nccl_backend"),
+              (torch.distributed, "init_process_group"), (base.EngineRegistry, "get_engine_cls")]
+    before = [vars(owner)[name] for owner, name in places]
+    import verl_fl_overlay
+    from verl_fl_overlay import activation
+    during = [vars(owner)[name] for owner, name in places]
+    activation.deactivate()
+    after = [vars(owner)[name] for owner, name in places]
+    assert sum(a is not b for a, b in zip(before, during)) >= 7
+    print(all(a is b for a, b in zip(before, after)))"""
+    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "True"
+
+
+def test_loading_imports_nothing_heavy():
+    program = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
+    plain = set(json.loads(output(program, env=PLAIN)))
+    more = set(json.loads(output(program, env={**OVERLAY, **PLAIN}))) - plain
+    heavy = {m for m in more if m.split(".")[0] in {"torch", "verl", "flag_gems", "transformers", "rich", "yaml"}}
+    assert "verl_fl_overlay" in more
+    assert not heavy
+
+
+def test_disabled_hook_has_no_effect():
+    program = """
+    import verl
+    from verl.workers.engine.base import BaseEngine
+    from verl_fl_overlay.phase import training
+    class E(BaseEngine):
+        def forward_backward_batch(self, *a, **k): return training.depth
+    print(E().infer_batch({}))"""
+    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "engine.infer_batch"}) == "0"
+    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "*"}) == "0"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"VERL_FL_DISABLE": "engine.infer_bach"}, "'engine.infer_bach': did you mean engine.infer_batch"),
+        ({"VERL_FL_DEVICE": "tpu"}, "VERL_FL_DEVICE='tpu': allowed is one of 'auto', 'cpu'"),
+    ],
+)
+def test_bad_settings_stop_the_import(setting, said):
+    done = python("import verl", env={**OVERLAY, **setting})
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+def test_verl_itself_fails_on_a_space_in_the_list():
+    done = python("import verl", env={**OVERLAY, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, json"})
+    assert "No module named ' json'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory) -> Path:
+    """Return a copy of this verl in which a hooked method has another name."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("verl")
+    folder = tmp_path_factory.mktemp("renamed")
+    shutil.copytree(Path(spec.origin).parent, folder / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+    base = folder / "verl/workers/engine/base.py"
+    base.write_text(base.read_text().replace("def infer_batch(", "def forward_batch("))
+    return folder
+
+
+def test_renamed_target_is_refused_whole(renamed):
+    program = """
+    import verl
+    from verl.utils import device
+    hooked = type(device.get_nccl_backend).__name__
+    for attempt in range(2):
+        try:
+            import verl.workers.engine.base
+        except Exception as error:
+            print(type(error).__name__, str(error).splitlines()[0])
+        else:
+            raise SystemExit("imported")
+    from verl_fl_overlay import activation
+    states = {s.state.value for s in activation.active().hooks.report()}
+    print(states <= {"removed", "failed", "disabled"}, type(device.get_nccl_backend).__name__)"""
+    done = python(program, env={**OVERLAY, "PYTHONPATH": str(renamed)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.strip().splitlines()
+    said = "HookError hook 'engine.infer_batch' cannot be put on verl.workers.engine.base:BaseEngine.infer_batch"
+    assert [line.startswith(said) for line in lines[-3:-1]] == [True, True]
+    assert lines[-1] == "True function"
+
+
+def test_doctor_refuses_the_renamed_target(renamed):
+    done = run("-m", "verl_fl_overlay", "doctor", env={**OVERLAY, "PYTHONPATH": str(renamed)})
+    assert done.returncode == 1
+    assert "NOT SUPPORTED" in done.stdout
+    assert "BaseEngine has no infer_batch" in done.stdout or "has no BaseEngine.infer_batch" in done.stdout
+
+
+def test_git_checkout_of_this_release_gets_the_same_shim(tmp_path, renamed):
+    """Git tags call themselves X.dev; the same tree must get the same hooks as its wheel."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("verl")
+    (tmp_path / "verl").symlink_to(Path(spec.origin).parent)
+    program = "from verl_fl_overlay import compat; s = compat.select(compat.InstalledVerl({!r}, {!r})); print(s.shim)"
+    folder = str(tmp_path / "verl")
+    wheel = output(program.format(VERL, folder), env=PLAIN)
+    assert output(program.format(f"{VERL}.dev0", folder), env=PLAIN) == wheel
+    assert wheel == "v" + "_".join(VERL.split(".")[:2])

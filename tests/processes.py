@@ -1,0 +1,50 @@
+"""Programs in a process of their own, as a user would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu"}
+"""The environment that loads the overlay on a machine without an accelerator."""
+
+PLAIN = {"VERL_USE_EXTERNAL_PLUGINS": "none"}
+"""The environment in which no verl, old or new, loads it."""
+
+
+def clean_environment(extra: dict[str, str]) -> dict[str, str]:
+    """Return this process's environment less every variable of verl and the overlay, with ``extra``."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "TRAINING_", "USE_FLAG"))
+    }
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
+
+
+def run(
+    *command: str | Path, env: dict[str, str], cwd: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with ``command`` in a clean environment plus ``env``."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=clean_environment(env),
+        cwd=cwd or "/",
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def python(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a program given as text."""
+    return run("-c", textwrap.dedent(code), **options)  # type: ignore[arg-type]
+
+
+def output(code: str, **options: object) -> str:
+    """Run a program given as text, fail the test if it fails; return the last line it printed."""
+    done = python(code, **options)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout.strip().splitlines()[-1]

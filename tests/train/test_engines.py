@@ -1,0 +1,66 @@
+"""Real engines on the CPU: the same numbers as plain verl, bit for bit, and learning."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import OVERLAY, PLAIN, run
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+pytestmark = pytest.mark.xdist_group("engines")  # they share the runs
+
+PROGRAM = Path(__file__).parents[1] / "real_engine.py"
+CASES = ["lm:fsdp2", "value:fsdp2", "lm:fsdp", "value:fsdp"]
+
+
+def numbers(model: Path, cases: list[str], env: dict[str, str], *more: str) -> dict[str, Any]:
+    done = run(PROGRAM, model, "--cases", ",".join(cases), *more, env=env, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-6000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def with_overlay(tiny_model) -> dict[str, Any]:
+    return numbers(tiny_model, CASES, OVERLAY)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trains(with_overlay, case):
+    losses = [float.fromhex(step["loss"]) for step in with_overlay[case]["steps"]]
+    norms = [float.fromhex(step["grad_norm"]) for step in with_overlay[case]["steps"]]
+    assert losses[-1] != losses[0]
+    assert all(norm > 0 for norm in norms), "no gradient was cut"
+    if case.startswith("lm"):
+        assert losses[-1] < losses[0]
+
+
+def plain_cases() -> list[str]:
+    """Return what this verl can train on a CPU without the overlay: FSDP2, and value heads only before 0.8.0."""
+    return ["lm:fsdp2", "value:fsdp2"] if version("verl") < "0.8" else ["lm:fsdp2"]
+
+
+def test_numbers_are_plain_verls(with_overlay, tiny_model):
+    plain = numbers(tiny_model, plain_cases(), PLAIN, "--plain")
+    assert "report" not in plain, "the overlay was not loaded there"
+    for case in plain_cases():
+        assert plain[case] == with_overlay[case], case
+
+
+def test_every_required_hook_was_called(with_overlay):
+    hooks = {h["name"]: h for h in with_overlay["report"]["hooks"]}
+    idle = [n for n, h in hooks.items() if h["required"] and h["state"] == "installed" and not h["calls"]]
+    # The engines alone do not ask for memory figures; the trainer does.
+    assert set(idle) <= {"cpu.device_module"}
+    assert hooks["engine.new"]["calls"] == len(CASES)
+    assert hooks["engine.initialize.fsdp"]["calls"] == len(CASES)
+    assert hooks["engine.train_batch"]["calls"] == 3 * len(CASES)
+    assert with_overlay["report"]["phase"] == {
+        "active": False,
+        "counts": {"initialize": 4, "train": 12, "train_batch": 12, "eval": 4, "infer_batch": 4},
+    }

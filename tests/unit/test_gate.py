@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.compat import InstalledVerl, select
+from verl_fl_overlay.errors import UnsupportedVerlError
+
+
+@pytest.mark.parametrize(
+    ("version", "shim"),
+    [("0.7.0", "v0_7"), ("0.7.1", "v0_7"), ("0.8.0", "v0_8"), ("0.9.0", "v0_9"), ("0.9.1", "v0_9")],
+)
+def test_releases(version, shim):
+    chosen = select(InstalledVerl(version, ""))
+    assert (chosen.shim, chosen.warning) == (shim, "")
+
+
+def tree(tmp_path, *files):
+    for file in ["workers/engine/base.py", *files]:
+        path = tmp_path / "verl" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return str(tmp_path / "verl")
+
+
+PLATFORM, LEGACY = "plugin/platform/platform_manager.py", "workers/fsdp_workers.py"
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "shim"),
+    [
+        ("0.7.0.dev", [LEGACY], "v0_7"),
+        ("0.8.0.dev", [LEGACY], "v0_7"),  # before the legacy workers went
+        ("0.8.0.dev", [], "v0_8"),
+        ("0.9.0.dev", [], "v0_8"),  # before the platform layer came
+        ("0.9.0.dev", [PLATFORM], "v0_9"),
+        ("0.10.0.dev", [PLATFORM], "v0_9"),
+    ],
+)
+def test_development_versions_are_settled_by_the_tree(tmp_path, version, files, shim):
+    chosen = select(InstalledVerl(version, tree(tmp_path, *files)))
+    assert chosen.shim == shim
+    assert "no release" in chosen.warning or "newer" in chosen.warning
+
+
+def test_development_version_without_a_tree_goes_by_its_numbers():
+    assert select(InstalledVerl("0.7.0.dev", "")).shim == "v0_7"
+
+
+def test_newer_than_known_takes_the_newest_shim_and_says_so():
+    chosen = select(InstalledVerl("0.12.3", ""))
+    assert chosen.shim == "v0_9"
+    assert "newer than any release" in chosen.warning
+    assert "parameters" in chosen.warning
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "0.1", "0.6.9.dev1"])
+def test_too_old(version):
+    with pytest.raises(UnsupportedVerlError, match=rf"verl {version} is here.*needs verl >= 0.7.0.*pip install"):
+        select(InstalledVerl(version, ""))
+
+
+def test_unreadable_version():
+    with pytest.raises(UnsupportedVerlError, match="'banana'"):
+        select(InstalledVerl("banana", ""))
+
+
+@pytest.mark.parametrize("release", compat.RELEASES)
+def test_hook_records_are_complete(release):
+    hooks = select(InstalledVerl(release, "")).hooks
+    assert len({h.name for h in hooks}) == len(hooks), "names are unique"
+    for hook in hooks:
+        for field in ("name", "module", "attribute", "feature", "why", "upstream", "until"):
+            assert getattr(hook, field).strip(), f"{hook.name} has no {field}"
+        assert hook.upstream.startswith("https://")
