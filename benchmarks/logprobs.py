@@ -20,12 +20,13 @@ from verl_fl_overlay.logprobs import kernels_used, token_logprobs
 REPEATS = 20
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Return the median time of ``run``, by device events where there is a device."""
+def milliseconds(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    """Return the median time of ``run``, by device events where there is a device; ``before`` is not timed."""
     for _ in range(3):
         run()
     times = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
+        before()
         if torch.cuda.is_available():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -46,16 +47,20 @@ def error_in_float64(logits: torch.Tensor, labels: torch.Tensor, rows: int = 256
     exact = part.double().requires_grad_()
     expected = torch.log_softmax(exact, -1).gather(-1, labels[:, None])[:, 0]
     upstream = torch.randn(len(labels), device=part.device)
-    expected.backward(upstream.double())
+    (gradient,) = torch.autograd.grad(expected, exact, upstream.double())
     errors = {}
     for dtype in (part.dtype, torch.float32):
-        leaf = part.to(dtype).requires_grad_()
-        found = token_logprobs(leaf * 1, labels, in_place=True)
-        found.backward(upstream)
+        leaf = part.clone().to(dtype).requires_grad_()
+        result = token_logprobs(leaf * 1, labels, in_place=True)
+        (found,) = torch.autograd.grad(result, leaf, upstream)
         name = str(dtype).removeprefix("torch.")
-        errors[f"log-prob, {name} logits"] = float((found.double() - expected).norm() / expected.norm())
-        errors[f"gradient, {name} logits"] = float((leaf.grad.double() - exact.grad).norm() / exact.grad.norm())
+        errors[f"log-prob, {name} logits"] = _off(result, expected)
+        errors[f"gradient, {name} logits"] = _off(found, gradient)
     return errors
+
+
+def _off(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
 def measure(rows: int, vocabulary: int, device: str) -> dict[str, Any]:
@@ -69,9 +74,8 @@ def measure(rows: int, vocabulary: int, device: str) -> dict[str, Any]:
     errors = error_in_float64(logits, labels, min(rows, 256))
     gigabytes = logits.numel() * logits.element_size() / 1e9
 
-    target = torch.empty_like(logits)
-    copy = milliseconds(lambda: target.copy_(logits))
-    del target
+    original = torch.empty_like(logits)
+    copy = milliseconds(lambda: original.copy_(logits))
     with torch.no_grad():
         forward = milliseconds(lambda: token_logprobs(logits, labels))
     leaf = logits.requires_grad_()
@@ -85,7 +89,7 @@ def measure(rows: int, vocabulary: int, device: str) -> dict[str, Any]:
         def both(in_place: bool = in_place) -> None:
             torch.autograd.grad(token_logprobs(leaf, labels, in_place=in_place), leaf, upstream)
 
-        times[in_place] = milliseconds(both)
+        times[in_place] = milliseconds(both, before=lambda: leaf.data.copy_(original))
         if device == "cuda" and in_place:
             extra = (torch.cuda.max_memory_allocated() - before) / 1e9
     bandwidth = 2 * gigabytes / copy  # terabytes a second: gigabytes a millisecond

@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fused.stand_ins import StandIns  # noqa: E402
-
 from verl_fl_overlay import events  # noqa: E402
 from verl_fl_overlay.flaggems import fused, fused_forward  # noqa: E402
 from verl_fl_overlay.settings import FUSED, Settings  # noqa: E402
@@ -34,7 +33,7 @@ NORMS = {"Qwen2": 5, "Qwen3": 9, "Llama": 5, "Mistral": 5}
 def kernels(monkeypatch):
     """Run the kernels' stand-ins on the CPU, with every check made anew."""
     stand_ins = StandIns()
-    monkeypatch.setattr(fused_forward, "_kernels", stand_ins)
+    monkeypatch.setattr(fused_forward, "kernels", lambda: stand_ins)
     monkeypatch.setattr(fused_forward, "NATIVE_DEVICES", ())
     monkeypatch.setattr(fused_forward, "_checks", {})
     return stand_ins

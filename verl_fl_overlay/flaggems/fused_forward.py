@@ -1,4 +1,4 @@
-"""The forwards of fused modules: FlagGems' kernel where it was seen to give the module's own numbers, native elsewhere.
+"""The forwards of fused modules: a kernel where it was seen to give the module's own numbers, native elsewhere.
 
 Before a kernel is used for a class and a floating type, both forwards run once on small random data, with gradients.
 What differs, or cannot be built on this chip, stays native; that is logged once and reported.
@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from verl_fl_overlay.flaggems import library
 from verl_fl_overlay.flaggems.fused import epsilon
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -24,7 +22,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """Largest norm of a difference over the norm of native's tensor; a kernel rounds once where native rounds twice."""
 
 NATIVE_DEVICES = ("cpu", "meta")
-"""FlagGems has no kernels for these."""
+"""There are no kernels for these."""
 
 Run = Callable[..., tuple[Tensor, ...]]
 
@@ -39,31 +37,11 @@ def checks() -> dict[str, str]:
     }
 
 
-class Kernels:
-    """FlagGems' kernels as this file calls them; loaded when the first fused module runs on its device."""
-
-    def __init__(self) -> None:
-        library.load()
-        import flag_gems
-
-        self.rms_norm = flag_gems.rms_norm
-        self.silu_and_mul = flag_gems.silu_and_mul
-        self.rotate = flag_gems.apply_rotary_pos_emb
-
-
-_kernels: Any = None
-
-
 def kernels() -> Any:
-    """Return the kernels, loading FlagGems the first time.
+    """Return the module with the kernels; it needs Triton, so it is imported when a device's tensor is there."""
+    from verl_fl_overlay.flaggems import kernels
 
-    Raises:
-        FlagGemsError: it cannot be used here.
-    """
-    global _kernels
-    if _kernels is None:
-        _kernels = Kernels()
-    return _kernels
+    return kernels
 
 
 def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -78,7 +56,7 @@ def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
             return (native(_with(self, weight=scale), values),)
 
         def run_fused(values: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-            return (kernels().rms_norm(values, list(scale.shape), scale, epsilon(self)),)
+            return (kernels().rms_norm(values, scale, epsilon(self)),)
 
         if _agree("rms_norm", type(self), hidden_states, inputs, run_native, run_fused):
             return run_fused(hidden_states, weight)[0]
@@ -113,7 +91,7 @@ def gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
 def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function in place of a model file's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
 
-    It rotates q (batch, heads, length, size) and k by cos and sin (batch or 1, length, size), whose halves are equal.
+    It rotates q (batch, heads, length, size) and k by cos and sin (batch or 1, length, size).
     """
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
@@ -122,51 +100,19 @@ def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
             size = q.shape[-1]
 
             def inputs(random: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-                return random(2, 4, 5, size), random(2, 2, 5, size), random(2, 5, size // 2), random(2, 5, size // 2)
+                return random(2, 4, 5, size), random(2, 2, 5, size), random(2, 5, size), random(2, 5, size)
 
             def run_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-                return tuple(native(q, k, torch.cat([cos, cos], -1).detach(), torch.cat([sin, sin], -1).detach()))
+                return tuple(native(q, k, cos.detach(), sin.detach()))
 
             def run_fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-                return tuple(_Rotary.apply(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)))
+                return tuple(kernels().rotate(q, k, cos.detach(), sin.detach()))
 
             if _agree("rotary", native, q, inputs, run_native, run_fused):
-                return _Rotary.apply(q, k, cos, sin)
+                return kernels().rotate(q, k, cos, sin)
         return native(q, k, cos, sin, *rest, **more)
 
     return apply_rotary_pos_emb
-
-
-class _Rotary(torch.autograd.Function):
-    """FlagGems' rotation of q and k; its gradient is the rotation by the opposite angle, which FlagGems lacks."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(q, k, cos, sin)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream_q: Tensor, upstream_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return *_rotate(upstream_q, upstream_k, cos, -sin), None, None
-
-
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate (batch, heads, length, size) by FlagGems, which wants heads last and one row of cos for each token."""
-    batch, _, length, size = q.shape
-    shared = cos.shape[0] == 1 < batch
-    tokens = (batch, length) if shared else (1, batch * length)
-
-    def flat(heads: Tensor) -> Tensor:
-        return heads.transpose(1, 2).contiguous().view(*tokens, heads.shape[1], size)
-
-    half = size // 2
-    rotated = kernels().rotate(flat(q), flat(k), cos.reshape(-1, size)[:, :half], sin.reshape(-1, size)[:, :half])
-    return tuple(  # type: ignore[return-value]
-        result.view(batch, length, heads.shape[1], size).transpose(1, 2)
-        for result, heads in zip(rotated, (q, k), strict=True)
-    )
 
 
 def _can_run(*tensors: Tensor) -> bool:
