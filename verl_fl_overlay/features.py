@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from verl_fl_overlay import flagcx, te_fl
@@ -25,6 +27,11 @@ class Feature:
     reason_off: Callable[[Settings], str] = lambda settings: ""
     start: Callable[[Settings], Callable[[], None]] | None = None
     describe: Callable[[], dict[str, Any]] | None = None
+
+
+def _describe_logprobs() -> dict[str, Any]:
+    logprobs = sys.modules.get("verl_fl_overlay.logprobs")  # not there before the first log-prob
+    return {"kernels": logprobs.kernels_used() if logprobs else {}}
 
 
 def _flaggems_off(settings: Settings) -> str:
@@ -48,6 +55,33 @@ def _describe_flaggems() -> dict[str, Any]:
     return flaggems.describe()
 
 
+def _fused_off(settings: Settings) -> str:
+    if not settings.fused:
+        return "VERL_FL_FUSED=0"
+    if settings.device == "cpu":
+        return "FlagGems has no kernels for the CPU"
+    refused = settings.training_flaggems is False or (
+        settings.training_flaggems is None and "USE_FLAGGEMS" in settings.given and not settings.use_flaggems
+    )
+    if refused:
+        return "FlagGems is switched off in training (TRAINING_FL_FLAGGEMS_ENABLE or USE_FLAGGEMS)"
+    if settings.fused == ("auto",) and find_spec("flag_gems") is None:
+        return "flag_gems is not installed"
+    return ""
+
+
+def _start_fused(settings: Settings) -> Callable[[], None]:
+    from verl_fl_overlay.flaggems import fused
+
+    return fused.start(settings)
+
+
+def _describe_fused() -> dict[str, Any]:
+    from verl_fl_overlay.flaggems import fused
+
+    return fused.describe()
+
+
 FEATURES = {
     feature.name: feature
     for feature in (
@@ -63,6 +97,11 @@ FEATURES = {
             describe=te_fl.describe,
         ),
         Feature(
+            "logprobs",
+            "token log-probs in fp32 where flash-attn is missing, in one pass and without a copy of the logits",
+            describe=_describe_logprobs,
+        ),
+        Feature(
             "cpu",
             "training on a machine without an accelerator",
             lambda settings: "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu",
@@ -73,6 +112,13 @@ FEATURES = {
             _flaggems_off,
             start=_start_flaggems,
             describe=_describe_flaggems,
+        ),
+        Feature(
+            "fused",
+            "RMS norms, gated MLPs and rotary embeddings of the model on FlagGems' fused kernels",
+            _fused_off,
+            start=_start_fused,
+            describe=_describe_fused,
         ),
     )
 }

@@ -13,7 +13,19 @@ from typing import Any
 
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.stack import PREFIXES, STACK
-from verl_fl_overlay.variables import MalformedError, Variable, choice, file, flag, listed, names, operators, path
+from verl_fl_overlay.variables import (
+    FUSED,
+    MalformedError,
+    Variable,
+    choice,
+    file,
+    flag,
+    fused,
+    listed,
+    names,
+    operators,
+    path,
+)
 
 OWN_PREFIX = "VERL_FL_"
 
@@ -104,6 +116,14 @@ VARIABLES: dict[str, Variable[Any]] = {
         "phase: route while verl trains and be native between; process: from the first engine on, for good.",
         phase="training",
     ),
+    "fused": Variable(
+        "VERL_FL_FUSED",
+        fused,
+        ("auto",),
+        f"auto, 0, or some of {', '.join(FUSED)}",
+        "Which modules of a model run on FlagGems' fused kernels; auto: all of them, where FlagGems is installed.",
+        phase="training",
+    ),
     "record": Variable(
         "TRAINING_FLAGGEMS_PATH",
         file,
@@ -141,6 +161,7 @@ class Settings:
     ops: tuple[str, ...] = ("auto",)
     unsafe_ops: tuple[str, ...] = ()
     scope: str = "phase"
+    fused: tuple[str, ...] = ("auto",)
     record: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
     parsed: Mapping[str, Any] = field(default_factory=dict)

@@ -77,6 +77,22 @@ def operators(text: str) -> tuple[str, ...]:
     return read
 
 
+FUSED = ("rms_norm", "gated_mlp", "rotary")
+"""Kinds of modules that have a fused kernel."""
+
+
+def fused(text: str) -> tuple[str, ...]:
+    """Read auto or 1 (a tuple of the word auto), 0 or none (nothing), or a list of kinds."""
+    read = tuple(name.lower() for name in names(text)) or ("auto",)
+    if read in (("auto",), ("1",)):
+        return ("auto",)
+    if read in (("0",), ("none",)):
+        return ()
+    if not set(read) <= set(FUSED):
+        raise MalformedError(f"auto, 0, or some of {', '.join(FUSED)}, comma-separated")
+    return read
+
+
 def directory(text: str) -> str:
     """Read the path of a directory, which need not be on this machine; something else in its place is refused."""
     found = path(text)
