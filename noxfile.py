@@ -102,7 +102,7 @@ def compat(session: nox.Session, verl: str, torch: str) -> None:
     """One row of the matrix on the CPU: contract tests, then training with real engines and verl's own trainer."""
     session.notify("cuda")
     session.notify("report")
-    result = RESULTS / f"verl-{verl}-torch-{torch}-cpu"
+    result = RESULTS / f"verl-{verl}-torch-{torch}-cpu".replace(".", "_")
     install(session, verl, torch)
     RESULTS.mkdir(parents=True, exist_ok=True)
     row = {"verl": verl, "torch": torch, "device": "cpu", "python": python_version(session)}

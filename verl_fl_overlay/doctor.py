@@ -14,6 +14,7 @@ from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
+from verl_fl_overlay.settings import Settings
 
 
 def examine() -> tuple[dict[str, Any], bool]:
@@ -129,9 +130,10 @@ def _value(value: Any) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{k}={v if not isinstance(v, (list, tuple)) else ','.join(v) or '-'}" for k, v in settings.items()
-    )
+    """Show what differs from the defaults."""
+    default = Settings()
+    changed = {name: value for name, value in settings.items() if value != getattr(default, name)}
+    return ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "all as by default"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
