@@ -1,0 +1,54 @@
+"""What a maintainer has to do for the newest verl:  python .ci/next.py CHECK.json [RESULT.xml]
+
+CHECK.json is the output of ``verl-fl check latest --json``, RESULT.xml the matrix row that was run on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from verl_fl_overlay import compat
+
+
+def main(check: Path, result: Path | None) -> None:
+    """Print the list of what is to be done."""
+    found = json.loads(check.read_text(encoding="utf-8"))
+    version = found["verl"]
+    print(f"newest on the index: verl {version}.  {found['verdict']}")
+    failed = failures(result)
+    if version in compat.RELEASES and not failed:
+        print("It is pinned and in the matrix: nothing to do.")
+        return
+    todo = [f"look into {test}, which fails on it" for test in failed]
+    for hook in found["hooks"]:
+        changed = [c for c in (hook, *hook["relies_on"]) if c["status"] not in ("OK", "UNPINNED")]
+        for change in changed:
+            words = "mend" if change["breaks"] else "review"
+            todo.append(
+                f"{words} hook {hook['name']}: {change['status']} {change['target']} {change['detail']}".rstrip()
+            )
+    if version not in compat.RELEASES:
+        todo += [
+            f"write compat/constraints/verl-{version}.txt from the environment of this session (pip freeze)",
+            f"verl-fl pin {version} --write",
+            f"add {version} to RELEASES in compat/__init__.py and noxfile.py",
+            f"nox -s \"compat(verl='{version}')\"",
+        ]
+    print("\n".join(f"{number}. {task}" for number, task in enumerate(todo, 1)))
+
+
+def failures(result: Path | None) -> list[str]:
+    """Return the names of the tests in a JUnit file that did not pass; ["the row, which ..."] if it was not written."""
+    if result is None:
+        return []
+    if not result.is_file():
+        return ["the matrix row, which ended without a result,"]
+    cases = ElementTree.parse(result).iter("testcase")
+    return [str(c.get("name")) for c in cases if c.find("failure") is not None or c.find("error") is not None]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
