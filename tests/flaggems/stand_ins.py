@@ -5,11 +5,11 @@ They go through the same code as FlagGems' own: only ``library.load`` is answere
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
@@ -24,15 +24,16 @@ class Launched:
         self._compute = compute
 
     def __call__(self, *operands: Any) -> torch.Tensor:
-        tensors = [o for o in operands if isinstance(o, torch.Tensor)]
-        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t.dim() or len(tensors) == 1))
+        dtype = torch.result_type(*operands[-2:])
         arrays = [o.data.to(torch.float32).numpy() if isinstance(o, torch.Tensor) else o for o in operands]
-        return torch.from_numpy(self._compute(*arrays).astype("float32")).to(dtype)
+        result = torch.from_numpy(numpy.asarray(self._compute(*arrays), "float32"))
+        return result.to(dtype)
 
 
 multiply = Launched(lambda a, b: a * b)
 multiply_matrices = Launched(lambda a, b: a @ b)
 divide = Launched(lambda a, b: a / b)
+where_launched = Launched(numpy.where)
 
 
 def mul(a: Any, b: Any) -> torch.Tensor:
@@ -47,16 +48,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def true_divide(a: Any, b: Any) -> torch.Tensor:
     calls["true_divide"] += 1
-    return divide(a, b)
-
-
-def choose(condition: Any, a: Any, b: Any) -> Any:
-    import numpy
-
-    return numpy.where(condition, a, b)
-
-
-where_launched = Launched(choose)
+    return divide(a if a.is_floating_point() else a.float(), b)
 
 
 def where_scalar_other(condition: torch.Tensor, a: torch.Tensor, b: float) -> torch.Tensor:

@@ -1,0 +1,305 @@
+"""FlagGems routed in verl's real FSDP2 engine on a GPU, against the same engine without it: prints the table.
+
+``python benchmarks/flaggems_routing.py [--json FILE]`` makes a small Qwen2 from a seed and runs two processes, native
+and routed, on the same data.  Needs CUDA, verl and flag_gems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
+
+OPERATORS = ["copy_", "to_copy", "mul", "add", "mm", "neg", "cat", "rsqrt", "pow_tensor_scalar", "mean_dim"]
+MODEL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+MODEL |= {"num_key_value_heads": 8, "vocab_size": 8192}
+ROWS, LENGTH, STEPS = 4, 256, 200
+
+
+def batch(seed: int) -> Any:
+    """Return rows of random tokens, as verl's trainers hand them to an engine."""
+    import torch
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def nested(rows: list[Any]) -> Any:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    return tu.get_tensordict(
+        tensor_dict={
+            "input_ids": nested([torch.randint(4, 128, (LENGTH,), generator=generator) for _ in range(ROWS)]),
+            "loss_mask": nested([torch.ones(LENGTH, dtype=torch.long) for _ in range(ROWS)]),
+            "position_ids": nested([torch.arange(LENGTH) for _ in range(ROWS)]),
+        },
+        non_tensor_dict={
+            "use_remove_padding": False,
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": 2,
+            "temperature": 1.0,
+            "global_batch_size": ROWS,
+            "pad_mode": DatasetPadMode.NO_PADDING,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def one_process(model: str) -> dict[str, Any]:
+    """Train one engine and measure; what differs between native and routed is the environment alone."""
+    import torch
+    import verl  # noqa: F401
+    from real_engine import join_group, make_engine, sft_loss
+
+    torch.manual_seed(0)
+    begun = time.monotonic()
+    join_group(plain=False)
+    engine = make_engine(model, "fsdp2", "lm")
+    _few_candidates_for_mm()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss = sft_loss()
+
+    def step(seed: int) -> dict[str, float]:
+        with engine.train_mode():
+            output = engine.train_batch(batch(seed).to(device), loss_function=loss)
+            engine.lr_scheduler_step()
+        return {
+            "loss": sum(float(value) for value in output["loss"]),
+            "grad_norm": float(output["metrics"]["grad_norm"]),
+        }
+
+    with engine.eval_mode():
+        inferred = engine.infer_batch(batch(7).to(device), loss_function=None)["model_output"]["log_probs"]
+    result: dict[str, Any] = {
+        "log_probs": [float(value) for value in inferred.values().float().flatten()],
+        "steps": [step(seed) for seed in range(3)],
+        "seconds_before_steps": time.monotonic() - begun,
+    }
+    if device == "cuda":
+        result["inside"] = _kernels(lambda: step(3))
+        result["outside"] = _kernels(_outside)
+    _measure_steps(step, result)
+    _describe(result)
+    torch.distributed.destroy_process_group()
+    return result
+
+
+def _few_candidates_for_mm() -> None:
+    """Let FlagGems' mm choose among 2 tilings instead of 216: compiling those takes minutes, and is not measured."""
+    for module in list(sys.modules.values()):
+        entry = vars(module).get("mm_kernel_general_host_tma") if module else None
+        tuner = getattr(entry, "fn", None)
+        if tuner is not None:
+            small = [c for c in tuner.configs if c.kwargs == {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}]
+            tuner.configs = [c for c in small if c.num_stages == 3]
+            print(f"mm: {len(tuner.configs)} candidates", file=sys.stderr, flush=True)
+
+
+def _outside() -> None:
+    """Multiply, multiply matrices and copy, where verl does not train."""
+    import torch
+
+    a = torch.rand(512, 512, device="cuda", dtype=torch.bfloat16)
+    torch.empty_like(a).copy_((a * a @ a).t())
+
+
+def _kernels(run: Any) -> dict[str, int]:
+    """Return the GPU kernels that ``run`` launches: name -> how often."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, int] = {}
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name] = found.get(event.name, 0) + 1
+    return found
+
+
+def _measure_steps(step: Any, result: dict[str, Any]) -> None:
+    import torch
+
+    def memory() -> dict[str, int]:
+        on_gpu = torch.cuda.is_available()
+        return {
+            "allocated": torch.cuda.memory_allocated() if on_gpu else 0,
+            "reserved": torch.cuda.memory_reserved() if on_gpu else 0,
+            "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    times = []
+    for number in range(STEPS):
+        begun = time.perf_counter()
+        step(number)
+        times.append((time.perf_counter() - begun) * 1e3)
+        if number == 19:
+            result["memory_after_20"] = memory()
+    result["memory_after_200"] = memory()
+    result["step_ms"] = statistics.median(times[20:])
+
+
+def _describe(result: dict[str, Any]) -> None:
+    from verl_fl_overlay.report import build
+
+    built = build()
+    result["report"] = built["features"]["flaggems"]
+    result["problems"] = built["problems"]
+    result["versions"] = {"torch": built["torch"], "verl": built["verl"]["version"]}
+    detail = result["report"].get("detail")
+    if not detail:
+        return
+    record = Path(detail["record"])
+    result["record"] = {line.split()[1]: int(line.split()[0]) for line in record.read_text().splitlines()[1:]}
+    result["phase"] = _cost()
+
+
+def _cost() -> dict[str, Any]:
+    """Return how long it takes to enter and leave, with 40 operators and with all, in milliseconds."""
+    from verl_fl_overlay.flaggems import library
+    from verl_fl_overlay.flaggems.choice import select
+    from verl_fl_overlay.flaggems.routing import Router
+    from verl_fl_overlay.settings import Settings
+
+    kernels = select(Settings(ops=("all",)), library.load()).kernels
+    measured = {}
+    for name, chosen in {"40": kernels[:40], "all": kernels}.items():
+        router = Router(chosen)
+        enter, leave = [], []
+        for _ in range(200):
+            begun = time.perf_counter()
+            router.enter()
+            entered = time.perf_counter()
+            router.leave()
+            leave.append(time.perf_counter() - entered)
+            enter.append(entered - begun)
+        measured[name] = {
+            "operators": len(chosen),
+            "enter_ms": statistics.median(enter) * 1e3,
+            "leave_ms": statistics.median(leave) * 1e3,
+            "failed": router.failed,
+        }
+    return measured
+
+
+def child(model: str, folder: Path, routed: bool) -> dict[str, Any]:
+    """Run one process; its log goes to ``folder`` and, on failure, to our own."""
+    name = "routed" if routed else "native"
+    environment = {
+        **os.environ,
+        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+        "VERL_FL_STRICT": "1",
+        "HF_HUB_OFFLINE": "1",
+        "USE_FLAGGEMS": "1" if routed else "0",
+        "FLAGGEMS_CACHE_DIR": str(folder / "flaggems"),
+    }
+    if routed:
+        environment["TRAINING_FL_FLAGOS_WHITELIST"] = ",".join(OPERATORS)
+        environment["TRAINING_FLAGGEMS_PATH"] = str(folder / "record.txt")
+    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
+        command = [sys.executable, __file__, "--child", model]
+        try:
+            result = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, timeout=240, check=True
+            )
+        except subprocess.SubprocessError as error:
+            raise SystemExit(f"{name}: {error}\n" + (folder / f"{name}.log").read_text()[-6000:]) from error
+    return dict(json.loads(result.stdout.split("RESULT ")[-1]))
+
+
+def units_in_the_last_place(found: list[float], expected: list[float]) -> list[float]:
+    """Return the distances in units of bf16's last place (7 bits after the leading one) at the expected value."""
+    return [
+        abs(a - b) / 2.0 ** (math.floor(math.log2(max(abs(b), 2.0**-14))) - 7)
+        for a, b in zip(found, expected, strict=True)
+    ]
+
+
+def compare(native: dict[str, Any], routed: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of the table."""
+    units = units_in_the_last_place(routed["log_probs"], native["log_probs"])
+    apart = [abs(r["grad_norm"] / n["grad_norm"] - 1) for r, n in zip(routed["steps"], native["steps"], strict=True)]
+    return {
+        "tokens": len(units),
+        "log_probs_largest_units": max(units),
+        "log_probs_mean_units": sum(units) / len(units),
+        "grad_norm_apart_percent": 100 * max(apart),
+        "native": native,
+        "routed": routed,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    native, routed = found["native"], found["routed"]
+    detail, phase = routed["report"]["detail"], routed["phase"]
+    grown = routed["memory_after_200"]["allocated"] - routed["memory_after_20"]["allocated"]
+    launches = sum(routed["record"].values())
+    lines = [
+        ("operators routed", f"{detail['operators']} aten keys of {len(OPERATORS)} functions ({detail['source']})"),
+        ("log-probs against native", f"{found['tokens']} tokens, at most {found['log_probs_largest_units']:.2f} units "
+         f"in the last place of bf16, mean {found['log_probs_mean_units']:.3f}"),
+        ("grad_norm against native", f"at most {found['grad_norm_apart_percent']:.3f} % apart in 3 steps"),
+        ("calls of FlagGems", f"{launches} in the run: "
+         + ", ".join(f"{key.removeprefix('aten::')} {count}" for key, count in list(routed["record"].items())[:6])),
+        ("Triton kernels in one step", f"{triton_kernels(routed['inside'])} routed, "
+         f"{triton_kernels(native['inside'])} native"),
+        ("Triton kernels outside the phase", str(triton_kernels(routed["outside"]))),
+        ("GPU memory, step 20 to 200", f"{grown:+d} bytes"),
+        ("entering / leaving, 40 operators", f"{phase['40']['enter_ms']:.2f} / {phase['40']['leave_ms']:.2f} ms"),
+        (f"entering / leaving, all {phase['all']['operators']}",
+         f"{phase['all']['enter_ms']:.2f} / {phase['all']['leave_ms']:.2f} ms"),
+        ("step, native / routed", f"{native['step_ms']:.1f} / {routed['step_ms']:.1f} ms (median of 180)"),
+    ]  # fmt: skip
+    versions = routed["versions"]
+    head = f"verl {versions['verl']} FSDP2, torch {versions['torch']}, flag_gems {detail['version']}"
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
+
+
+def triton_kernels(kernels: dict[str, int]) -> int:
+    """Return how many of the launches are FlagGems': Triton's kernels have plain names, CUDA's are mangled or known."""
+    return sum(count for name, count in kernels.items() if is_triton(name))
+
+
+def is_triton(name: str) -> bool:
+    """Tell a Triton kernel by its name, which is that of a Python function."""
+    known = ("nvjet", "cutlass", "ampere", "sm80", "sm90", "cublas", "nccl", "flash", "pytorch_flash", "fmha", "gemm")
+    return name.isidentifier() and not name.lower().startswith(known) and not name.startswith("_Z")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all figures there as well")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print("RESULT " + json.dumps(one_process(options.child)))
+        return 0
+    from arithmetic import write_model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(folder / "model", **MODEL)
+        results = [child(str(folder / "model"), folder, routed) for routed in (False, True)]
+    found = compare(*results)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
