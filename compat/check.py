@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -87,11 +88,15 @@ class Report:
         return f"verl {self.version} works" + (f", review these: {', '.join(changed)}" if changed else "")
 
 
-def check(tree: Tree, against: str | None = None) -> Report:
+SourceOf = Callable[[str], Tree | None]
+"""Gives the source of a pinned release, to show what changed since; None if it is not to be had."""
+
+
+def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda release: None) -> Report:
     """Compare what the hooks need with what is in ``tree``.
 
     ``against`` names the pinned release to compare with; by default it is for each target the nearest one that is not
-    newer, else the oldest.
+    newer, else the oldest.  ``source_of`` is asked only for the releases against which something changed.
 
     Raises:
         OverlayError: verl is too old, a hooked file cannot be parsed, or ``against`` has no pins.
@@ -100,7 +105,7 @@ def check(tree: Tree, against: str | None = None) -> Report:
         raise OverlayError(f"verl {against} is not pinned; pinned are {', '.join(compat.RELEASES)}")
     selection = pinning.selection_for(tree)
     releases = [against] if against else _nearest_first(tree.version)
-    compared = {target: _compare(tree, target, releases) for target in pinning.targets(selection.hooks)}
+    compared = {t: _compare(tree, t, releases, source_of) for t in pinning.targets(selection.hooks)}
 
     def of(target: str) -> Comparison:
         return compared.get(target, Comparison(target, Status.UNPINNED))
@@ -121,7 +126,7 @@ def _nearest_first(version: str) -> list[str]:
     return [*reversed(older), *compat.RELEASES[len(older) :]]
 
 
-def _compare(tree: Tree, target: str, releases: list[str]) -> Comparison:
+def _compare(tree: Tree, target: str, releases: list[str], source_of: SourceOf) -> Comparison:
     by_release = pins.pinned(target)
     against = next((release for release in releases if release in by_release), "")
     if not against:
@@ -136,7 +141,9 @@ def _compare(tree: Tree, target: str, releases: list[str]) -> Comparison:
     if found.kind == "import" != pin.kind:
         detail = f"{pin.at} -> {found.at}, outside verl; its parameters are compared only when the hook is installed"
         return Comparison(target, Status.MOVED, against, detail)
-    diff = _diff(pin, found, against, tree)
+    if found == pin:
+        return Comparison(target, Status.OK, against)
+    diff = _diff(target, found, against, tree, source_of)
     if not found.same_contract(pin):
         known = [release for release, other in by_release.items() if found.same_contract(other)]
         change = f"{pins.signature(pin)} -> {pins.signature(found)}"
@@ -148,9 +155,7 @@ def _compare(tree: Tree, target: str, releases: list[str]) -> Comparison:
         went_to = " or ".join(elsewhere(tree, pin)) or "nowhere"
         detail = f"{pin.at} -> {went_to}; the old name now leads to {found.at}, another function"
         return Comparison(target, Status.MOVED, against, detail, False, diff)
-    if (found.body, found.decorators, found.parameters) != (pin.body, pin.decorators, pin.parameters):
-        return Comparison(target, Status.BODY, against, _what_of_it(pin, found), False, diff)
-    return Comparison(target, Status.OK, against)
+    return Comparison(target, Status.BODY, against, _what_of_it(pin, found), False, diff)
 
 
 def _module_exists(tree: Tree, module: str) -> bool:
@@ -164,9 +169,13 @@ def _what_of_it(pin: Fingerprint, found: Fingerprint) -> str:
     return "" if found.parameters == pin.parameters else f"{pins.signature(pin)} -> {pins.signature(found)}"
 
 
-def _diff(pin: Fingerprint, found: Fingerprint, against: str, tree: Tree) -> tuple[str, ...]:
-    names = (f"verl {against}  {pin.at}", f"verl {tree.version}  {found.at}")
-    return tuple(difflib.unified_diff(pin.source, found.source, *names, lineterm="", n=2))
+def _diff(target: str, found: Fingerprint, against: str, tree: Tree, source_of: SourceOf) -> tuple[str, ...]:
+    earlier = source_of(against)
+    if earlier is None:
+        return (f"(no diff: the source of verl {against} is not to be had here)",)
+    old = fingerprint(earlier, *target.split(":"))
+    names = (f"verl {against}  {old.at}", f"verl {tree.version}  {found.at}")
+    return tuple(difflib.unified_diff(old.source, found.source, *names, lineterm="", n=2))
 
 
 def _meaning(hook: Hook, broken: bool, fatal: bool) -> str:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl_fl_overlay.compat.sources import Tree
@@ -32,7 +32,8 @@ class Fingerprint:
     ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
     import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
     has to give.  ``at`` is the ``module:name`` of the definition, ``decorators`` are those that may change how the
-    function is called, ``source`` is the definition's text without docstring, comments and blank lines.
+    function is called, ``words`` are names by which a file that may hold its body is told.  ``source`` is the
+    definition's text without docstring, comments and blank lines; it is verl's, and so not kept in the pins.
     """
 
     kind: str
@@ -40,11 +41,13 @@ class Fingerprint:
     body: str = ""
     at: str = ""
     decorators: tuple[str, ...] = ()
-    source: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    source: tuple[str, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it stands in a pins file."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items() if value}
+        kept = {name: value for name, value in vars(self).items() if value and name != "source"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
     @classmethod
     def from_json(cls, pin: dict[str, Any]) -> Fingerprint:
@@ -97,12 +100,11 @@ def elsewhere(tree: Tree, pin: Fingerprint) -> list[str]:
     """
     if pin.kind not in FUNCTIONS:
         return []
-    words = _words(pin)
     own_name = pin.at.rpartition(":")[2].rpartition(".")[2]
     places = []
     for path in tree.files():
         text = tree.read(path) or ""
-        if not all(word in text for word in words):
+        if not all(word in text for word in pin.words):
             continue
         try:
             parsed = ast.parse(text)
@@ -110,25 +112,26 @@ def elsewhere(tree: Tree, pin: Fingerprint) -> list[str]:
             continue
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for name, node in _functions(parsed):
-            common = len(words) <= 2 and node.name != own_name
+            common = len(pin.words) <= 2 and node.name != own_name
             if not common and _digest(node.body) == pin.body:
                 places.append(f"{module}:{name}")
     return places
 
 
-def _words(pin: Fingerprint) -> set[str]:
-    """Return the names and one-word strings in a pinned body: a file without one of them cannot hold that body."""
-    try:
-        definition = ast.parse("\n".join(pin.source)).body[-1]
-    except (SyntaxError, IndexError):
-        return set()
-    values = [
-        getattr(node, field, None)
-        for statement in getattr(definition, "body", [])
+_WORDS = 6
+"""How many names of a body are kept to find it again; more than two tell it from the common ones."""
+
+
+def _words(body: list[ast.stmt]) -> tuple[str, ...]:
+    """Return the longest names and one-word strings in a body: a file without one of them cannot hold it."""
+    values = {
+        value
+        for statement in _without_docstring(body)
         for node in ast.walk(statement)
-        for field in ("id", "attr", "value")
-    ]
-    return {value for value in values if isinstance(value, str) and value.isidentifier()} - {"self", "cls"}
+        for name in ("id", "attr", "value")
+        if isinstance(value := getattr(node, name, None), str) and value.isidentifier()
+    }
+    return tuple(sorted(values - {"self", "cls"}, key=lambda word: (-len(word), word))[:_WORDS])
 
 
 def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, FunctionNode]]:
@@ -292,7 +295,7 @@ def _of_function(node: FunctionNode) -> Fingerprint:
     for special in ("classmethod", "staticmethod", "property"):
         if special in decorators:
             kind = special
-    return Fingerprint(kind, tuple(_parameters(node.args)), _digest(node.body))
+    return Fingerprint(kind, tuple(_parameters(node.args)), _digest(node.body), words=_words(node.body))
 
 
 def _abstract(node: ast.ClassDef) -> list[str]:

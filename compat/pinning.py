@@ -10,8 +10,6 @@ from verl_fl_overlay.compat.fingerprint import fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.hooks import Hook
 
-LICENCE = "The text under 'source' is verl's (Apache-2.0), kept to show what a later release changed."
-
 
 def selection_for(tree: Tree) -> compat.Selection:
     """Choose the hooks as the overlay would for the verl in ``tree``.
@@ -35,7 +33,7 @@ def pins_of(tree: Tree) -> dict[str, Any]:
     """
     selection = selection_for(tree)
     prints = {target: fingerprint(tree, *target.split(":")).to_json() for target in targets(selection.hooks)}
-    return {"verl": tree.version, "shim": selection.shim, "licence": LICENCE, "functions": prints}
+    return {"verl": tree.version, "shim": selection.shim, "functions": prints}
 
 
 def as_text(pins: dict[str, Any]) -> str:

@@ -17,13 +17,14 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from packaging.version import InvalidVersion, Version
 
+from verl_fl_overlay import compat
 from verl_fl_overlay.errors import OverlayError
 
 VERSION_FILE = "verl/version/version"
@@ -72,6 +73,35 @@ def opened(target: str) -> Iterator[Tree]:
     """
     with tempfile.TemporaryDirectory(prefix="verl-fl-") as scratch:
         yield _open(target, Path(scratch))
+
+
+class PinnedReleases:
+    """The source of pinned releases: the installed verl where it is that release, else fetched, once."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._trees: dict[str, Tree | None] = {}
+
+    def __enter__(self) -> PinnedReleases:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def tree(self, release: str) -> Tree | None:
+        """Return the source of ``release``, None if it is neither installed nor to be fetched."""
+        if release not in self._trees:
+            self._trees[release] = self._find(release)
+        return self._trees[release]
+
+    def _find(self, release: str) -> Tree | None:
+        installed = compat.find_verl()
+        if installed is not None and installed.version == release:
+            return Tree(Path(installed.folder).parent, "the installed verl")
+        try:
+            return self._stack.enter_context(opened(release))
+        except OverlayError:
+            return None
 
 
 def _open(target: str, scratch: Path) -> Tree:

@@ -90,8 +90,8 @@ def _check(options: argparse.Namespace) -> int:
     from verl_fl_overlay.errors import OverlayError
 
     try:
-        with sources.opened(options.target) as tree:
-            report = check.check(tree, options.against)
+        with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
+            report = check.check(tree, options.against, pinned.tree)
     except OverlayError as error:
         print(f"verl-fl check: {error}", file=sys.stderr)
         return 2

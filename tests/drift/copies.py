@@ -19,6 +19,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from verl_fl_overlay.compat import pinning
+from verl_fl_overlay.compat.fingerprint import fingerprint
 from verl_fl_overlay.compat.sources import VERSION_FILE, Tree
 
 KEPT = {*sys.stdlib_module_names, "verl_fl_overlay", "wrapt", "packaging"}
@@ -52,7 +53,7 @@ class _Placeholder(abc.ABCMeta):
         return True
 
     def __iter__(cls) -> Iterator[Any]:
-        return iter(())
+        return iter((placeholder("first"), placeholder("second")))  # what is unpacked at import is a pair
 
 
 def placeholder(name: str) -> Any:
@@ -85,6 +86,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def _import(folder: Path, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # part of a circle of imports, which verl enters by another module of the package
+        package = name.rpartition(".")[0]
+        for file in sorted((folder / package.replace(".", "/")).glob("*_manager.py")):
+            importlib.import_module(f"{package}.{file.stem}")
+        return importlib.import_module(name)
+
+
 @contextmanager
 def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """Import the copied module ``name``; afterwards the process has the modules that it had before."""
@@ -96,7 +107,7 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     sys.meta_path.insert(0, finder)
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cached copy of the same second is stale
     try:
-        yield importlib.import_module(name)
+        yield _import(folder, name)
     finally:
         sys.dont_write_bytecode = dont_write
         sys.meta_path.remove(finder)
@@ -107,8 +118,10 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
 
 
 def hooked_files(tree: Tree) -> dict[str, str]:
-    """Return path -> text of every file in which something is hooked or relied on, and of verl's version."""
-    names = {target.partition(":")[0] for target in pinning.targets(pinning.selection_for(tree).hooks)}
+    """Return path -> text of every file in which something is hooked, relied on or defined, and of verl's version."""
+    targets = pinning.targets(pinning.selection_for(tree).hooks)
+    defined = [fingerprint(tree, *target.split(":")).at for target in targets]
+    names = {target.partition(":")[0] for target in [*targets, *defined]}
     paths = [f"{name.replace('.', '/')}.py" for name in names]
     return {path: text for path in [*paths, VERSION_FILE] if (text := tree.read(path)) is not None}
 

@@ -53,7 +53,7 @@ def inherits_another(hook: Hook) -> bool:
 
 
 def finding(tree: Any, hook: Hook) -> Any:
-    return next(f for f in check.check(tree).findings if f.hook.name == hook.name)
+    return next(f for f in check.check(tree, source_of=verl_trees.find).findings if f.hook.name == hook.name)
 
 
 def install(folder: Path, hook: Hook) -> tuple[HookSet, HookError | None, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""TransformerEngine-FL told from NVIDIA's, and its policy read anew for a Megatron engine; its package is a stand-in."""
+"""TransformerEngine-FL told from NVIDIA's, its policy read anew for a Megatron engine; the package is a stand-in."""
 
 from __future__ import annotations
 
