@@ -11,7 +11,8 @@ from packaging.version import Version
 
 from verl_fl_overlay import compat, features
 from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import MISSING, Fingerprint, elsewhere, fingerprint
+from verl_fl_overlay.compat.fingerprint import elsewhere, fingerprint
+from verl_fl_overlay.compat.pins import MISSING, Fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook

@@ -1,4 +1,7 @@
-"""Pins: the fingerprints of every hooked function in every release, and the check of a live function against them."""
+"""Pins: the fingerprints of every hooked function in every release, and the check of a live function against them.
+
+This is on the overlay's load path; what reads source (``fingerprint``, ``sources``) is not.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,56 @@ import json
 import pkgutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat.fingerprint import FUNCTIONS, Fingerprint, shape
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook
 
 _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a name stands for.
+
+    ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
+    import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
+    has to give.  ``at`` is the ``module:name`` of the definition, ``decorators`` are those that may change how the
+    function is called, ``source`` is the definition's text without docstring, comments and blank lines.
+    """
+
+    kind: str
+    parameters: tuple[str, ...] = ()
+    body: str = ""
+    at: str = ""
+    decorators: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it stands in a pins file."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items() if value}
+
+    @classmethod
+    def from_json(cls, pin: dict[str, Any]) -> Fingerprint:
+        """Read what ``to_json`` wrote."""
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in pin.items()}
+        return cls(**values)
+
+    def same_contract(self, other: Fingerprint) -> bool:
+        """Compare kind, names and order of the parameters and which have defaults, but not the defaults themselves."""
+        return self.kind == other.kind and shape(self.parameters) == shape(other.parameters)
+
+
+MISSING = Fingerprint("missing")
+FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
+"""The kinds that can be hooked, and that have a body to find them by."""
+
+
+def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """Return names and whether there is a default; its text is only in the source, its value only in the process."""
+    return [(parameter.partition("=")[0], "=" in parameter) for parameter in parameters]
 
 
 @functools.cache

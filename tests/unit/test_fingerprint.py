@@ -9,7 +9,8 @@ import pytest
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
+from verl_fl_overlay.compat.fingerprint import fingerprint
+from verl_fl_overlay.compat.pins import MISSING
 from verl_fl_overlay.compat.sources import Tree, opened
 from verl_fl_overlay.errors import HookError
 
