@@ -110,11 +110,21 @@ def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> No
         raise HookError(f"{what} only raises NotImplementedError; the function that the hook is for is elsewhere")
     if any(found.same_contract(Fingerprint(*contract)) for contract in contracts):
         return
-    opaque = shape(found.parameters) == shape(("*args", "**kwargs"))  # another plugin's wrapper, which passes all on
-    if opaque and found.kind in {kind for kind, _ in contracts}:
+    if _is_wrapper_of_others(target, found) and found.kind in {kind for kind, _ in contracts}:
         return
     expected = " or ".join(f"{signature(Fingerprint(*c))} as in verl {release}" for c, release in contracts.items())
     raise HookError(f"{what} is {signature(found)}, expected {expected}")
+
+
+def _is_wrapper_of_others(target: Any, found: Fingerprint) -> bool:
+    """Tell whether another plugin's closure passes everything on: (*args, **kwargs), after self or cls at most.
+
+    In verl's own module only the bare form is taken for a decorator's; there a leading parameter is verl's choice.
+    """
+    *leading, variadic, keywords = found.parameters if len(found.parameters) > 1 else ("", "")
+    passes_on = variadic.startswith("*") and keywords.startswith("**")
+    own = str(getattr(target, "__module__", "")).startswith("verl.")
+    return passes_on and len(leading) <= (0 if own else 1)
 
 
 def _is_stub(target: Any) -> bool:

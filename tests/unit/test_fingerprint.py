@@ -140,6 +140,19 @@ def test_live_function_that_takes_anything_was_wrapped_by_others():
     pins.verify(hook(), Live.__dict__["anything"])
 
 
+def test_live_method_that_passes_all_on_was_wrapped_by_others():
+    def wrapper(self, *a, **k):
+        return self
+
+    pins.verify(hook(), wrapper)
+    pins.verify(hook("engine.new"), classmethod(wrapper))
+    with pytest.raises(HookError, match="is function"):
+        pins.verify(hook("engine.new"), wrapper)
+    wrapper.__module__ = "verl.workers.engine.base"
+    with pytest.raises(HookError, match=r"is function \(self, \*a, \*\*k\)"):
+        pins.verify(hook(), wrapper)
+
+
 def test_live_function_with_other_parameters():
     with pytest.raises(
         HookError, match=r"is function \(self, data, loss\), expected function \(self, data, loss_function\) as"
