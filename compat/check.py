@@ -156,7 +156,7 @@ def _compare(tree: Tree, target: str, releases: list[str]) -> Comparison:
 
 def _module_exists(tree: Tree, module: str) -> bool:
     path = module.replace(".", "/")
-    return any(tree.read(name) is not None for name in (f"{path}.py", f"{path}/__init__.py"))
+    return any(tree.has(name) for name in (f"{path}.py", f"{path}/__init__.py"))
 
 
 def _what_of_it(pin: Fingerprint, found: Fingerprint) -> str:
