@@ -26,7 +26,7 @@ ENGINE_NEEDS = ("einops", "uvicorn", "fastapi", "cachetools", "pyzmq", "msgspec"
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "unit", "compat"]
+nox.options.sessions = ["lint", "unit", "drift", "loading", "compat"]
 
 
 def rows() -> list[nox.param]:
@@ -84,6 +84,70 @@ def unit(session: nox.Session) -> None:
     """What needs neither verl nor torch."""
     session.install(".", "pytest")
     session.run("pytest", "tests/unit", *session.posargs)
+
+
+@nox.session(python=["3.10", "3.11", "3.12"], default=False)
+def minimum(session: nox.Session) -> None:
+    """The oldest dependencies that pyproject allows, on every Python that is here."""
+    dependencies = nox.project.load_toml(HERE / "pyproject.toml")["project"]["dependencies"]
+    session.install(".", "pytest", *(dependency.split(",")[0].replace(">=", "==") for dependency in dependencies))
+    session.run("pytest", "tests/unit", *session.posargs)
+
+
+@nox.session
+def drift(session: nox.Session) -> None:
+    """The pins against the wheel of every release, and upstream changes of every kind; neither verl nor torch."""
+    wheels = HERE / "out" / "wheels"
+    for release in RELEASES:
+        if not list(wheels.glob(f"verl-{release}-*.whl")):
+            download = (
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "--dest",
+                str(wheels),
+            )
+            session.run(sys.executable, *download, f"verl=={release}", external=True)
+    session.install(".", "pytest")
+    session.run("pytest", "tests/unit", "tests/drift", *session.posargs, env={"VERL_WHEELS": str(wheels)})
+
+
+@nox.session
+def loading(session: nox.Session) -> None:
+    """The overlay in processes that start in unusual ways, on the newest release."""
+    install(session, RELEASES[-1], TORCH)
+    session.run("pytest", "tests/loading", "-n", "2", *session.posargs)
+
+
+@nox.session(default=False)
+def upstream(session: nox.Session) -> None:
+    """verl's own CPU tests with and without the overlay: ``nox -s upstream -- [--verl-source TREE] [--only PART]``."""
+    install(session, RELEASES[-1], TORCH, "pytest-timeout", "pytest-asyncio")
+    session.run("python", "tests/upstream.py", "--json", "out/upstream.json", *session.posargs)
+
+
+@nox.session(name="next", default=False)
+def next_release(session: nox.Session) -> None:
+    """Whatever verl is newest on the index: its check, its row of the matrix, and what a maintainer has to do."""
+    folder = HERE / "out" / "next"
+    folder.mkdir(parents=True, exist_ok=True)
+    checked, result = folder / "check.json", folder / "row.xml"
+    session.install(".", "pytest", "pytest-xdist")
+    with checked.open("w") as output:
+        session.run("verl-fl", "check", "latest", "--json", stdout=output, success_codes=[0, 1])
+    newest = json.loads(checked.read_text())
+    if newest["verl"] in RELEASES and newest["holds"]:
+        session.run("python", ".ci/next.py", str(checked))
+        return
+    result.unlink(missing_ok=True)
+    session.install(f"verl=={newest['verl']}", f"torch=={TORCH}", *ENGINE_NEEDS, env=installer_environment())
+    tests = ("tests/contract", "tests/train", "-n", "2", "--dist", "loadgroup", f"--junitxml={result}")
+    session.run("pytest", *tests, *session.posargs, success_codes=[0, 1])
+    session.run("python", ".ci/next.py", str(checked), str(result))
 
 
 @nox.session(tags=["demo"])

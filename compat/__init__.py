@@ -38,6 +38,10 @@ class InstalledVerl:
     version: str
     folder: str
 
+    def has(self, path: str) -> bool:
+        """Say whether its package has a file ``path``."""
+        return os.path.isfile(os.path.join(self.folder, path))
+
 
 def find_verl() -> InstalledVerl | None:
     """Return the verl that is imported or would be, without importing it; None if there is none.
@@ -87,7 +91,7 @@ def select(verl: InstalledVerl) -> Selection:
             f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
             "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
-    shim = _shim_by_probe(verl.folder) if version.is_devrelease else None
+    shim = _shim_by_probe(verl) if version.is_devrelease else None
     if shim is None:
         shim = _shim_by_version(base)
     return Selection(verl.version, shim, _hooks(shim, base), _warning(version, base, shim))
@@ -99,13 +103,13 @@ def _shim_by_version(base: Version) -> str:
     return "v0_8" if base < Version("0.9") else "v0_9"
 
 
-def _shim_by_probe(folder: str) -> str | None:
+def _shim_by_probe(verl: InstalledVerl) -> str | None:
     """Tell the release line by what only it has; None if this is no source folder of verl."""
-    if not os.path.isfile(os.path.join(folder, "workers", "engine", "base.py")):
+    if not verl.has("workers/engine/base.py"):
         return None
-    if os.path.isfile(os.path.join(folder, "plugin", "platform", "platform_manager.py")):
+    if verl.has("plugin/platform/platform_manager.py"):
         return "v0_9"
-    return "v0_7" if os.path.isfile(os.path.join(folder, "workers", "fsdp_workers.py")) else "v0_8"
+    return "v0_7" if verl.has("workers/fsdp_workers.py") else "v0_8"
 
 
 def _hooks(shim: str, base: Version) -> tuple[Hook, ...]:

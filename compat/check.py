@@ -12,7 +12,8 @@ from packaging.version import Version
 
 from verl_fl_overlay import compat, features
 from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import MISSING, Fingerprint, elsewhere, fingerprint
+from verl_fl_overlay.compat.fingerprint import elsewhere, fingerprint
+from verl_fl_overlay.compat.pins import MISSING, Fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook
@@ -160,7 +161,7 @@ def _compare(tree: Tree, target: str, releases: list[str], source_of: SourceOf) 
 
 def _module_exists(tree: Tree, module: str) -> bool:
     path = module.replace(".", "/")
-    return any(tree.read(name) is not None for name in (f"{path}.py", f"{path}/__init__.py"))
+    return any(tree.has(name) for name in (f"{path}.py", f"{path}/__init__.py"))
 
 
 def _what_of_it(pin: Fingerprint, found: Fingerprint) -> str:

@@ -13,9 +13,10 @@ import functools
 import hashlib
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from verl_fl_overlay.compat.pins import FUNCTIONS, MISSING, Fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 
@@ -23,51 +24,6 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 _HOPS = 8
 """How many imports, aliases and base classes are followed; more is a circle."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a name stands for.
-
-    ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
-    import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
-    has to give.  ``at`` is the ``module:name`` of the definition, ``decorators`` are those that may change how the
-    function is called, ``words`` are names by which a file that may hold its body is told.  ``source`` is the
-    definition's text without docstring, comments and blank lines; it is verl's, and so not kept in the pins.
-    """
-
-    kind: str
-    parameters: tuple[str, ...] = ()
-    body: str = ""
-    at: str = ""
-    decorators: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    source: tuple[str, ...] = field(default=(), compare=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in a pins file."""
-        kept = {name: value for name, value in vars(self).items() if value and name != "source"}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-
-    @classmethod
-    def from_json(cls, pin: dict[str, Any]) -> Fingerprint:
-        """Read what ``to_json`` wrote."""
-        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in pin.items()}
-        return cls(**values)
-
-    def same_contract(self, other: Fingerprint) -> bool:
-        """Compare kind, names and order of the parameters and which have defaults, but not the defaults themselves."""
-        return self.kind == other.kind and shape(self.parameters) == shape(other.parameters)
-
-
-MISSING = Fingerprint("missing")
-FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
-"""The kinds that can be hooked, and that have a body to find them by."""
-
-
-def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Return names and whether there is a default; its text is only in the source, its value only in the process."""
-    return [(parameter.partition("=")[0], "=" in parameter) for parameter in parameters]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay import compat
@@ -11,13 +12,23 @@ from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.hooks import Hook
 
 
+@dataclass(frozen=True)
+class _InTree(compat.InstalledVerl):
+    """A verl that is only read."""
+
+    tree: Tree
+
+    def has(self, path: str) -> bool:
+        return self.tree.has(f"verl/{path}")
+
+
 def selection_for(tree: Tree) -> compat.Selection:
     """Choose the hooks as the overlay would for the verl in ``tree``.
 
     Raises:
         UnsupportedVerlError: it is too old.
     """
-    return compat.select(compat.InstalledVerl(tree.version, str(tree.folder / "verl")))
+    return compat.select(_InTree(tree.version, "", tree))
 
 
 def targets(hooks: tuple[Hook, ...]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Pins: the fingerprints of every hooked function in every release, and the check of a live function against them."""
+"""Pins: the fingerprints of every hooked function in every release, and the check of a live function against them.
+
+This is on the overlay's load path; what reads source (``fingerprint``, ``sources``) is not.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,59 @@ import json
 import pkgutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat.fingerprint import FUNCTIONS, Fingerprint, shape
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook
 
 _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a name stands for.
+
+    ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
+    import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
+    has to give.  ``at`` is the ``module:name`` of the definition, ``decorators`` are those that may change how the
+    function is called, ``words`` are names by which a file that may hold its body is told.  ``source`` is the
+    definition's text without docstring, comments and blank lines; it is verl's, and so not kept in the pins.
+    """
+
+    kind: str
+    parameters: tuple[str, ...] = ()
+    body: str = ""
+    at: str = ""
+    decorators: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    source: tuple[str, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it stands in a pins file."""
+        kept = {name: value for name, value in vars(self).items() if value and name != "source"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+    @classmethod
+    def from_json(cls, pin: dict[str, Any]) -> Fingerprint:
+        """Read what ``to_json`` wrote."""
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in pin.items()}
+        return cls(**values)
+
+    def same_contract(self, other: Fingerprint) -> bool:
+        """Compare kind, names and order of the parameters and which have defaults, but not the defaults themselves."""
+        return self.kind == other.kind and shape(self.parameters) == shape(other.parameters)
+
+
+MISSING = Fingerprint("missing")
+FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
+"""The kinds that can be hooked, and that have a body to find them by."""
+
+
+def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """Return names and whether there is a default; its text is only in the source, its value only in the process."""
+    return [(parameter.partition("=")[0], "=" in parameter) for parameter in parameters]
 
 
 @functools.cache
@@ -65,11 +113,21 @@ def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> No
         raise HookError(f"{what} only raises NotImplementedError; the function that the hook is for is elsewhere")
     if any(found.same_contract(Fingerprint(*contract)) for contract in contracts):
         return
-    opaque = shape(found.parameters) == shape(("*args", "**kwargs"))  # another plugin's wrapper, which passes all on
-    if opaque and found.kind in {kind for kind, _ in contracts}:
+    if _is_wrapper_of_others(target, found) and found.kind in {kind for kind, _ in contracts}:
         return
     expected = " or ".join(f"{signature(Fingerprint(*c))} as in verl {release}" for c, release in contracts.items())
     raise HookError(f"{what} is {signature(found)}, expected {expected}")
+
+
+def _is_wrapper_of_others(target: Any, found: Fingerprint) -> bool:
+    """Tell whether another plugin's closure passes everything on: (*args, **kwargs), after self or cls at most.
+
+    In verl's own module only the bare form is taken for a decorator's; there a leading parameter is verl's choice.
+    """
+    *leading, variadic, keywords = found.parameters if len(found.parameters) > 1 else ("", "")
+    passes_on = variadic.startswith("*") and keywords.startswith("**")
+    own = str(getattr(target, "__module__", "")).startswith("verl.")
+    return passes_on and len(leading) <= (0 if own else 1)
 
 
 def _is_stub(target: Any) -> bool:

@@ -1,7 +1,6 @@
 """Where verl's source can be had: a version on the package index, a wheel, an sdist, a folder, a git checkout.
 
-All of them end as a ``Tree``, a folder to read from: archives are unpacked into a temporary one, of which nothing is
-ever executed or imported.
+All of them end as a ``Tree`` to read from.  Archives are unpacked in memory; nothing in them is executed or imported.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -37,15 +36,20 @@ _BROKEN = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder in which ``verl/`` lies, and in words where it came from."""
+    """verl's files, in a folder or (``folder`` None) in memory, and in words where they came from."""
 
-    folder: Path
+    folder: Path | None
     origin: str
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
         """The version that verl's own file gives; a git checkout of 0.7.0 says 0.7.0.dev."""
         return (self.read(VERSION_FILE) or "").strip()
+
+    def has(self, path: str) -> bool:
+        """Say whether there is a file ``path``."""
+        return path in self.contents if self.folder is None else (self.folder / path).is_file()
 
     def read(self, path: str) -> str | None:
         """Return the text of ``path`` (such as ``verl/protocol.py``), None if there is no such file.
@@ -53,14 +57,17 @@ class Tree:
         Raises:
             OverlayError: it is not UTF-8.
         """
-        file = self.folder / path
+        if not self.has(path):
+            return None
         try:
-            return file.read_text(encoding="utf-8") if file.is_file() else None
+            return (self.contents[path] if self.folder is None else (self.folder / path).read_bytes()).decode()
         except UnicodeDecodeError as error:
             raise OverlayError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
     def files(self) -> list[str]:
         """Return the paths of all of verl's Python files, sorted."""
+        if self.folder is None:
+            return sorted(path for path in self.contents if path.endswith(".py"))
         return sorted(file.relative_to(self.folder).as_posix() for file in (self.folder / "verl").rglob("*.py"))
 
 
@@ -109,12 +116,11 @@ def _open(target: str, scratch: Path) -> Tree:
     if path.is_dir():
         return _holding_verl(path.parent if (path / "version" / "version").is_file() else path, f"folder {target}")
     if path.is_file():
-        _unpack(path, scratch)
-        return _holding_verl(scratch, path.name)
+        return _holding_verl(None, path.name, _unpacked(path))
     checkout, at, ref = target.rpartition("@")
     if at and Path(checkout).expanduser().is_dir():
-        commit = _unpack_commit(Path(checkout).expanduser(), ref, scratch)
-        return _holding_verl(scratch, f"{ref} ({commit[:10]}) of {checkout}")
+        commit, contents = _at_commit(Path(checkout).expanduser(), ref)
+        return _holding_verl(None, f"{ref} ({commit[:10]}) of {checkout}", contents)
     wanted = target.removeprefix("verl==")
     if wanted != NEWEST:
         try:
@@ -128,68 +134,62 @@ def _open(target: str, scratch: Path) -> Tree:
     return _holding_verl(scratch, "the package index")
 
 
-def _holding_verl(folder: Path, origin: str) -> Tree:
-    tree = Tree(folder, origin)
+def _holding_verl(folder: Path | None, origin: str, contents: Mapping[str, bytes] | None = None) -> Tree:
+    tree = Tree(folder, origin, contents or {})
     if not tree.version:
         raise OverlayError(f"{origin} does not hold verl: there is no {VERSION_FILE} in it")
     return tree
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Write the files of verl in a wheel or an sdist to ``folder/verl``."""
+def _unpacked(archive: Path) -> dict[str, bytes]:
+    """Return the files of verl in a wheel or an sdist."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
-                _write(zipped.namelist(), zipped.read, folder, archive.name)
-        elif tarfile.is_tarfile(archive):
+                return _of_verl(zipped.namelist(), zipped.read, archive.name)
+        if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tarred:
-                _unpack_tar(tarred, folder, archive.name)
+                contents = _untarred(tarred, archive.name)
                 while tarred.fileobj and tarred.fileobj.read(1 << 16):  # to the end, where the checksum is
                     pass
-        else:
-            raise OverlayError(f"{archive.name} is neither a wheel nor an sdist, or is cut short: it cannot be read")
+                return contents
     except OverlayError:
         raise
     except _BROKEN as error:
         raise OverlayError(f"{archive.name} is damaged: {error}") from error
+    raise OverlayError(f"{archive.name} is neither a wheel nor an sdist, or is cut short: it cannot be read")
 
 
-def _unpack_tar(tarred: tarfile.TarFile, folder: Path, origin: str) -> None:
-    members = {member.name: member for member in tarred.getmembers() if member.isfile() or member.isdir()}
+def _untarred(tarred: tarfile.TarFile, origin: str) -> dict[str, bytes]:
+    members = {member.name: member for member in tarred.getmembers() if member.isfile()}
 
     def content(name: str) -> bytes:
         file = tarred.extractfile(members[name])
         return file.read() if file else b""
 
-    _write([name for name, member in members.items() if member.isfile()], content, folder, origin)
+    return _of_verl(list(members), content, origin)
 
 
-def _write(names: Iterable[str], content: Callable[[str], bytes], folder: Path, origin: str) -> None:
-    """Write what lies under ``verl/``, which an sdist keeps one folder deeper; links are left out.
+def _of_verl(names: list[str], content: Callable[[str], bytes], origin: str) -> dict[str, bytes]:
+    """Return what lies under ``verl/``, which an sdist keeps one folder deeper; links are left out.
+
+    Nothing is written, but an archive with a path that is absolute or climbs out was made to do harm.
 
     Raises:
-        OverlayError: a path is absolute or climbs out of the archive.
+        OverlayError: there is such a path.
     """
-    names = list(names)
     for name in names:
         path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
             raise OverlayError(f"{origin} holds the path {name!r}, which climbs out of it; refused")
     versions = [name for name in names if name == VERSION_FILE or name.endswith(f"/{VERSION_FILE}")]
-    if not versions:
-        return
-    root = min(versions, key=len).removesuffix(VERSION_FILE)
-    for name in names:
-        inside = name.removeprefix(root)
-        if not name.startswith(f"{root}verl/") or not (name.endswith(".py") or inside == VERSION_FILE):
-            continue
-        file = folder / inside
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content(name))
+    root = min(versions, key=len, default="").removesuffix(VERSION_FILE)
+    wanted = [name for name in names if name.startswith(f"{root}verl/") and name.endswith((".py", VERSION_FILE))]
+    return {name.removeprefix(root): content(name) for name in wanted}
 
 
-def _unpack_commit(checkout: Path, ref: str, folder: Path) -> str:
-    """Write ``verl/`` as it is at ``ref``; the checkout's own files are not touched.  Return the commit."""
+def _at_commit(checkout: Path, ref: str) -> tuple[str, dict[str, bytes]]:
+    """Return the commit that ``ref`` names and ``verl/`` as it is there; the checkout's own files are not touched."""
     if ref.startswith("-"):
         raise OverlayError(f"{ref!r} is no git ref")
     commit = _git(checkout, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
@@ -200,8 +200,7 @@ def _unpack_commit(checkout: Path, ref: str, folder: Path) -> str:
     if archive is None:
         raise OverlayError(f"{ref} of {checkout} does not hold verl: there is no folder verl/ in it")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tarred:
-        _unpack_tar(tarred, folder, ref)
-    return name
+        return name, _untarred(tarred, ref)
 
 
 def _git(checkout: Path, *arguments: str) -> bytes | None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat.sources import Tree, opened
+from verl_fl_overlay.compat.sources import Tree
 
 
 @functools.cache
 def find(release: str) -> Tree | None:
     """Return the source of ``release``; None if neither a wheel nor an installed verl has it."""
     for wheel in Path(os.environ.get("VERL_WHEELS", "/nowhere")).glob(f"verl-{release}-*.whl"):
-        with opened(str(wheel)) as tree:
-            kept = Path(tempfile.mkdtemp(prefix=f"verl-{release}-"))
-            (tree.folder / "verl").rename(kept / "verl")
-            return Tree(kept, wheel.name)
+        kept = Path(tempfile.mkdtemp(prefix=f"verl-{release}-"))
+        with zipfile.ZipFile(wheel) as zipped:
+            zipped.extractall(kept, [name for name in zipped.namelist() if name.startswith("verl/")])
+        return Tree(kept, wheel.name)
     installed = compat.find_verl()
     if installed is not None and installed.version == release:
         return Tree(Path(installed.folder).parent, "installed")

@@ -10,7 +10,7 @@ from typing import Any
 
 from verl_fl_overlay import activation, compat, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
+from verl_fl_overlay.compat.fingerprint import fingerprint
 from verl_fl_overlay.compat.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
@@ -73,7 +73,7 @@ def _pinned(hook: Hook) -> str:
     if pin is None:
         return "no pin"
     here = fingerprint(Tree(Path(verl.folder).parent, "here"), hook.module, hook.attribute)
-    if here == MISSING:
+    if here == pins.MISSING:
         return "missing"
     if not here.same_contract(pin):
         return "parameters differ"

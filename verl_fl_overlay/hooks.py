@@ -91,13 +91,13 @@ class _Installed:
     live: bool = True
 
 
-class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[misc]
+class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         owner = getattr(self.__wrapped__, "__self__", self._self_owner)
         return getattr, (owner, self.__name__)
 
 
-class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """A wrapper that pickles as what it wraps would: by name, so that whoever loads it gets what is there."""
 
     __bound_function_wrapper__ = _BoundWrapper

@@ -88,5 +88,13 @@ def test_imports_neither_verl_nor_torch(copy: Path) -> None:
         "import sys; from verl_fl_overlay import cli; cli.main(['check', sys.argv[1]]); "
         "print([m for m in ('verl', 'torch', 'flag_gems', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(copy)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(copy)], capture_output=True, text=True, check=True, cwd="/"
+    )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_is_not_on_the_load_path() -> None:
+    program = "import sys, verl_fl_overlay; print([m for m in sys.modules if m.startswith('verl_fl_overlay.compat.')])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.strip() == "['verl_fl_overlay.compat.pins']"

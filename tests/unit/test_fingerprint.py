@@ -9,7 +9,8 @@ import pytest
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import MISSING, fingerprint
+from verl_fl_overlay.compat.fingerprint import fingerprint
+from verl_fl_overlay.compat.pins import MISSING
 from verl_fl_overlay.compat.sources import Tree, opened
 from verl_fl_overlay.errors import HookError
 
@@ -137,6 +138,19 @@ def test_live_function_with_the_pinned_parameters():
 
 def test_live_function_that_takes_anything_was_wrapped_by_others():
     pins.verify(hook(), Live.__dict__["anything"])
+
+
+def test_live_method_that_passes_all_on_was_wrapped_by_others():
+    def wrapper(self, *a, **k):
+        return self
+
+    pins.verify(hook(), wrapper)
+    pins.verify(hook("engine.new"), classmethod(wrapper))
+    with pytest.raises(HookError, match="is function"):
+        pins.verify(hook("engine.new"), wrapper)
+    wrapper.__module__ = "verl.workers.engine.base"
+    with pytest.raises(HookError, match=r"is function \(self, \*a, \*\*k\)"):
+        pins.verify(hook(), wrapper)
 
 
 def test_live_function_with_other_parameters():

@@ -13,6 +13,7 @@ import pytest
 import verl_trees
 
 from verl_fl_overlay import cli
+from verl_fl_overlay.compat import pinning
 from verl_fl_overlay.compat.sources import Tree, opened
 from verl_fl_overlay.errors import OverlayError
 
@@ -167,3 +168,12 @@ def test_release_that_is_not_pinned(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder(tmp_path, FILES)
     assert cli.main(["check", str(tmp_path), "--against", "0.6.0"]) == 2
     assert "pinned are 0.7.0" in capsys.readouterr().err
+
+
+def test_development_version_in_an_archive_is_told_apart_by_what_it_has(tmp_path: Path) -> None:
+    files = {"verl/version/version": "0.8.0.dev", "verl/workers/engine/base.py": "", "verl/workers/fsdp_workers.py": ""}
+    with opened(str(wheel(tmp_path / "old.whl", files))) as tree:
+        assert pinning.selection_for(tree).shim == "v0_7"
+    files["verl/plugin/platform/platform_manager.py"] = ""
+    with opened(str(wheel(tmp_path / "new.whl", files))) as tree:
+        assert pinning.selection_for(tree).shim == "v0_9"
