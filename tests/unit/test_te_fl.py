@@ -1,4 +1,4 @@
-"""TransformerEngine-FL told from NVIDIA's, and its policy read anew for a Megatron engine; its package is a stand-in."""
+"""TransformerEngine-FL (a stand-in here) told from NVIDIA's, and its policy read anew for a Megatron engine."""
 
 from __future__ import annotations
 
