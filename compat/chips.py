@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 from verl_fl_overlay import chips, flagcx
 from verl_fl_overlay.chips import Chip
 from verl_fl_overlay.compat import engines
-from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Hook, Wrapper
 from verl_fl_overlay.settings import Settings
 
 SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
@@ -38,6 +36,24 @@ def _named(name: str) -> Any:
     return None
 
 
+def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    chip = chips.without_platform()
+    return chip.device if chip is not None and chips.is_available(chip) else str(wrapped(*args, **kwargs))
+
+
+def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    found = str(wrapped(*args, **kwargs))
+    chip = chips.without_platform()
+    return found if chip is None or found == flagcx.BACKEND else chips.backend(chip)
+
+
+def _engine_class_by_helper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.utils.device import get_device_name
+
+    found = engines.class_for_cuda(instance, get_device_name(), *args, **kwargs)
+    return wrapped(*args, **kwargs) if found is None else found
+
+
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from verl.plugin.platform import get_platform
 
@@ -59,17 +75,10 @@ def platform_class(chip: Chip) -> type[Any]:
 
         @property
         def device_module(self) -> Any:
-            import torch
-
-            if not hasattr(torch, chip.device):
-                importlib.import_module(chip.package)
-            return getattr(torch, chip.device)
+            return chips.device_module(chip)
 
         def is_available(self) -> bool:
-            try:
-                return bool(self.device_module.is_available())
-            except ImportError:
-                return False
+            return chips.is_available(chip)
 
         def is_platform_available(self, use_smi_check: bool = False) -> bool:
             return self.is_available()
@@ -105,11 +114,8 @@ def platform_class(chip: Chip) -> type[Any]:
             return (ask(device_index) if ask else None) or (None, None)
 
         def communication_backend_name(self) -> str:
-            if not flagcx.reason_off(Settings.parse()[0]):
-                return flagcx.BACKEND
-            if not chip.backend:
-                raise OverlayError(f"no collectives are known for {chip.vendor} but FlagCX: export USE_FLAGCX=1")
-            return chip.backend
+            asked_for = not flagcx.reason_off(Settings.parse()[0])
+            return flagcx.BACKEND if asked_for else chips.backend(chip)
 
         def visible_devices_envvar(self) -> str:
             return chip.visible_devices
@@ -175,16 +181,54 @@ def platform_hooks() -> list[Hook]:
             upstream=f"{SOURCE}/platform_manager.py",
             until="verl, or a plugin, registers a platform for the chip",
         ),
+        _engine_class_hook(_engine_class),
+    ]
+
+
+def _engine_class_hook(wrapper: Wrapper) -> Hook:
+    return Hook(
+        name="chip.engine_class",
+        module=engines.BASE,
+        attribute="EngineRegistry.get_engine_cls",
+        wrapper=wrapper,
+        feature="chip",
+        required=True,
+        why="verl registers its engines for cuda and npu only; another chip, unless somebody registered an engine for "
+        "it, gets the class that serves cuda.",
+        upstream=f"{engines.UPSTREAM}/base.py#L400",
+        until="verl's engines are registered for every device that torch knows",
+    )
+
+
+def device_helper_hooks() -> list[Hook]:
+    """Return what the releases without a platform layer (0.7, 0.8) need.
+
+    Enough for engines in processes that torchrun starts.  Not enough for Ray, which those releases ask for GPU or NPU
+    only, and for 0.7's legacy workers.
+    """
+    source = "https://github.com/volcengine/verl/blob/v0.8.0/verl/utils/device.py"
+    return [
         Hook(
-            name="chip.engine_class",
-            module=engines.BASE,
-            attribute="EngineRegistry.get_engine_cls",
-            wrapper=_engine_class,
+            name="chip.device_name",
+            module="verl.utils.device",
+            attribute="get_device_name",
+            wrapper=_device_name,
             feature="chip",
             required=True,
-            why="verl registers its engines for cuda and npu only; another chip, unless somebody registered an engine "
-            "for it, gets the class that serves cuda.",
-            upstream=f"{engines.UPSTREAM}/base.py#L400",
-            until="verl's engines are registered for every device that torch knows",
+            why="verl says cpu on a chip that it does not know; torch's name of the chip's device is said.",
+            upstream=f"{source}#L70",
+            until="verl 0.9.0, which asks its platform",
         ),
+        Hook(
+            name="chip.backend",
+            module="verl.utils.device",
+            attribute="get_nccl_backend",
+            wrapper=_backend,
+            feature="chip",
+            required=True,
+            why="verl says nccl on every machine that has no NPU; the chip's own collectives are named.",
+            upstream=f"{source}#L116",
+            until="verl 0.9.0, which asks its platform",
+        ),
+        _engine_class_hook(_engine_class_by_helper),
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from typing import Any
 
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
 
 
@@ -80,6 +83,38 @@ def without_platform() -> Chip | None:
     """Return this machine's chip if torch reaches it through a device that verl itself has no platform for."""
     chip, _ = find()
     return chip if chip is not None and chip.device not in ("cuda", "npu") else None
+
+
+def device_module(chip: Chip) -> Any:
+    """Return ``torch.<device>`` of ``chip``, its package imported first where torch did not do that itself.
+
+    Raises:
+        ImportError: the package is not there, or does not load.
+    """
+    import torch
+
+    if not hasattr(torch, chip.device):
+        importlib.import_module(chip.package)
+    return getattr(torch, chip.device)
+
+
+def is_available(chip: Chip) -> bool:
+    """Return whether torch can compute on ``chip`` in this process."""
+    try:
+        return bool(device_module(chip).is_available())
+    except ImportError:
+        return False
+
+
+def backend(chip: Chip) -> str:
+    """Return the name of the vendor's own collectives.
+
+    Raises:
+        OverlayError: none are known; FlagCX serves the chip.
+    """
+    if not chip.backend:
+        raise OverlayError(f"no collectives are known for {chip.vendor} but FlagCX: export USE_FLAGCX=1")
+    return chip.backend
 
 
 def reason_off(settings: Settings) -> str:

@@ -52,11 +52,22 @@ PROGRAM = """
 """
 
 
-def run(folder, device, **environment):
+HELPERS = """
+    import json, verl
+    from verl.utils.device import get_device_id, get_device_name, get_nccl_backend, get_torch_device
+    from verl.workers.engine import EngineRegistry
+    engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+    module = get_torch_device()
+    module.empty_cache()
+    print("TOLD", json.dumps([get_device_name(), get_device_id(), get_nccl_backend(), module.calls, engine]))
+"""
+
+
+def run(folder, device, program=PROGRAM, **environment):
     (folder / f"torch_{device}").mkdir()
     (folder / f"torch_{device}/__init__.py").write_text(textwrap.dedent(PACKAGE))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        [sys.executable, "-c", textwrap.dedent(program)],
         env={
             **os.environ,
             **without_images(),
@@ -90,6 +101,12 @@ def test_mlu_gets_a_platform_that_honours_flagcx(tmp_path):
         '["mlu", "cambricon", "flagcx", 8, 3, [3, 1], "MLU_VISIBLE_DEVICES", "MLU", {"resources": {"MLU": 0.5}}, '
         f'["RAY_EXPERIMENTAL_NOSET_MLU_VISIBLE_DEVICES"], false, null, true, {CALLS}'
     )
+
+
+@pytest.mark.parametrize(("flagcx", "backend"), [("0", "mccl"), ("1", "flagcx")])
+def test_verls_helpers_name_the_chip_in_every_release(tmp_path, flagcx, backend):
+    told = run(tmp_path, "musa", HELPERS, USE_FLAGCX=flagcx)
+    assert told == f'["musa", 3, "{backend}", ["empty_cache"], "FSDPEngineWithLMHead"]'
 
 
 @needs_platforms

@@ -31,13 +31,13 @@ CASES = {
     ),
     "_flagcx found": (
         {"FLAGCX_PATH": "BUILT"},
-        "FLAGCX_PATH='BUILT' is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) does not; "
-        "export USE_FLAGCX=1, or unset FLAGCX_PATH",
+        "FLAGCX_PATH='BUILT' is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) does "
+        "not; export USE_FLAGCX=1, or unset FLAGCX_PATH",
     ),
     "_flagcx not built": (
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/"},
-        "FLAGCX_PATH='/' holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) looks, and goes "
-        "on without FlagCX's communicator when it is not there; build FlagCX there",
+        "FLAGCX_PATH='/' holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) looks, and "
+        "goes on without FlagCX's communicator when it is not there; build FlagCX there",
     ),
     "_flagcx missing": (
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/not/there"},
