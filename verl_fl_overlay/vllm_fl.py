@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +67,7 @@ def read(file: Path) -> dict[str, Any]:
         OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``, or
             uses aliases, through which a few lines can stand for gigabytes.
     """
-    import yaml
+    yaml = _yaml()
 
     try:
         if file.stat().st_size > LARGEST:
@@ -84,8 +85,15 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
+def _yaml() -> Any:
+    try:
+        return importlib.import_module("yaml")
+    except ImportError as error:
+        raise OverlayError("a dispatch file is YAML, and PyYAML is not installed: pip install pyyaml") from error
+
+
 def _refuse_bombs(file: Path, text: str) -> None:
-    import yaml
+    yaml = _yaml()
 
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: it ends at the first fault
@@ -212,7 +220,7 @@ def render(settings: Settings, vendor: str) -> str:
 
     A blacklist extends the chip's own instead of taking its place; a whitelist stands alone.
     """
-    import yaml
+    yaml = _yaml()
 
     content, origin = defaults(vendor)
     for key, name in (("prefer", "VLLM_FL_PREFER"), ("strict", "VLLM_FL_STRICT")):
