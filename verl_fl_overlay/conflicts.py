@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from verl_fl_overlay.stack import PREFER, STACK
+from verl_fl_overlay.stack import PREFER
 
 if TYPE_CHECKING:
     from verl_fl_overlay.settings import Settings
@@ -40,9 +40,12 @@ def conflicts(settings: Settings) -> list[str]:
 
 def _spelling(settings: Settings) -> Iterator[str]:
     """A true value that its component takes for false."""
+    from verl_fl_overlay.settings import every_variable
+
+    known = every_variable()
     for name, text in settings.given.items():
-        variable = STACK.get(name)
-        if variable is None or not variable.truths or settings[name] is not True:
+        variable = known[name]
+        if not variable.truths or settings[name] is not True:
             continue
         if text.lower() not in variable.truths:
             yield (
