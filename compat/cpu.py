@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from verl_fl_overlay.compat import process_group
+from verl_fl_overlay.compat import engines, process_group
 from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook
@@ -17,16 +17,8 @@ Call = Callable[..., Any]
 
 
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    found = _class_for_cuda(instance, *args, **kwargs)
+    found = engines.class_for_cuda(instance, "cpu", *args, **kwargs)
     return wrapped(*args, **kwargs) if found is None else found
-
-
-def _class_for_cuda(registry: Any, model_type: str, backend: str) -> Any:
-    """Return the class that serves CUDA, or None where verl's own lookup has the answer, or the error."""
-    by_device = registry._engines.get(model_type, {}).get(backend, {})
-    if "cpu" in by_device:
-        return None
-    return by_device.get("cuda") or by_device.get(("cuda", "nvidia"))
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -62,6 +62,14 @@ def _infer_batch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: di
         return wrapped(*args, **kwargs)
 
 
+def class_for_cuda(registry: Any, device: str, model_type: str, backend: str) -> Any:
+    """Return the engine class that serves CUDA; None where one is registered for ``device``, or none for CUDA."""
+    by_device = registry._engines.get(model_type, {}).get(backend, {})
+    if any(key == device or (isinstance(key, tuple) and key[0] == device) for key in by_device):
+        return None
+    return by_device.get("cuda") or by_device.get(("cuda", "nvidia"))
+
+
 def base_hooks() -> list[Hook]:
     """Return the hooks on what all engines share."""
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines, logprobs, process_group, ray_env
+from verl_fl_overlay.compat import attention, chips, cpu, engines, logprobs, process_group, ray_env
 from verl_fl_overlay.hooks import Hook
 
 
@@ -20,6 +20,7 @@ def hooks(version: Version) -> list[Hook]:
         *process_group.flagcx_hooks(),
         process_group.backend_name_hook(),
         *process_group.checkpoint_engine_hooks(),
+        *chips.device_helper_hooks(),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

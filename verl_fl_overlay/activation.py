@@ -105,7 +105,16 @@ def activate() -> Overlay:
         overlay.start()
         report.write_regularly(settings.report_dir)
         _active = overlay
+        _log_at_verls_level()
+        logger.info(report.summary(overlay))
         return overlay
+
+
+def _log_at_verls_level() -> None:
+    """Log from VERL_LOGGING_LEVEL on, as verl's own modules do, and from INFO on where that is not set."""
+    level = logging.getLevelName(os.environ.get("VERL_LOGGING_LEVEL", "INFO").strip().upper())
+    if isinstance(level, int):
+        logger.setLevel(level)
 
 
 def deactivate() -> None:

@@ -30,6 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
     env.set_defaults(run=_env)
 
+    dispatch = commands.add_parser("dispatch", help="check or write vllm-plugin-FL's dispatch file")
+    actions = dispatch.add_subparsers(dest="action", required=True, metavar="ACTION")
+    dispatch_check = actions.add_parser("check", help="say what the plugin would ignore or take for something else")
+    dispatch_check.add_argument("file", type=Path)
+    dispatch_check.set_defaults(run=_dispatch_check)
+    render = actions.add_parser("render", help="print the file that does what the environment asks for")
+    render.add_argument("--vendor", default="", help="FlagGems' name of the chip's vendor; found, if not given")
+    render.set_defaults(run=_dispatch_render)
+
     target = "a version, 'latest', a wheel, an sdist, the folder in which verl/ lies, or CHECKOUT@REF"
     check = commands.add_parser("check", help="say whether the hooks hold on a verl release, from its source alone")
     check.add_argument("target", help=target)
@@ -83,6 +92,33 @@ def _env(options: argparse.Namespace) -> int:
     else:
         print(environment.as_json(result) if options.json else environment.as_text(result))
     return 1 if result["errors"] else 0
+
+
+def _dispatch_check(options: argparse.Namespace) -> int:
+    from verl_fl_overlay import vllm_fl
+    from verl_fl_overlay.errors import OverlayError
+
+    try:
+        findings = vllm_fl.check(vllm_fl.read(options.file))
+    except OverlayError as error:
+        findings = [str(error)]
+    print("\n".join(findings) if findings else f"{options.file}: no faults")
+    return 1 if findings else 0
+
+
+def _dispatch_render(options: argparse.Namespace) -> int:
+    from verl_fl_overlay import chips, vllm_fl
+    from verl_fl_overlay.errors import OverlayError
+    from verl_fl_overlay.settings import Settings
+
+    found, _ = chips.find()
+    vendor = options.vendor or (found.vendor if found else "nvidia")
+    try:
+        print(vllm_fl.render(Settings.from_environment(), vendor), end="")
+    except OverlayError as error:
+        print(f"verl-fl dispatch render: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _check(options: argparse.Namespace) -> int:

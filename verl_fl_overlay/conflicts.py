@@ -99,6 +99,11 @@ def _flagcx(settings: Settings) -> Iterator[str]:
         )
     if folder and not os.path.isdir(folder):
         yield f"FLAGCX_PATH={folder!r} does not exist on this machine"
+    elif folder and not os.path.isfile(os.path.join(folder, "build", "lib", "libflagcx.so")):
+        yield (
+            f"FLAGCX_PATH={folder!r} holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) "
+            "looks, and goes on without FlagCX's communicator when it is not there; build FlagCX there"
+        )
 
 
 def _te_fl_vendors(settings: Settings) -> Iterator[str]:

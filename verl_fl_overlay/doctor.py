@@ -90,6 +90,7 @@ def as_text(result: dict[str, Any]) -> str:
         + ("" if verl["supported"] else "  NOT SUPPORTED"),
         f"torch           {result['torch'] or 'not installed'}",
         f"device          {result['device']}",
+        f"process         {result['summary'] or '-'}",
         f"settings        {_settings(result['settings'])}",
         "",
     ]

@@ -79,6 +79,18 @@ def as_exports(environment: Mapping[str, str], phase: str = "") -> str:
     return "\n".join(f"export {name}={shlex.quote(set_here[name])}" for name in wanted)
 
 
+def summary(settings: Settings) -> str:
+    """Return which parts of the stack are on, such as ``FL[training(TE_FL=flagos), FlagGems, FlagCX]``."""
+    own = settings["TRAINING_FL_FLAGGEMS_ENABLE"]
+    parts = [
+        f"training(TE_FL={settings['TE_FL_PREFER']})" if "TE_FL_PREFER" in settings.given else "",
+        f"rollout(VLLM_FL={settings['VLLM_FL_PREFER']})" if "VLLM_FL_PREFER" in settings.given else "",
+        "FlagGems" if (settings["USE_FLAGGEMS"] if own is None else own) else "",
+        "FlagCX" if settings["USE_FLAGCX"] else "",
+    ]
+    return f"FL[{', '.join(filter(None, parts)) or 'disabled'}]"
+
+
 def as_json(result: dict[str, Any]) -> str:
     """Return the table as JSON."""
     return json.dumps(result, indent=1, ensure_ascii=False)

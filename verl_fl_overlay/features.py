@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from verl_fl_overlay import flagcx, te_fl
+from verl_fl_overlay import chips, flagcx, te_fl
 from verl_fl_overlay.settings import Settings
 
 
@@ -89,6 +89,7 @@ FEATURES = {
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
         Feature("ray", "the overlay and its settings in every process that Ray starts"),
         Feature("flagcx", "collectives of training through FlagCX", flagcx.reason_off, describe=flagcx.describe),
+        Feature("chip", "chips that verl has no platform for", chips.reason_off, describe=chips.describe),
         Feature(
             "te_fl",
             "the policies of TransformerEngine-FL and Megatron-LM-FL",

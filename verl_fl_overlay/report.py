@@ -10,14 +10,18 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from verl_fl_overlay import events, features
+from verl_fl_overlay import chips, environment, events, features
 from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES, Settings, misspelt, shown
+
+if TYPE_CHECKING:
+    from verl_fl_overlay.activation import Overlay
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -34,6 +38,7 @@ def build() -> dict[str, Any]:
     found = compat.find_verl()
     hooks = overlay.hooks.report() if overlay else []
     return {
+        "summary": summary(overlay) if overlay else "",
         "overlay": verl_fl_overlay.__version__,
         "verl": {
             "version": found.version if found else None,
@@ -50,6 +55,21 @@ def build() -> dict[str, Any]:
         "features": _features(),
         "problems": problems(hooks),
     }
+
+
+def summary(overlay: Overlay) -> str:
+    """Return a line on this process: the overlay, verl and its shim, the chip, what is on, and the hooks."""
+    import verl_fl_overlay
+
+    settings, selection = overlay.settings, overlay.selection
+    chip, told_by = chips.find()
+    device = f"{chip.device} of {chip.vendor} ({told_by})" if chip else f"not known ({told_by})"
+    states = Counter(status.state.value for status in overlay.hooks.report())
+    return (
+        f"verl-fl-overlay {verl_fl_overlay.__version__}: verl {selection.version} ({selection.shim}), "
+        f"device {'cpu' if settings.device == 'cpu' else device}, {environment.summary(settings)}, "
+        f"hooks {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
+    )
 
 
 def problems(hooks: list[HookStatus]) -> list[str]:

@@ -239,6 +239,10 @@ def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
             warnings.append(f"{name} is read by nothing; rollout reads {name.replace('ROLLOUT_FL_', 'VLLM_FL_')}")
         elif name.startswith((OWN_PREFIX, *PREFIXES)):
             near = difflib.get_close_matches(name, known, n=1)
-            whose = "verl-fl-overlay" if name.startswith(OWN_PREFIX) else "the FlagOS stack"
-            warnings.append(f"{name} is not a variable of {whose}" + (f"; {near[0]}?" if near else ""))
+            whose = (
+                "is not a variable of verl-fl-overlay"
+                if name.startswith(OWN_PREFIX)
+                else "is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to Ray's workers"
+            )
+            warnings.append(f"{name} {whose}" + (f"; {near[0]}?" if near else ""))
     return warnings

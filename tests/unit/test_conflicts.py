@@ -30,9 +30,14 @@ CASES = {
         "(vllm-plugin-FL) goes by FLAGCX_PATH and does not; export FLAGCX_PATH=<the directory FlagCX was built in>",
     ),
     "_flagcx found": (
-        {"FLAGCX_PATH": "/"},
-        "FLAGCX_PATH='/' is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) does not; "
-        "export USE_FLAGCX=1, or unset FLAGCX_PATH",
+        {"FLAGCX_PATH": "BUILT"},
+        "FLAGCX_PATH='BUILT' is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) does "
+        "not; export USE_FLAGCX=1, or unset FLAGCX_PATH",
+    ),
+    "_flagcx not built": (
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "/"},
+        "FLAGCX_PATH='/' holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) looks, and "
+        "goes on without FlagCX's communicator when it is not there; build FlagCX there",
     ),
     "_flagcx missing": (
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/not/there"},
@@ -91,6 +96,15 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def built(tmp_path, monkeypatch):
+    """A build of FlagCX, as the folder BUILT."""
+    library = tmp_path / "BUILT/build/lib/libflagcx.so"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_conflict_is_told_with_what_to_do(case):
     environment, message = CASES[case]
@@ -108,7 +122,7 @@ def test_every_rule_has_a_case():
         {"USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "softmax"},
         {"USE_FLAGGEMS": "TRUE"},
         {"USE_FLAGGEMS": "no", "VLLM_FL_PREFER": "vendor"},
-        {"USE_FLAGCX": "1", "FLAGCX_PATH": "/"},
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "BUILT"},
         {"TE_FL_ALLOW_VENDORS": "CUDA,METAX", "TE_FL_PER_OP": "gemm=vendor:CUDA|impl:default.flagos;x=flagos"},
         {"VLLM_PLUGINS": "fl", "VLLM_FL_PER_OP": "rms_norm=vendor:cuda|flagos"},
         {"VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay"},

@@ -102,8 +102,10 @@ def test_a_long_value_is_shortened_in_the_error():
 def test_misspelt_names_of_the_stack():
     assert misspelt({"TE_FL_PREFRE": "1", "VLLM_FL_FLAGOS_BLACKLISTS": "a", "ROLLOUT_FL_FLAGOS_WHITELIST": "a"}) == [
         "ROLLOUT_FL_FLAGOS_WHITELIST is read by nothing; rollout reads VLLM_FL_FLAGOS_WHITELIST",
-        "TE_FL_PREFRE is not a variable of the FlagOS stack; TE_FL_PREFER?",
-        "VLLM_FL_FLAGOS_BLACKLISTS is not a variable of the FlagOS stack; VLLM_FL_FLAGOS_BLACKLIST?",
+        "TE_FL_PREFRE is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to Ray's workers"
+        "; TE_FL_PREFER?",
+        "VLLM_FL_FLAGOS_BLACKLISTS is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to "
+        "Ray's workers; VLLM_FL_FLAGOS_BLACKLIST?",
     ]
 
 

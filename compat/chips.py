@@ -1,0 +1,234 @@
+"""Platforms for chips that verl has none for: its interface, filled from the table of chips and ``torch.<device>``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from verl_fl_overlay import chips, flagcx
+from verl_fl_overlay.chips import Chip
+from verl_fl_overlay.compat import engines
+from verl_fl_overlay.hooks import Hook, Wrapper
+from verl_fl_overlay.settings import Settings
+
+SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
+
+Call = Callable[..., Any]
+
+
+def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    chip = None if os.environ.get("VERL_PLATFORM", "").strip() else chips.without_platform()
+    return str(wrapped(*args, **kwargs)) if chip is None else chip.vendor
+
+
+def _platform_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return wrapped(*args, **kwargs) or _named(*args, **kwargs)
+
+
+def _named(name: str) -> Any:
+    """Return the platform of the chip that goes by ``name``, the vendor's or the device's; None if there is none."""
+    wanted = name.strip().lower()
+    for chip in chips.CHIPS.values():
+        if chip.package and chip.device != "npu" and wanted in (chip.vendor, chip.device):
+            return platform_class(chip)
+    return None
+
+
+def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    chip = chips.without_platform()
+    return chip.device if chip is not None and chips.is_available(chip) else str(wrapped(*args, **kwargs))
+
+
+def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    found = str(wrapped(*args, **kwargs))
+    chip = chips.without_platform()
+    return found if chip is None or found == flagcx.BACKEND else chips.backend(chip)
+
+
+def _engine_class_by_helper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.utils.device import get_device_name
+
+    found = engines.class_for_cuda(instance, get_device_name(), *args, **kwargs)
+    return wrapped(*args, **kwargs) if found is None else found
+
+
+def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.plugin.platform import get_platform
+
+    chosen = os.environ.get("VERL_ENGINE_DEVICE") or os.environ.get("VERL_ENGINE_VENDOR")
+    found = None if chosen else engines.class_for_cuda(instance, get_platform().device_name, *args, **kwargs)
+    return wrapped(*args, **kwargs) if found is None else found
+
+
+@functools.cache
+def platform_class(chip: Chip) -> type[Any]:
+    """Build the class; only here, because its base is verl's."""
+    from contextlib import nullcontext
+
+    from verl.plugin.platform.platform_base import PlatformBase
+
+    class PlatformOfChip(PlatformBase):  # type: ignore[misc]
+        device_name = chip.device
+        vendor_name = chip.vendor
+
+        @property
+        def device_module(self) -> Any:
+            return chips.device_module(chip)
+
+        def is_available(self) -> bool:
+            return chips.is_available(chip)
+
+        def is_platform_available(self, use_smi_check: bool = False) -> bool:
+            return self.is_available()
+
+        def current_device(self) -> Any:
+            return self.device_module.current_device()
+
+        def device_count(self) -> int:
+            return int(self.device_module.device_count())
+
+        def set_device(self, device_index: int) -> None:
+            self.device_module.set_device(device_index)
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            self.device_module.synchronize(device_index)
+
+        def manual_seed(self, seed: int) -> None:
+            self.device_module.manual_seed(seed)
+
+        def manual_seed_all(self, seed: int) -> None:
+            self.device_module.manual_seed_all(seed)
+
+        def set_allocator_settings(self, settings: str) -> None:
+            change = getattr(getattr(self.device_module, "memory", None), "_set_allocator_settings", None)
+            if change is not None:  # it only saves memory: a device without it trains all the same
+                change(settings)
+
+        def empty_cache(self) -> None:
+            self.device_module.empty_cache()
+
+        def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+            ask = getattr(self.device_module, "get_device_capability", None)
+            return (ask(device_index) if ask else None) or (None, None)
+
+        def communication_backend_name(self) -> str:
+            asked_for = not flagcx.reason_off(Settings.parse()[0])
+            return flagcx.BACKEND if asked_for else chips.backend(chip)
+
+        def visible_devices_envvar(self) -> str:
+            return chip.visible_devices
+
+        def nvtx_range(self, msg: str) -> Any:
+            return nullcontext()
+
+        def profiler_start(self) -> None:
+            pass
+
+        def profiler_stop(self) -> None:
+            pass
+
+        def ray_resource_name(self) -> str:
+            return chip.ray_resource
+
+        def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
+            return (
+                {"num_gpus": num_gpus} if chip.ray_resource == "GPU" else {"resources": {chip.ray_resource: num_gpus}}
+            )
+
+        def ray_noset_envvars(self) -> list[str]:
+            names = {
+                chip.visible_devices,
+                "CUDA_VISIBLE_DEVICES" if chip.ray_resource == "GPU" else chip.visible_devices,
+            }
+            return [f"RAY_EXPERIMENTAL_NOSET_{name}" for name in sorted(names)]
+
+        def is_ipc_supported(self) -> bool:
+            return False
+
+        def cudart(self) -> Any:
+            return None
+
+    PlatformOfChip.__name__ = PlatformOfChip.__qualname__ = f"Platform{chip.device.upper()}"
+    return PlatformOfChip
+
+
+def platform_hooks() -> list[Hook]:
+    """Return what the releases with a platform layer (0.9 on) need."""
+    module = "verl.plugin.platform.platform_manager"
+    return [
+        Hook(
+            name="chip.platform_name",
+            module=module,
+            attribute="_detect_platform_name",
+            wrapper=_platform_name,
+            feature="chip",
+            required=True,
+            why="verl falls back to 'nvidia' on a chip that it does not know; the overlay names the one that is here.",
+            upstream=f"{SOURCE}/platform_manager.py",
+            until="verl, or a plugin, registers a platform for the chip",
+        ),
+        Hook(
+            name="chip.platform_class",
+            module=module,
+            attribute="PlatformRegistry.get",
+            wrapper=_platform_class,
+            feature="chip",
+            required=True,
+            why="verl has platforms for cuda, npu and rocm; for another chip, unless somebody registered one, the "
+            "overlay's is given.",
+            upstream=f"{SOURCE}/platform_manager.py",
+            until="verl, or a plugin, registers a platform for the chip",
+        ),
+        _engine_class_hook(_engine_class),
+    ]
+
+
+def _engine_class_hook(wrapper: Wrapper) -> Hook:
+    return Hook(
+        name="chip.engine_class",
+        module=engines.BASE,
+        attribute="EngineRegistry.get_engine_cls",
+        wrapper=wrapper,
+        feature="chip",
+        required=True,
+        why="verl registers its engines for cuda and npu only; another chip, unless somebody registered an engine for "
+        "it, gets the class that serves cuda.",
+        upstream=f"{engines.UPSTREAM}/base.py#L400",
+        until="verl's engines are registered for every device that torch knows",
+    )
+
+
+def device_helper_hooks() -> list[Hook]:
+    """Return what the releases without a platform layer (0.7, 0.8) need.
+
+    Enough for engines in processes that torchrun starts.  Not enough for Ray, which those releases ask for GPU or NPU
+    only, and for 0.7's legacy workers.
+    """
+    source = "https://github.com/volcengine/verl/blob/v0.8.0/verl/utils/device.py"
+    return [
+        Hook(
+            name="chip.device_name",
+            module="verl.utils.device",
+            attribute="get_device_name",
+            wrapper=_device_name,
+            feature="chip",
+            required=True,
+            why="verl says cpu on a chip that it does not know; torch's name of the chip's device is said.",
+            upstream=f"{source}#L70",
+            until="verl 0.9.0, which asks its platform",
+        ),
+        Hook(
+            name="chip.backend",
+            module="verl.utils.device",
+            attribute="get_nccl_backend",
+            wrapper=_backend,
+            feature="chip",
+            required=True,
+            why="verl says nccl on every machine that has no NPU; the chip's own collectives are named.",
+            upstream=f"{source}#L116",
+            until="verl 0.9.0, which asks its platform",
+        ),
+        _engine_class_hook(_engine_class_by_helper),
+    ]

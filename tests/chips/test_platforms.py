@@ -1,0 +1,135 @@
+"""verl's platform layer on chips it does not know; ``torch.<device>`` is a stand-in, verl is the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from sft import without_images
+
+from verl_fl_overlay.chips import CHIPS, find
+
+pytest.importorskip("torch")
+verl = pytest.importorskip("verl")
+
+needs_platforms = pytest.mark.skipif(verl.__version__ < "0.9", reason="verl has no platform layer before 0.9")
+
+PACKAGE = """
+    import sys, types, torch
+    device = __name__.removeprefix("torch_")
+    module = types.ModuleType(f"torch.{device}")
+    module.calls = []
+    def record(name, result):
+        return lambda *a, **k: module.calls.append(name) or result
+    for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache"):
+        setattr(module, name, record(name, None))
+    module.is_available = lambda: True
+    module.device_count = lambda: 8
+    module.current_device = lambda: 3
+    module.get_device_capability = lambda index: (3, 1)
+    setattr(torch, device, module)
+"""
+
+PROGRAM = """
+    import json, verl
+    from verl.plugin.platform import get_platform
+    from verl.utils.device import get_device_name, get_nccl_backend, get_torch_device
+    p = get_platform()
+    p.set_device(1); p.synchronize(); p.manual_seed(1); p.manual_seed_all(1); p.empty_cache()
+    p.set_allocator_settings("expandable_segments:True"); p.profiler_start(); p.profiler_stop()
+    with p.nvtx_range("x"):
+        pass
+    from verl.workers.engine import EngineRegistry
+    engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+    print("TOLD", json.dumps([
+        get_device_name(), p.vendor_name, get_nccl_backend(), p.device_count(), p.current_device(),
+        p.get_device_capability(), p.visible_devices_envvar(), p.ray_resource_name(), p.ray_resource_options(0.5),
+        p.ray_noset_envvars(), p.is_ipc_supported(), p.cudart(), p.is_available(), get_torch_device().calls, engine,
+    ]))
+"""
+
+
+HELPERS = """
+    import json, verl
+    from verl.utils.device import get_device_id, get_device_name, get_nccl_backend, get_torch_device
+    from verl.workers.engine import EngineRegistry
+    engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+    module = get_torch_device()
+    module.empty_cache()
+    print("TOLD", json.dumps([get_device_name(), get_device_id(), get_nccl_backend(), module.calls, engine]))
+"""
+
+
+def run(folder, device, program=PROGRAM, **environment):
+    (folder / f"torch_{device}").mkdir()
+    (folder / f"torch_{device}/__init__.py").write_text(textwrap.dedent(PACKAGE))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={
+            **os.environ,
+            **without_images(),
+            "PYTHONPATH": str(folder),
+            "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return next(line.removeprefix("TOLD ") for line in done.stdout.splitlines() if line.startswith("TOLD "))
+
+
+CALLS = '["set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache"], "FSDPEngineWithLMHead"]'
+
+
+@needs_platforms
+def test_musa_gets_a_platform(tmp_path):
+    assert run(tmp_path, "musa") == (
+        '["musa", "mthreads", "mccl", 8, 3, [3, 1], "MUSA_VISIBLE_DEVICES", "GPU", {"num_gpus": 0.5}, '
+        '["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_EXPERIMENTAL_NOSET_MUSA_VISIBLE_DEVICES"], '
+        f"false, null, true, {CALLS}"
+    )
+
+
+@needs_platforms
+def test_mlu_gets_a_platform_that_honours_flagcx(tmp_path):
+    assert run(tmp_path, "mlu", USE_FLAGCX="1") == (
+        '["mlu", "cambricon", "flagcx", 8, 3, [3, 1], "MLU_VISIBLE_DEVICES", "MLU", {"resources": {"MLU": 0.5}}, '
+        f'["RAY_EXPERIMENTAL_NOSET_MLU_VISIBLE_DEVICES"], false, null, true, {CALLS}'
+    )
+
+
+@pytest.mark.parametrize(("flagcx", "backend"), [("0", "mccl"), ("1", "flagcx")])
+def test_verls_helpers_name_the_chip_in_every_release(tmp_path, flagcx, backend):
+    told = run(tmp_path, "musa", HELPERS, USE_FLAGCX=flagcx)
+    assert told == f'["musa", 3, "{backend}", ["empty_cache"], "FSDPEngineWithLMHead"]'
+
+
+@needs_platforms
+@pytest.mark.parametrize("vendor", [chip.vendor for chip in CHIPS.values() if chip.device not in ("cuda", "npu")])
+def test_every_abstract_method_is_implemented(vendor):
+    from verl_fl_overlay.compat.chips import platform_class
+
+    platform = platform_class(CHIPS[vendor])
+    assert platform.__abstractmethods__ == frozenset()
+    assert platform().device_name == CHIPS[vendor].device
+
+
+@pytest.mark.parametrize(
+    ("environment", "packages", "commands", "vendor", "told_by"),
+    [
+        ({}, [], [], None, "no vendor's package or tool is there"),
+        ({}, [], ["nvidia-smi"], "nvidia", "nvidia-smi is there"),
+        ({}, [], ["nvidia-smi", "mx-smi"], "metax", "mx-smi is there"),
+        ({}, ["torch_musa"], ["nvidia-smi"], "mthreads", "torch_musa is installed"),
+        ({"GEMS_VENDOR": "Hygon "}, ["torch_musa"], [], "hygon", "GEMS_VENDOR=hygon"),
+        ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], "ascend", "torch_npu is installed"),
+    ],
+)
+def test_the_chip_is_found_without_importing_anything(environment, packages, commands, vendor, told_by):
+    chip, reason = find(environment, installed=packages.__contains__, command=lambda c: c if c in commands else None)
+    assert (chip.vendor if chip else None, reason) == (vendor, told_by)

@@ -1,0 +1,147 @@
+"""vllm-plugin-FL's dispatch file: what the plugin would swallow is told, and the environment becomes a file."""
+
+from __future__ import annotations
+
+import pytest
+
+from verl_fl_overlay import vllm_fl
+from verl_fl_overlay.cli import main
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings, every_variable
+
+yaml = pytest.importorskip("yaml")
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed(monkeypatch):
+    monkeypatch.setattr(vllm_fl, "find_spec", lambda name: None)
+    for name in every_variable():
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
+    assert main(["dispatch", "check", str(vllm_fl.EXAMPLE)]) == 0
+    assert capsys.readouterr().out == f"{vllm_fl.EXAMPLE}: no faults\n"
+    text = vllm_fl.EXAMPLE.read_text()
+    assert [key for key in vllm_fl.KEYS if f"{key}:" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("prefre: vendor", "prefre: the plugin has no such key and ignores it; prefer?"),
+        ("prefer: nvidia", "prefer: 'nvidia' is taken for flagos; allowed is one of flagos, vendor, reference"),
+        ('strict: "false"', "strict: 'false' is taken for True; write true or false, without quotes"),
+        ("allow_vendors: [CUDA]", "allow_vendors: 'CUDA' matches no vendor; write 'cuda', names are in lower case"),
+        ("op_backends: [rms_norm]", "op_backends: a list is ignored; write a mapping, operator: [flagos, vendor, ...]"),
+        (
+            "op_backends: {rmsnorm: [flagos]}",
+            "op_backends: rmsnorm is no operator of the dispatch that is known here; rms_norm?",
+        ),
+        ("op_backends: {rms_norm: [flagsos]}", "op_backends: rms_norm: 'flagsos' matches nothing; flagos?"),
+        ("op_backends: {rms_norm: vendor|default}", "op_backends: rms_norm: 'default' matches nothing"),
+        (
+            "op_backends: {rms_norm: ['vendor:CUDA']}",
+            "op_backends: rms_norm: 'vendor:CUDA' matches no vendor; write vendor:cuda",
+        ),
+        (
+            "op_backends: {rms_norm: 1}",
+            "op_backends: rms_norm: a int is ignored; write a list such as [flagos, vendor]",
+        ),
+        ("flagos_blacklist: mm,softmax", "flagos_blacklist: a str is ignored; write a list"),
+        ("flagos_blacklist: [rmsnorm]", "flagos_blacklist: FlagGems has no function rmsnorm; it is called rms_norm"),
+        (
+            "flagos_whitelist: [mm.out]",
+            "flagos_whitelist: mm.out is torch's name; FlagGems' function is meant, without what follows the dot",
+        ),
+        (
+            "{flagos_whitelist: [mm], flagos_blacklist: [softmax]}",
+            "flagos_whitelist and flagos_blacklist are both there; keep one of them",
+        ),
+        (
+            "oot_blacklist: [fused_moe]",
+            "oot_blacklist: fused_moe has no effect; the operator is called unquantized_fused_moe_method",
+        ),
+        (
+            "oot_blacklist: [rmsnorm]",
+            "oot_blacklist: rmsnorm is none of vLLM's custom operators that are replaced; rms_norm?",
+        ),
+    ],
+)
+def test_a_fault_is_told(tmp_path, capsys, text, finding):
+    file = tmp_path / "dispatch.yaml"
+    file.write_text(text)
+    assert main(["dispatch", "check", str(file)]) == 1
+    assert capsys.readouterr().out == finding + "\n"
+
+
+def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
+    (tmp_path / "flag_gems").mkdir()
+    (tmp_path / "flag_gems/__init__.py").write_text('_FULL_CONFIG = (("mm", mm), ("mm.out", ops.mm_out, 1))')
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert vllm_fl.flaggems_names() == {"mm", "mm_out"}
+    assert vllm_fl.check({"flagos_blacklist": ["mm_out", "mm_uot"]}) == [
+        "flagos_blacklist: the FlagGems that is installed has no function mm_uot; mm_out?"
+    ]
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB.encode(), "uses YAML's aliases"),
+        (b"a: [", "cannot be read as YAML: while parsing"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"- a", "holds a list; expected is a mapping with prefer, strict"),
+        (b"a: !!python/object/apply:os.system [ls]", "cannot be read as YAML: could not determine a constructor"),
+        (b"#" * (vllm_fl.LARGEST + 1), "a dispatch file has at most 65536"),
+        (b"[" * 60_000, "is nested more than 8 levels deep"),
+    ],
+)
+def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
+    file = tmp_path / "dispatch.yaml"
+    file.write_bytes(content)
+    with pytest.raises(OverlayError) as error:
+        vllm_fl.read(file)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(file))
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    assert main(["dispatch", "check", str(tmp_path / "no.yaml")]) == 1
+    assert "no.yaml cannot be read as YAML: [Errno 2] No such file" in capsys.readouterr().out
+
+
+def test_the_environment_becomes_a_file_that_extends_the_chips_own_lists(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_FL_FLAGOS_BLACKLIST", "softmax,copy_")
+    monkeypatch.setenv("VLLM_FL_PER_OP", "rms_norm=vendor:cuda|flagos")
+    monkeypatch.setenv("VLLM_FL_STRICT", "1")
+    assert main(["dispatch", "render", "--vendor", "nvidia"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[1] == "# Unset VLLM_FL_FLAGOS_BLACKLIST: set, they go before this file."
+    content, shipped = yaml.safe_load(text), yaml.safe_load(vllm_fl.EXAMPLE.read_text())
+    assert content["flagos_blacklist"] == [*shipped["flagos_blacklist"], "softmax"]
+    assert content["op_backends"] == {**shipped["op_backends"], "rms_norm": ["vendor:cuda", "flagos"]}
+    assert content["strict"] is True
+    assert vllm_fl.check(content) == []
+
+
+def test_a_whitelist_stands_alone():
+    settings = Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm", "VLLM_FL_PREFER": "vendor"})
+    content = yaml.safe_load(vllm_fl.render(settings, "nvidia"))
+    assert content["flagos_whitelist"] == ["mm"]
+    assert "flagos_blacklist" not in content
+    assert content["prefer"] == "vendor"
+
+
+def test_the_plugins_own_configuration_goes_before_the_example(tmp_path, monkeypatch):
+    (tmp_path / "vllm_fl/dispatch/config").mkdir(parents=True)
+    (tmp_path / "vllm_fl/__init__.py").write_text("raise ImportError('it must not be imported')")
+    (tmp_path / "vllm_fl/dispatch/config/ascend.yaml").write_text("flagos_blacklist: [sort]")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = Settings.from_environment({"VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"})
+    assert yaml.safe_load(vllm_fl.render(settings, "ascend")) == {"flagos_blacklist": ["sort", "mm"]}

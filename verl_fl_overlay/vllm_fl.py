@@ -1,0 +1,258 @@
+"""vllm-plugin-FL's dispatch file: checked, and written from the environment.
+
+Nothing here acts in a vLLM process: the plugin is told by the environment and by this file.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.stack import PREFER
+
+EXAMPLE = Path(__file__).parent / "configs" / "vllm_plugin_fl_dispatch.yaml"
+LARGEST = 1 << 16
+"""Bytes a dispatch file may have."""
+
+DEEPEST = 8
+"""Levels a dispatch file may be nested."""
+
+KEYS = (
+    "prefer",
+    "strict",
+    "allow_vendors",
+    "deny_vendors",
+    "op_backends",
+    "flagos_blacklist",
+    "flagos_whitelist",
+    "oot_blacklist",
+    "action",
+    "io_dump",
+)
+CUSTOM_OPS = ("silu_and_mul", "gelu_and_mul", "rms_norm", "rotary_embedding", "unquantized_fused_moe_method")
+DISPATCHED = (
+    "attention_backend",
+    "dynamic_per_token_quant_int8",
+    "gelu_and_mul",
+    "grouped_topk",
+    "invoke_fused_moe_triton_kernel",
+    "moe_align_block_size",
+    "moe_sum",
+    "rms_norm",
+    "rotary_embedding",
+    "silu_and_mul",
+    "topk_softmax",
+)
+WRONG_NAMES = {
+    "_to_copy": "to_copy",
+    "_softmax": "softmax",
+    "rmsnorm": "rms_norm",
+    "layernorm": "layer_norm",
+    "flash_attention": "flash_attention_forward",
+}
+"""Names that documents give for FlagGems' functions -> the functions."""
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a dispatch file.
+
+    Raises:
+        OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``, or
+            uses aliases, through which a few lines can stand for gigabytes.
+    """
+    yaml = _yaml()
+
+    try:
+        if file.stat().st_size > LARGEST:
+            raise OverlayError(f"{file} has {file.stat().st_size} bytes; a dispatch file has at most {LARGEST}")
+        text = file.read_text(encoding="utf-8")
+        _refuse_bombs(file, text)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OverlayError(f"{file} cannot be read as YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise OverlayError(f"{file} holds a {type(content).__name__}; expected is a mapping with {', '.join(KEYS)}")
+    return content
+
+
+def _yaml() -> Any:
+    try:
+        return importlib.import_module("yaml")
+    except ImportError as error:
+        raise OverlayError("a dispatch file is YAML, and PyYAML is not installed: pip install pyyaml") from error
+
+
+def _refuse_bombs(file: Path, text: str) -> None:
+    yaml = _yaml()
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: it ends at the first fault
+        if isinstance(event, yaml.AliasEvent):
+            raise OverlayError(
+                f"{file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
+            )
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise OverlayError(f"{file} is nested more than {DEEPEST} levels deep, which a dispatch file is not")
+
+
+def check(content: dict[str, Any]) -> list[str]:
+    """Return everything in ``content`` that vllm-plugin-FL would ignore or take for something else."""
+    return [*_keys(content), *_policy(content), *_op_backends(content), *_lists(content)]
+
+
+def _keys(content: dict[str, Any]) -> Iterator[str]:
+    for key in content:
+        if key not in KEYS:
+            yield f"{key}: the plugin has no such key and ignores it{_near(key, KEYS)}"
+
+
+def _policy(content: dict[str, Any]) -> Iterator[str]:
+    prefer = content.get("prefer", PREFER[0])
+    if not isinstance(prefer, str) or prefer.strip().lower() not in PREFER:
+        yield f"prefer: {prefer!r} is taken for flagos; allowed is one of {', '.join(PREFER)}"
+    strict = content.get("strict", False)
+    if not isinstance(strict, bool):
+        yield f"strict: {strict!r} is taken for {bool(strict)}; write true or false, without quotes"
+    for key in ("allow_vendors", "deny_vendors"):
+        vendors = content.get(key) or []
+        for vendor in vendors.split(",") if isinstance(vendors, str) else vendors:
+            if str(vendor) != str(vendor).lower():
+                yield f"{key}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
+
+
+def _op_backends(content: dict[str, Any]) -> Iterator[str]:
+    chosen = content.get("op_backends") or {}
+    if not isinstance(chosen, dict):
+        yield f"op_backends: a {type(chosen).__name__} is ignored; write a mapping, operator: [flagos, vendor, ...]"
+        return
+    for op, order in chosen.items():
+        if op not in DISPATCHED:
+            yield f"op_backends: {op} is no operator of the dispatch that is known here{_near(str(op), DISPATCHED)}"
+        tokens = order.split("|") if isinstance(order, str) else order
+        if not isinstance(tokens, list):
+            yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
+            continue
+        for token in (str(token).strip() for token in tokens):
+            kind, _, name = token.partition(":")
+            if token not in PREFER and not (kind in ("vendor", "impl") and name):
+                yield f"op_backends: {op}: {token!r} matches nothing{_near(token, PREFER)}"
+            elif kind == "vendor" and name != name.lower():
+                yield f"op_backends: {op}: {token!r} matches no vendor; write vendor:{name.lower()}"
+
+
+def _lists(content: dict[str, Any]) -> Iterator[str]:
+    for key in ("flagos_whitelist", "flagos_blacklist", "oot_blacklist"):
+        names = content.get(key) or []
+        if not isinstance(names, list):
+            yield f"{key}: a {type(names).__name__} is ignored; write a list"
+            continue
+        for name in names:
+            yield from (_custom_op if key == "oot_blacklist" else _flaggems_name)(key, str(name))
+    if content.get("flagos_whitelist") and content.get("flagos_blacklist"):
+        yield "flagos_whitelist and flagos_blacklist are both there; keep one of them"
+
+
+def _custom_op(key: str, name: str) -> Iterator[str]:
+    if name == "fused_moe":
+        yield f"{key}: fused_moe has no effect; the operator is called unquantized_fused_moe_method"
+    elif name not in CUSTOM_OPS:
+        yield f"{key}: {name} is none of vLLM's custom operators that are replaced{_near(name, CUSTOM_OPS)}"
+
+
+def _flaggems_name(key: str, name: str) -> Iterator[str]:
+    known = flaggems_names()
+    if name in WRONG_NAMES and name not in known:
+        yield f"{key}: FlagGems has no function {name}; it is called {WRONG_NAMES[name]}"
+    elif "." in name or "::" in name:
+        yield f"{key}: {name} is torch's name; FlagGems' function is meant, without what follows the dot"
+    elif known and name not in known:
+        yield f"{key}: the FlagGems that is installed has no function {name}{_near(name, known)}"
+
+
+def _near(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; {found[0]}?" if found else ""
+
+
+def flaggems_names() -> frozenset[str]:
+    """Return the function names of the installed FlagGems, read from its source; empty if there is none.
+
+    It is not imported: that takes seconds and a chip.
+    """
+    spec = find_spec("flag_gems")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    pairs = (node for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) >= 2)
+    functions = (pair.elts[1] for pair in pairs if isinstance(pair.elts[0], ast.Constant))
+    return frozenset(
+        function.id if isinstance(function, ast.Name) else function.attr
+        for function in functions
+        if isinstance(function, ast.Name | ast.Attribute)
+    )
+
+
+def defaults(vendor: str) -> tuple[dict[str, Any], str]:
+    """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from."""
+    spec = find_spec("vllm_fl")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder) / "dispatch" / "config" / f"{vendor}.yaml"
+        if file.is_file():
+            return read(file), str(file)
+    if vendor == "nvidia":
+        return read(EXAMPLE), "the overlay's example"
+    return {}, f"nothing: vllm-plugin-FL, or its configuration for {vendor}, is not installed"
+
+
+def render(settings: Settings, vendor: str) -> str:
+    """Return a dispatch file that does what the environment asks for, on top of the plugin's defaults for ``vendor``.
+
+    A blacklist extends the chip's own instead of taking its place; a whitelist stands alone.
+    """
+    yaml = _yaml()
+
+    content, origin = defaults(vendor)
+    for key, name in (("prefer", "VLLM_FL_PREFER"), ("strict", "VLLM_FL_STRICT")):
+        if name in settings.given:
+            content[key] = settings[name] == "1" if key == "strict" else settings[name]
+    for key, name in (("allow_vendors", "VLLM_FL_ALLOW_VENDORS"), ("deny_vendors", "VLLM_FL_DENY_VENDORS")):
+        if settings[name]:
+            content[key] = list(settings[name])
+    per_op = {op: list(tokens) for op, tokens in settings["VLLM_FL_PER_OP"].items()}
+    if per_op:
+        content["op_backends"] = {**(content.get("op_backends") or {}), **per_op}
+    if settings["VLLM_FL_FLAGOS_WHITELIST"]:
+        content.pop("flagos_blacklist", None)
+        content["flagos_whitelist"] = list(settings["VLLM_FL_FLAGOS_WHITELIST"])
+    else:
+        added = (*settings["VLLM_FL_FLAGOS_BLACKLIST"], *settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"])
+        if added:
+            content["flagos_blacklist"] = list(dict.fromkeys([*(content.get("flagos_blacklist") or []), *added]))
+    if settings["VLLM_FL_OOT_BLACKLIST"]:
+        own = content.get("oot_blacklist") or []
+        content["oot_blacklist"] = list(dict.fromkeys([*own, *settings["VLLM_FL_OOT_BLACKLIST"]]))
+    head = [f"# vllm-plugin-FL's dispatch for {vendor}, by verl-fl dispatch render; defaults from {origin}."]
+    before = sorted(name for name in settings.given if name in _READ_BEFORE_THE_FILE)
+    if before:
+        head.append(f"# Unset {', '.join(before)}: set, they go before this file.")
+    return "\n".join(head) + "\n" + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+_READ_BEFORE_THE_FILE = (
+    "VLLM_FL_PREFER",
+    "VLLM_FL_FLAGOS_WHITELIST",
+    "VLLM_FL_FLAGOS_BLACKLIST",
+    "VLLM_FL_FLAGOS_BLACKLIST_APPEND",
+    "VLLM_FL_OOT_BLACKLIST",
+)
