@@ -11,7 +11,7 @@ from processes import OVERLAY, run
 
 PROGRAM = Path(__file__).with_name("real_workers.py")
 STEPS = ["compute_log_prob", "update_policy", "compute_ref_log_prob", "compute_values", "update_critic"]
-HOOKS = "dp_actor.update_policy dp_actor.compute_log_prob dp_critic.update_critic dp_critic.compute_values".split()
+HOOKS = ["dp_actor.update_policy", "dp_actor.compute_log_prob", "dp_critic.update_critic", "dp_critic.compute_values"]
 
 
 def installed(package: str) -> str:
