@@ -21,16 +21,29 @@ import real_engine
 
 
 def use_local_layers() -> None:
-    """Have mbridge build megatron-core's own layers, and know the names of their norms."""
+    """Have mbridge build megatron-core's own layers, know the names of their norms, and mask as verl expects."""
+    import torch
     from mbridge.core.llm_bridge import LLMBridge
     from mbridge.models.qwen2 import Qwen2Bridge
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     def local(bridge: Any, vp_stage: int | None = None) -> Any:
         return get_gpt_decoder_block_spec(
             bridge.config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
         )
 
+    forward = DotProductAttention.forward
+
+    def causal(core: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """Turn verl's mask, [rows, length] and True where there is a token, into [rows, 1, length, length] of the
+        masked: TransformerEngine does so itself."""
+        length = attention_mask.shape[-1]
+        later = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).triu(1)
+        masked = ~attention_mask.bool()[:, None, None, :] | later
+        return forward(core, query, key, value, masked, *args, **kwargs)
+
+    DotProductAttention.forward = causal
     LLMBridge._get_transformer_layer_spec = local
     # mbridge looks "pre_mlp_..." up among the MLP's names, and what is neither attention nor MLP among the others.
     Qwen2Bridge._MLP_MAPPING["pre_mlp_layernorm.weight"] = [
@@ -44,7 +57,11 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
     common = real_engine.configs(model, "fsdp2", head)
-    layers = {} if find_spec("transformer_engine") else {"gradient_accumulation_fusion": False}
+    layers = (
+        {}
+        if find_spec("transformer_engine")
+        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False}
+    )
     return {
         **common,
         "engine_config": McoreEngineConfig(
