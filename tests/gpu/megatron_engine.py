@@ -75,7 +75,11 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
             override_transformer_config={**layers, "attention_backend": "unfused"},
         ),
         "optimizer_config": McoreOptimizerConfig(
-            lr=1e-3, weight_decay=0.0, total_training_steps=100, lr_warmup_steps=0, lr_warmup_steps_ratio=0.0
+            lr={"lm": 1e-3, "value": 1e-4}[head],
+            weight_decay=0.0,
+            total_training_steps=100,
+            lr_warmup_steps=0,
+            lr_warmup_steps_ratio=0.0,
         ),
     }
 

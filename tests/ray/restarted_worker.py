@@ -1,6 +1,7 @@
 """A Ray worker that trains with verl's real engine, is killed in the middle of a step and restarted by Ray.
 
-Prints JSON: what the worker said before and after.  ``python tests/ray/restarted_worker.py MODEL FOLDER``
+Prints JSON: what the worker said before and after.
+``PYTHONPATH=tests python tests/ray/restarted_worker.py MODEL FOLDER``
 """
 
 from __future__ import annotations
@@ -15,17 +16,14 @@ from typing import Any
 
 import ray
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 class Trainer:
     """Holds a real FSDP2 engine; verl is imported here, in the worker's process."""
 
     def __init__(self, model: str) -> None:
+        import real_engine
         import torch
         import verl  # noqa: F401
-
-        import real_engine
 
         torch.manual_seed(0)
         torch.set_num_threads(1)
