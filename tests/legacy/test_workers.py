@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from processes import OVERLAY, run
 
-HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE.parents[1] / "examples"
+PROGRAM = Path(__file__).with_name("real_workers.py")
 STEPS = ["compute_log_prob", "update_policy", "compute_ref_log_prob", "compute_values", "update_critic"]
 HOOKS = ["dp_actor.update_policy", "dp_actor.compute_log_prob", "dp_critic.update_critic", "dp_critic.compute_values"]
 
@@ -30,41 +27,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from arithmetic import write_model
+def results(model: Path, **more: str) -> dict:
+    from sft import without_images
 
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    return folder
-
-
-def run(model: Path, disable: str = "") -> dict:
-    paths = [str(EXAMPLES / "stand_ins")] if installed("verl") == "0.7.0" and not installed("torchvision") else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
-        "VERL_FL_DEVICE": "cpu",
-        "VERL_FL_STRICT": "1",
-        "VERL_FL_DISABLE": disable,
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, str(HERE / "real_workers.py"), str(model)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = run(PROGRAM, model, env={**OVERLAY, **without_images(), "VERL_FL_STRICT": "1", **more}, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.split("RESULT ")[1])
 
 
 @pytest.fixture(scope="module")
-def hooked(model):
-    return run(model)
+def hooked(tiny_model):
+    return results(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def unhooked(model):
+def unhooked(tiny_model):
     """Return the same without the hooks on the steps: everything else stays, since a CPU needs it."""
-    return run(model, disable=",".join(f"legacy.{name}" for name in HOOKS))
+    return results(tiny_model, VERL_FL_DISABLE=",".join(f"legacy.{name}" for name in HOOKS))
 
 
 @pytest.mark.parametrize("step", STEPS)

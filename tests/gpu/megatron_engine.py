@@ -1,0 +1,164 @@
+"""verl's real Megatron engine on GPUs, or its FSDP2 engine, trained for some steps; prints JSON, floats as hexadecimal.
+
+``python tests/gpu/megatron_engine.py MODEL --head lm --steps 8``, or under torchrun with ``--tp 2``.  Where
+TransformerEngine is not installed, megatron-core's local layers take its place: mbridge asks for TransformerEngine's
+unconditionally, and maps Hugging Face names to its fused parameters only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import real_engine
+
+
+def use_local_layers() -> None:
+    """Have mbridge build megatron-core's own layers, know the names of their norms, and mask as verl expects."""
+    import torch
+    from mbridge.core.llm_bridge import LLMBridge
+    from mbridge.models.qwen2 import Qwen2Bridge
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    def local(bridge: Any, vp_stage: int | None = None) -> Any:
+        return get_gpt_decoder_block_spec(
+            bridge.config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        )
+
+    forward = DotProductAttention.forward
+
+    def causal(core: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """Turn verl's mask, [rows, length] and True where there is a token, into [rows, 1, length, length] of the
+        masked: TransformerEngine does so itself."""
+        length = attention_mask.shape[-1]
+        later = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).triu(1)
+        masked = ~attention_mask.bool()[:, None, None, :] | later
+        return forward(core, query, key, value, masked, *args, **kwargs)
+
+    DotProductAttention.forward = causal
+    LLMBridge._get_transformer_layer_spec = local
+    # mbridge looks "pre_mlp_..." up among the MLP's names, and what is neither attention nor MLP among the others.
+    Qwen2Bridge._MLP_MAPPING["pre_mlp_layernorm.weight"] = [
+        "model.layers.{layer_number}.post_attention_layernorm.weight"
+    ]
+    Qwen2Bridge._OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+
+
+def configs(model: str, head: str, tp: int) -> dict[str, Any]:
+    """Return the four configurations a Megatron engine is constructed from."""
+    from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
+
+    common = real_engine.configs(model, "fsdp2", head)
+    layers = (
+        {}
+        if find_spec("transformer_engine")
+        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False}
+    )
+    return {
+        **common,
+        "engine_config": McoreEngineConfig(
+            use_mbridge=True,
+            vanilla_mbridge=True,
+            tensor_model_parallel_size=tp,
+            sequence_parallel=False,
+            use_dynamic_bsz=False,
+            micro_batch_size_per_gpu=2,
+            use_remove_padding=False,
+            override_transformer_config={**layers, "attention_backend": "unfused"},
+        ),
+        "optimizer_config": McoreOptimizerConfig(
+            lr={"lm": 1e-3, "value": 1e-4}[head],
+            weight_decay=0.0,
+            total_training_steps=100,
+            lr_warmup_steps=0,
+            lr_warmup_steps_ratio=0.0,
+        ),
+    }
+
+
+def make_engine(model: str, strategy: str, head: str, tp: int) -> Any:
+    from verl.workers.engine import EngineRegistry
+
+    if strategy != "megatron":
+        return real_engine.make_engine(model, strategy, head)
+    if not find_spec("transformer_engine"):
+        use_local_layers()
+    arguments = configs(model, head, tp)
+    engine = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
+    engine.initialize()
+    return engine
+
+
+def seed_everything() -> None:
+    """Give torch and Megatron's tensor-parallel generators a seed."""
+    import torch
+
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def phase_inside(engine: Any) -> list[bool]:
+    """Return a list that gets one entry a forward pass: whether the training phase was on in it."""
+    seen: list[bool] = []
+    if "verl_fl_overlay.phase" in sys.modules:
+        from verl_fl_overlay.phase import training
+
+        modules = engine.module if isinstance(engine.module, list) else [engine.module]
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: seen.append(training.active))
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--strategy", default="megatron")
+    parser.add_argument("--head", default="lm", choices=["lm", "value"])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    options = parser.parse_args()
+
+    import torch
+    import verl  # noqa: F401
+    from verl.utils.distributed import initialize_global_process_group
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(real_engine.free_port()))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)
+    seed_everything()
+    initialize_global_process_group()
+    engine = make_engine(options.model, options.strategy, options.head, options.tp)
+    seen = phase_inside(engine)
+    steps = real_engine.train(engine, options.head, options.steps)
+    values = real_engine.infer(engine, options.head)
+    after = None
+    report = None
+    if "verl_fl_overlay.phase" in sys.modules:
+        from verl_fl_overlay.phase import training
+        from verl_fl_overlay.report import build
+
+        after, report = training.active, build()
+    if torch.distributed.get_rank() == 0:
+        result = {
+            "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
+            "values": [value.hex() for value in values],
+            "inside": seen,
+            "after": after,
+            "report": report,
+        }
+        print("RESULT " + json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
