@@ -16,7 +16,7 @@ CHIP = "NVIDIA H100 80GB HBM3"
 
 @contextmanager
 def device_probes() -> Iterator[None]:
-    """Answer what FlagGems asks of torch.cuda and triton while it is imported; where there is CUDA nothing is replaced."""
+    """Answer what FlagGems asks of torch.cuda and triton while it is imported, where there is no CUDA."""
     import torch
 
     if torch.cuda.is_available():
