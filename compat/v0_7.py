@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.compat import attention, cpu, engines, logprobs
 from verl_fl_overlay.hooks import Hook
 
 
 def hooks(version: Version) -> list[Hook]:
-    """Return the hooks of this release line; TorchTitan arrived with 0.7.1."""
-    backends = ["fsdp", "megatron", "veomni"] + (["torchtitan"] if version >= Version("0.7.1") else [])
+    """Return the hooks of this release line; TorchTitan and the prefix grouper arrived with 0.7.1."""
+    backends = ["fsdp", "megatron", "veomni"]
+    consumers = ["fsdp", "legacy_actor"]
+    if version >= Version("0.7.1"):
+        backends += ["torchtitan"]
+        consumers += ["torchtitan", "prefix_grouper"]
     return [
         *engines.base_hooks(),
         *(engines.initialize_hook(backend) for backend in backends),
         attention.padding_hook(),
         attention.value_model_hook(),
+        *(logprobs.logprobs_hook(consumer) for consumer in consumers),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

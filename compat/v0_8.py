@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, cpu, engines
+from verl_fl_overlay.compat import attention, cpu, engines, logprobs
 from verl_fl_overlay.hooks import Hook
 
 
@@ -15,6 +15,7 @@ def hooks(version: Version) -> list[Hook]:
         *(engines.initialize_hook(backend) for backend in engines.ENGINES),
         attention.padding_hook(),
         attention.value_model_hook(),
+        *(logprobs.logprobs_hook(c) for c in ("fsdp", "torchtitan", "automodel", "prefix_grouper")),
         *cpu.shared_hooks(),
         *cpu.device_helper_hooks(),
     ]

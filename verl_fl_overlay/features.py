@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ class Feature:
     reason_off: Callable[[Settings], str] = lambda settings: ""
     start: Callable[[Settings], Callable[[], None]] | None = None
     describe: Callable[[], dict[str, Any]] | None = None
+
+
+def _describe_logprobs() -> dict[str, Any]:
+    logprobs = sys.modules.get("verl_fl_overlay.logprobs")  # not there before the first log-prob
+    return {"kernels": logprobs.kernels_used() if logprobs else {}}
 
 
 def _flaggems_off(settings: Settings) -> str:
@@ -52,6 +58,11 @@ FEATURES = {
     for feature in (
         Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
+        Feature(
+            "logprobs",
+            "token log-probs in fp32 where flash-attn is missing, in one pass and without a copy of the logits",
+            describe=_describe_logprobs,
+        ),
         Feature(
             "cpu",
             "training on a machine without an accelerator",

@@ -1,0 +1,28 @@
+"""The reference of the log-prob tests: torch's log_softmax in float64, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+
+
+def random_case(shape, dtype, device="cpu", seed=0, spread=6.0):
+    """Return logits, labels and an upstream gradient with some zeros (masked tokens), fresh for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator) * spread).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    upstream = torch.randn(shape[:-1], generator=generator) * (torch.rand(shape[:-1], generator=generator) > 0.3)
+    return logits.to(device), labels.to(device), upstream.to(device)
+
+
+def expected(logits, labels, upstream):
+    """Return log-probs and the gradient of the logits in float64, on the CPU."""
+    exact = logits.detach().cpu().double().requires_grad_()
+    result = torch.log_softmax(exact, -1).gather(-1, labels.cpu().unsqueeze(-1)).squeeze(-1)
+    result.backward(upstream.cpu().double())
+    return result.detach(), exact.grad
+
+
+def relative_error(found, exact):
+    """Return the norm of the difference over the norm of the exact tensor; NaN stays NaN."""
+    difference = (found.detach().cpu().double() - exact).norm()
+    return float(difference / exact.norm().clamp(min=1e-300))
