@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from verl_fl_overlay.settings import Settings
@@ -53,6 +54,33 @@ def _describe_flaggems() -> dict[str, Any]:
     return flaggems.describe()
 
 
+def _fused_off(settings: Settings) -> str:
+    if not settings.fused:
+        return "VERL_FL_FUSED=0"
+    if settings.device == "cpu":
+        return "FlagGems has no kernels for the CPU"
+    refused = settings.training_flaggems is False or (
+        settings.training_flaggems is None and "USE_FLAGGEMS" in settings.given and not settings.use_flaggems
+    )
+    if refused:
+        return "FlagGems is switched off in training (TRAINING_FL_FLAGGEMS_ENABLE or USE_FLAGGEMS)"
+    if settings.fused == ("auto",) and find_spec("flag_gems") is None:
+        return "flag_gems is not installed"
+    return ""
+
+
+def _start_fused(settings: Settings) -> Callable[[], None]:
+    from verl_fl_overlay.flaggems import fused
+
+    return fused.start(settings)
+
+
+def _describe_fused() -> dict[str, Any]:
+    from verl_fl_overlay.flaggems import fused
+
+    return fused.describe()
+
+
 FEATURES = {
     feature.name: feature
     for feature in (
@@ -74,6 +102,13 @@ FEATURES = {
             _flaggems_off,
             start=_start_flaggems,
             describe=_describe_flaggems,
+        ),
+        Feature(
+            "fused",
+            "RMS norms, gated MLPs and rotary embeddings of the model on fused kernels",
+            _fused_off,
+            start=_start_fused,
+            describe=_describe_fused,
         ),
     )
 }

@@ -84,6 +84,30 @@ def operators(text: str) -> tuple[str, ...]:
     return read
 
 
+def profile(text: str) -> str:
+    """Read auto, 0 or none (the empty string), or a file's path."""
+    lowered = text.strip().lower()
+    if lowered in ("", "auto"):
+        return "auto"
+    return "" if lowered in ("0", "none") else file(text)
+
+
+FUSED = ("rms_norm", "gated_mlp", "rotary")
+"""Kinds of modules that have a fused kernel."""
+
+
+def fused(text: str) -> tuple[str, ...]:
+    """Read auto or 1 (a tuple of the word auto), 0 or none (nothing), or a list of kinds."""
+    read = tuple(name.lower() for name in names(text)) or ("auto",)
+    if read in (("auto",), ("1",)):
+        return ("auto",)
+    if read in (("0",), ("none",)):
+        return ()
+    if not set(read) <= set(FUSED):
+        raise MalformedError(f"auto, 0, or some of {', '.join(FUSED)}, comma-separated")
+    return read
+
+
 @dataclass(frozen=True)
 class Variable(Generic[T]):
     """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``."""
@@ -173,6 +197,20 @@ VARIABLES: dict[str, Variable[Any]] = {
         "phase or process",
         "phase: route while verl trains and be native between; process: from the first engine on, for good.",
     ),
+    "fused": Variable(
+        "VERL_FL_FUSED",
+        fused,
+        ("auto",),
+        f"auto, 0, or some of {', '.join(FUSED)}",
+        "Which modules of a model run on fused kernels; auto: all of them, where FlagGems is installed.",
+    ),
+    "profile": Variable(
+        "VERL_FL_PROFILE",
+        profile,
+        "auto",
+        "auto, 0, or a file made by verl-fl tune",
+        "Which measured choice of operators to route; auto: the one shipped for this chip and these versions.",
+    ),
     "record": Variable(
         "TRAINING_FLAGGEMS_PATH",
         file,
@@ -199,6 +237,8 @@ class Settings:
     ops: tuple[str, ...] = ("auto",)
     unsafe_ops: tuple[str, ...] = ()
     scope: str = "phase"
+    fused: tuple[str, ...] = ("auto",)
+    profile: str = "auto"
     record: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,0 +1,259 @@
+"""Fused modules in real Hugging Face models: recognised, checked, equal in value and gradient, taken out again."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from fused.stand_ins import StandIns  # noqa: E402
+from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.flaggems import fused, fused_forward  # noqa: E402
+from verl_fl_overlay.settings import FUSED, Settings  # noqa: E402
+
+SIZE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+}
+NORMS = {"Qwen2": 5, "Qwen3": 9, "Llama": 5, "Mistral": 5}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Run the kernels' stand-ins on the CPU, with every check made anew."""
+    stand_ins = StandIns()
+    monkeypatch.setattr(fused_forward, "kernels", lambda: stand_ins)
+    monkeypatch.setattr(fused_forward, "NATIVE_DEVICES", ())
+    monkeypatch.setattr(fused_forward, "_checks", {})
+    return stand_ins
+
+
+@pytest.fixture
+def fuse():
+    """Return a function that fuses a model; everything is taken back after the test."""
+    made = []
+
+    def fuse(model, kinds=FUSED):
+        made.append(fused.FusedModules(kinds))
+        made[-1].fuse(model)
+        return made[-1]
+
+    yield fuse
+    for each in made:
+        each.remove()
+
+
+def make(name, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZE, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for norm in model.modules():
+        if "Norm" in type(norm).__name__:
+            torch.nn.init.normal_(norm.weight, 1.0, 0.3)  # ones would hide a kernel that forgets the weight
+    return model
+
+
+def step(model, batch=3):
+    """Return the logits and every parameter's gradient."""
+    ids = torch.randint(0, 64, (batch, 7), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    logits = model(input_ids=ids).logits
+    logits.square().mean().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, tolerance=2e-5):
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert float((found[1][name] - gradient).norm() / gradient.norm()) < 10 * tolerance, name
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_values_and_gradients_are_the_model_s_own(name, kernels, fuse):
+    model = make(name)
+    keys = list(model.state_dict())
+    expected = step(model)
+    made = fuse(model)
+    assert made.counts == {"rms_norm": NORMS[name], "gated_mlp": 2, "rotary": 1}
+    assert_same(step(model), expected)
+    assert set(fused_forward.checks().values()) == {"same"}
+    assert kernels.calls["rms_norm"] > NORMS[name]
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_one_kind_alone(kind, kernels, fuse):
+    model = make("Qwen2")
+    expected = step(model)
+    assert set(fuse(model, (kind,)).counts) == {kind}
+    assert_same(step(model), expected)
+    assert sum(calls > 0 for calls in kernels.calls.values()) == 1
+
+
+def test_gemma_s_norm_and_activation_differ_and_stay_native(kernels, fuse, caplog):
+    model = make("Gemma")
+    expected = step(model)
+    fuse(model)
+    found = step(model)
+    torch.testing.assert_close(found[0], expected[0], rtol=2e-5, atol=2e-5)
+    told = fused_forward.checks()
+    assert "output 0 differs" in told["rms_norm in GemmaRMSNorm, float32"]
+    assert "output 0 differs" in told["gated_mlp in GemmaMLP, float32"]
+    assert told["rotary in apply_rotary_pos_emb, float32"] == "same"
+    assert sum("stays native" in record.message for record in caplog.records) == 2
+
+
+def test_layer_norm_is_not_taken_for_an_rms_norm(kernels, fuse, caplog):
+    norm = torch.nn.LayerNorm(16, bias=False)
+    values = torch.randn(2, 16)
+    expected = norm(values)
+    fuse(torch.nn.Sequential(norm))
+    torch.testing.assert_close(norm(values), expected)
+
+
+def test_a_model_without_any_such_module_is_left_alone_and_that_is_said(kernels, fuse, caplog):
+    fuse(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert "no module of Sequential" in caplog.text
+
+
+def test_removal_leaves_nothing(kernels):
+    source = transformers.models.qwen2.modeling_qwen2
+    native = source.apply_rotary_pos_emb
+    model = make("Qwen2")
+    made = fused.FusedModules(FUSED)
+    made.fuse(model)
+    assert source.apply_rotary_pos_emb is not native
+    made.remove()
+    assert source.apply_rotary_pos_emb is native
+    assert not any("forward" in vars(module) for module in model.modules())
+    before = dict(kernels.calls)
+    step(model)
+    assert kernels.calls == before
+
+
+def test_a_second_model_of_the_family_is_fused_too_and_rotates_once(kernels, fuse):
+    made = fuse(make("Qwen2"))
+    made.fuse(make("Qwen2"))
+    assert made.counts == {"rms_norm": 10, "gated_mlp": 4, "rotary": 1}
+
+
+def test_gradient_checkpointing_counts_no_tensor_of_the_check(kernels, fuse):
+    model = make("Llama")
+    expected = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    fuse(model)
+    assert_same(step(model), expected)
+
+
+def test_lora_adapters_inside_an_mlp_still_act(kernels, fuse):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("Qwen2"), config)
+    expected = step(model)
+    made = fuse(model)
+    assert made.counts["gated_mlp"] == 2
+    assert_same(step(model), expected)
+
+
+def test_bf16_is_within_its_own_rounding(kernels, fuse):
+    model = make("Qwen3").bfloat16()
+    expected = step(model)
+    fuse(model)
+    found = step(model)
+    assert float((found[0].float() - expected[0].float()).norm() / expected[0].float().norm()) < 2e-2
+    assert set(fused_forward.checks().values()) == {"same"}
+
+
+def test_a_forward_that_somebody_replaced_stays(kernels, fuse, monkeypatch):
+    model = make("Qwen2")
+    layer = model.model.layers[0]
+    mine = types.MethodType(lambda self, x: x, layer.mlp)
+    layer.mlp.forward = mine
+    source = transformers.models.qwen2.modeling_qwen2
+
+    def replaced(self, hidden_states):
+        return hidden_states
+
+    monkeypatch.setattr(source.Qwen2RMSNorm, "forward", replaced)
+    made = fuse(model)
+    assert layer.mlp.forward is mine
+    assert made.counts["rms_norm"] == 0
+    assert made.counts["gated_mlp"] == 1
+
+
+def test_what_liger_fused_stays_liger_s(kernels, fuse):
+    class LigerRMSNorm(transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+
+    LigerRMSNorm.__module__ = LigerRMSNorm.forward.__module__ = "liger_kernel.transformers.rms_norm"
+    made = fuse(torch.nn.Sequential(LigerRMSNorm(8)))
+    assert not made.counts
+
+
+def test_a_copy_of_a_fused_model_computes_with_its_own_weights(kernels, fuse):
+    model = make("Qwen2")
+    fuse(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert float(step(twin)[0].abs().max()) > 0
+
+
+def test_a_kernel_that_cannot_be_built_leaves_the_model_native(kernels, fuse, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(kernels, "rms_norm", broken)
+    model = make("Qwen2")
+    expected = step(model)
+    fuse(model)
+    assert_same(step(model), expected)
+    assert fused_forward.checks()["rms_norm in Qwen2RMSNorm, float32"] == "RuntimeError: no such instruction"
+
+
+def test_a_kernel_that_cuts_the_gradient_is_not_used(kernels, fuse, monkeypatch):
+    right = kernels.silu_and_mul
+    monkeypatch.setattr(kernels, "silu_and_mul", lambda gate, up: right(gate.detach(), up))
+    model = make("Qwen2")
+    expected = step(model)
+    fuse(model)
+    assert_same(step(model), expected)
+    assert "gradient" in fused_forward.checks()["gated_mlp in Qwen2MLP, float32"]
+
+
+def test_without_a_device_everything_stays_native(kernels, fuse, monkeypatch):
+    monkeypatch.setattr(fused_forward, "NATIVE_DEVICES", ("cpu",))
+    model = make("Qwen2")
+    expected = step(model)
+    fuse(model)
+    found = step(model)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    assert not any(kernels.calls.values())
+
+
+def test_an_engine_s_model_is_fused_when_verl_has_built_it(kernels):
+    model = make("Qwen2")
+    stop = fused.start(Settings(fused=("gated_mlp",)))
+    try:
+        events.engine_initialized.emit(types.SimpleNamespace(module=[model]))
+        step(model)
+        assert fused.describe()["replaced"] == {"gated_mlp": 2}
+        assert fused.describe()["checks"] == {"gated_mlp in Qwen2MLP, float32": "same"}
+    finally:
+        stop()
+    assert fused.describe()["replaced"] == {}

@@ -1,0 +1,122 @@
+"""The real fused kernels, FlagGems' and ours, in Hugging Face models on a device."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("flag_gems")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
+]
+
+from fused.test_fused import NORMS, make  # noqa: E402
+
+from verl_fl_overlay.flaggems import fused, fused_forward, kernels  # noqa: E402
+from verl_fl_overlay.settings import FUSED  # noqa: E402
+
+
+def off(found, exact):
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def gradients(run, inputs, seed=0):
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    results = run(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.manual_seed(seed)
+    upstream = [torch.randn_like(result) for result in results]
+    return [result.detach() for result in results], torch.autograd.grad(results, leaves, upstream)
+
+
+def assert_close(run, reference, inputs, bound):
+    """Compare with float64, values and gradients."""
+    found, exact = gradients(run, inputs), None
+    leaves = [value.double().requires_grad_() for value in inputs]
+    results = reference(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.manual_seed(0)
+    upstream = [torch.randn_like(result).double() for result in found[0]]
+    exact = results, torch.autograd.grad(results, leaves, upstream)
+    for one, other in zip((*found[0], *found[1]), (*exact[0], *exact[1]), strict=True):
+        assert off(one, other.detach()) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 96), (1, 1, 7), (2048, 1000)], ids=str)
+def test_silu_and_mul_matches_float64(shape, dtype, bound):
+    torch.manual_seed(1)
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) * 3 for _ in range(2)]
+    assert_close(kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, inputs, bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (14, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotation_matches_float64(heads, dtype, bound, transposed, shared):
+    torch.manual_seed(1)
+    batch, length, size = 3, 11, 24
+
+    def make_heads(count):
+        if transposed:
+            return torch.randn(batch, length, count, size, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(batch, count, length, size, device="cuda", dtype=dtype)
+
+    cos, sin = (torch.randn(1 if shared else batch, length, size, device="cuda", dtype=dtype) for _ in range(2))
+
+    def reference(q, k):
+        def turn(x):
+            first, second = x.chunk(2, -1)
+            return x * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
+
+        return turn(q), turn(k)
+
+    inputs = [make_heads(count) for count in heads]
+    assert_close(lambda q, k: kernels.rotate(q, k, cos, sin), reference, inputs, bound)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_on_real_kernels_is_as_near_to_fp32_as_native_is(name, checkpointing):
+    exact = make(name).cuda()
+    ids = torch.randint(0, 64, (3, 40), device="cuda")
+
+    def step(model):
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        logits.float().square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = step(exact)
+    model = make(name).cuda().bfloat16()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    native = [off(one, other) for one, other in zip(step(model), expected, strict=True)]
+    made = fused.FusedModules(FUSED)
+    made.fuse(model)
+    try:
+        found = [off(one, other) for one, other in zip(step(model), expected, strict=True)]
+    finally:
+        made.remove()
+    told = {what: verdict for what, verdict in fused_forward.checks().items() if "bfloat16" in what}
+    assert set(told.values()) == {"same"}
+    assert len(told) >= 3
+    assert max(found) < 1.5 * max(native)
+    assert sum(found) < 1.2 * sum(native)
+
+
+def test_a_compiled_model_stays_native_inside():
+    model = make("Llama").cuda().bfloat16()
+    ids = torch.randint(0, 64, (2, 16), device="cuda")
+    expected = model(input_ids=ids).logits
+    made = fused.FusedModules(FUSED)
+    made.fuse(model)
+    try:
+        model.model.layers[0] = torch.compile(model.model.layers[0])
+        assert off(model(input_ids=ids).logits, expected) < 2e-2
+    finally:
+        made.remove()
