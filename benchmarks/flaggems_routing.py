@@ -67,7 +67,8 @@ def one_process(model: str) -> dict[str, Any]:
     begun = time.monotonic()
     join_group(plain=False)
     engine = make_engine(model, "fsdp2", "lm")
-    _few_candidates_for_mm()
+    _say("engine initialised")
+    _one_tiling_for_mm()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss = sft_loss()
 
@@ -87,24 +88,38 @@ def one_process(model: str) -> dict[str, Any]:
         "steps": [step(seed) for seed in range(3)],
         "seconds_before_steps": time.monotonic() - begun,
     }
+    _say("three steps")
     if device == "cuda":
         result["inside"] = _kernels(lambda: step(3))
         result["outside"] = _kernels(_outside)
     _measure_steps(step, result)
+    _say(f"{STEPS} steps")
     _describe(result)
     torch.distributed.destroy_process_group()
     return result
 
 
-def _few_candidates_for_mm() -> None:
-    """Let FlagGems' mm choose among 2 tilings instead of 216: compiling those takes minutes, and is not measured."""
-    for module in list(sys.modules.values()):
-        entry = vars(module).get("mm_kernel_general_host_tma") if module else None
-        tuner = getattr(entry, "fn", None)
-        if tuner is not None:
-            small = [c for c in tuner.configs if c.kwargs == {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}]
-            tuner.configs = [c for c in small if c.num_stages == 3]
-            print(f"mm: {len(tuner.configs)} candidates", file=sys.stderr, flush=True)
+def _one_tiling_for_mm() -> None:
+    """Let FlagGems' mm take one tiling instead of choosing among 216: compiling them all takes minutes."""
+    if "flag_gems" not in sys.modules:
+        return
+    from verl_fl_overlay.flaggems import library
+
+    mm = next(kernel.function for kernel in library.load().kernels if kernel.key == "mm")
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    for name, value in mm.__globals__.items():
+        tuner = getattr(value, "fn", None)
+        if name.startswith("mm_kernel") and hasattr(tuner, "configs"):
+            tuner.configs = [c for c in tuner.configs if tiles.items() <= c.kwargs.items() and c.num_warps == 4][:1]
+            _say(f"{name}: {len(tuner.configs)} tiling")
+
+
+_BEGUN = time.monotonic()
+
+
+def _say(what: str) -> None:
+    """Tell on the error stream how far the run is."""
+    print(f"[{time.monotonic() - _BEGUN:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 def _outside() -> None:
@@ -196,7 +211,7 @@ def _cost() -> dict[str, Any]:
 
 
 def child(model: str, folder: Path, routed: bool) -> dict[str, Any]:
-    """Run one process; its log goes to ``folder`` and, on failure, to our own."""
+    """Run one process; its log goes to our error stream."""
     name = "routed" if routed else "native"
     environment = {
         **os.environ,
@@ -209,14 +224,9 @@ def child(model: str, folder: Path, routed: bool) -> dict[str, Any]:
     if routed:
         environment["TRAINING_FL_FLAGOS_WHITELIST"] = ",".join(OPERATORS)
         environment["TRAINING_FLAGGEMS_PATH"] = str(folder / "record.txt")
-    with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        command = [sys.executable, __file__, "--child", model]
-        try:
-            result = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, timeout=240, check=True
-            )
-        except subprocess.SubprocessError as error:
-            raise SystemExit(f"{name}: {error}\n" + (folder / f"{name}.log").read_text()[-6000:]) from error
+    _say(f"{name}:")
+    command = [sys.executable, __file__, "--child", model]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
     return dict(json.loads(result.stdout.split("RESULT ")[-1]))
 
 

@@ -197,8 +197,8 @@ def _targets(node: ast.AST) -> list[ast.expr]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    for field in ("body", "orelse", "finalbody", "handlers"):
-        for child in getattr(node, field, []):
+    for part in ("body", "orelse", "finalbody", "handlers"):
+        for child in getattr(node, part, []):
             yield child
             if isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
                 yield from _statements(child)

@@ -51,6 +51,32 @@ def main(arguments: list[str] | None = None) -> int:
     pin.add_argument("--write", action="store_true", help="write them to compat/pins/VERSION.json of this checkout")
     pin.set_defaults(run=_pin)
 
+    tune = commands.add_parser("tune", help="measure which operators are faster from FlagGems, for a model")
+    tune.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
+    tune.add_argument("--rows", type=int, default=8, help="sequences a step")
+    tune.add_argument("--length", type=int, default=1024, help="tokens in the longest of them")
+    tune.add_argument("--micro-batch", type=int, default=4, help="sequences computed at a time")
+    tune.add_argument("--skip", default="", help="functions that are not measured, comma-separated (mm autotunes long)")
+    tune.add_argument("--out", type=Path, default=Path("profile.json"), help="the profile; one begun is gone on with")
+    tune.add_argument("--show", action="store_true", help="only print the table of the profile --out")
+    tune.add_argument("--plot", type=Path, help="draw it, as a PNG")
+    tune.set_defaults(run=_tune)
+
+    warmup = commands.add_parser("warmup", help="fill the kernels' caches: run one step in this environment")
+    warmup.add_argument("model", help="a model's folder, Hugging Face format")
+    warmup.add_argument("--rows", type=int, default=2, help="sequences in the batch")
+    warmup.add_argument("--length", type=int, default=1024, help="tokens in the longest of them")
+    warmup.set_defaults(run=_warmup)
+
+    parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
+    parity.add_argument("model", help="a model's folder, Hugging Face format")
+    parity.add_argument("--rows", type=int, default=4, help="sequences in the batch")
+    parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them")
+    parity.add_argument("--micro-batch", type=int, default=2, help="sequences computed at a time")
+    parity.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parity.add_argument("--json", action="store_true", help="print JSON")
+    parity.set_defaults(run=_parity)
+
     options = parser.parse_args(arguments)
     return int(options.run(options))
 
@@ -151,4 +177,64 @@ def _pin(options: argparse.Namespace) -> int:
         print(file)
     else:
         print(pinning.as_text(pins), end="")
+    return 0
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from verl_fl_overlay import parity
+    from verl_fl_overlay.errors import OverlayError
+
+    trial = parity.Trial(options.model, options.rows, options.length, options.micro_batch, options.seed)
+    try:
+        result = parity.examine(trial)
+    except OverlayError as error:
+        print(f"verl-fl parity: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=1) if options.json else parity.as_text(result))
+    return 0 if result["same"] else 1
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from verl_fl_overlay.errors import OverlayError
+    from verl_fl_overlay.flaggems import profile as profiles
+
+    try:
+        if options.show:
+            profile = profiles.load(options.out)
+        elif options.model is None:
+            print("verl-fl tune: a model's folder is needed, or --show with a profile", file=sys.stderr)
+            return 2
+        else:
+            from verl_fl_overlay.flaggems import tune
+
+            shape = {"rows": options.rows, "length": options.length, "micro_batch": options.micro_batch}
+            profile = tune.tune_model(options.model, options.out, **shape, skip=options.skip.split(","))
+    except KeyboardInterrupt:
+        print(f"verl-fl tune: interrupted; {options.out} holds what was measured and is gone on with", file=sys.stderr)
+        return 130
+    except OverlayError as error:
+        print(f"verl-fl tune: {error}", file=sys.stderr)
+        return 2
+    print(profiles.as_text(profile))
+    if options.plot:
+        from verl_fl_overlay.flaggems.tune import plot
+
+        plot(profile, options.plot)
+    return 0
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    import time
+
+    from verl_fl_overlay import parity
+    from verl_fl_overlay.errors import OverlayError
+
+    begun = time.perf_counter()
+    try:
+        trial = parity.Trial(options.model, options.rows, options.length, micro_batch=options.rows)
+        parity.run_trial(trial, parity.overlay_environment())
+    except OverlayError as error:
+        print(f"verl-fl warmup: {error}", file=sys.stderr)
+        return 2
+    print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
     return 0

@@ -116,7 +116,7 @@ FEATURES = {
         ),
         Feature(
             "fused",
-            "RMS norms, gated MLPs and rotary embeddings of the model on FlagGems' fused kernels",
+            "RMS norms, gated MLPs and rotary embeddings of the model on fused kernels",
             _fused_off,
             start=_start_fused,
             describe=_describe_fused,

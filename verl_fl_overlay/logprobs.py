@@ -78,7 +78,7 @@ def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
         )
 
 
-class _TokenLogprobs(torch.autograd.Function):
+class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, in_place: bool) -> Tensor:
         labels = labels.reshape(-1)
@@ -97,9 +97,12 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, normalizer = ctx.saved_tensors
         upstream = upstream.reshape(-1).contiguous()
-        gradient = logits.detach() if ctx.in_place else torch.empty_like(logits)
+        gradient = (
+            logits.detach() if ctx.in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
         kernels = _kernels(logits.device, logits.dtype)
-        for (rows, part), (_, target) in zip(_matrices(logits), _matrices(gradient), strict=True):
+        for rows, part in _matrices(logits):
+            target = part.detach() if ctx.in_place else gradient.view(-1, logits.shape[-1])[rows]
             kernels.backward(part, labels[rows], normalizer[rows], upstream[rows], target)
         if ctx.in_place:
             torch.autograd.graph.increment_version(gradient)  # torch does not see what a Triton kernel writes
@@ -126,7 +129,8 @@ _used: dict[str, str] = {}
 @functools.cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
     """Choose who computes on ``device``: Triton if it is there and right, torch otherwise."""
-    chosen, reason = logprobs_torch, ""
+    chosen: ModuleType = logprobs_torch
+    reason = ""
     if device.type != "cpu" and dtype != torch.float64:  # the kernels accumulate in fp32
         try:
             from verl_fl_overlay import logprobs_triton

@@ -16,7 +16,7 @@ WARPS = 4
 
 
 @triton.jit
-def _forward(logits, labels, result, normalizer, stride, vocabulary, BLOCK: tl.constexpr) -> None:  # noqa: ANN001, N803
+def _forward(logits, labels, result, normalizer, stride, vocabulary, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     columns = tl.arange(0, BLOCK)
@@ -38,15 +38,7 @@ def _forward(logits, labels, result, normalizer, stride, vocabulary, BLOCK: tl.c
 
 @triton.jit
 def _backward(
-    logits,  # noqa: ANN001
-    labels,  # noqa: ANN001
-    normalizer,  # noqa: ANN001
-    upstream,  # noqa: ANN001
-    gradient,  # noqa: ANN001
-    stride,  # noqa: ANN001
-    gradient_stride,  # noqa: ANN001
-    vocabulary,  # noqa: ANN001
-    BLOCK: tl.constexpr,  # noqa: N803
+    logits, labels, normalizer, upstream, gradient, stride, gradient_stride, vocabulary, BLOCK: tl.constexpr
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

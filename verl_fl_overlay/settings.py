@@ -25,6 +25,7 @@ from verl_fl_overlay.variables import (
     names,
     operators,
     path,
+    profile,
 )
 
 OWN_PREFIX = "VERL_FL_"
@@ -121,7 +122,15 @@ VARIABLES: dict[str, Variable[Any]] = {
         fused,
         ("auto",),
         f"auto, 0, or some of {', '.join(FUSED)}",
-        "Which modules of a model run on FlagGems' fused kernels; auto: all of them, where FlagGems is installed.",
+        "Which modules of a model run on fused kernels; auto: all of them, where FlagGems is installed.",
+        phase="training",
+    ),
+    "profile": Variable(
+        "VERL_FL_PROFILE",
+        profile,
+        "auto",
+        "auto, 0, or a file made by verl-fl tune",
+        "Which measured choice of operators to route; auto: the one shipped for this chip and these versions.",
         phase="training",
     ),
     "record": Variable(
@@ -162,6 +171,7 @@ class Settings:
     unsafe_ops: tuple[str, ...] = ()
     scope: str = "phase"
     fused: tuple[str, ...] = ("auto",)
+    profile: str = "auto"
     record: str = ""
     given: Mapping[str, str] = field(default_factory=dict)
     parsed: Mapping[str, Any] = field(default_factory=dict)

@@ -77,6 +77,14 @@ def operators(text: str) -> tuple[str, ...]:
     return read
 
 
+def profile(text: str) -> str:
+    """Read auto, 0 or none (the empty string), or a file's path."""
+    lowered = text.strip().lower()
+    if lowered in ("", "auto"):
+        return "auto"
+    return "" if lowered in ("0", "none") else file(text)
+
+
 FUSED = ("rms_norm", "gated_mlp", "rotary")
 """Kinds of modules that have a fused kernel."""
 

@@ -16,7 +16,7 @@ CHIP = "NVIDIA H100 80GB HBM3"
 
 @contextmanager
 def device_probes() -> Iterator[None]:
-    """Answer what FlagGems asks of ``torch.cuda`` while it is imported; nothing is replaced where there is CUDA."""
+    """Answer what FlagGems asks of torch.cuda and triton while it is imported, where there is no CUDA."""
     import torch
 
     if torch.cuda.is_available():
@@ -30,5 +30,11 @@ def device_probes() -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
     }
-    with mock.patch.dict(os.environ, {"GEMS_VENDOR": "nvidia"}), mock.patch.multiple(torch.cuda, **answers):
+    from triton.runtime import driver
+
+    with (
+        mock.patch.dict(os.environ, {"GEMS_VENDOR": "nvidia"}),
+        mock.patch.multiple(torch.cuda, **answers),
+        mock.patch.object(driver, "_active", mock.MagicMock()),  # newer ones than 5.0 ask triton as well
+    ):
         yield

@@ -196,8 +196,10 @@ def test_a_blacklist_routes_the_rest(routing):
     assert described["source"] == "TRAINING_FL_FLAGOS_BLACKLIST"
 
 
-def test_what_somebody_else_registered_is_left_to_them(routing, caplog):
+@pytest.mark.parametrize("override", [True, False])
+def test_what_somebody_else_registered_is_left_to_them(routing, caplog, monkeypatch, override):
     """torch <= 2.11 raises on a second Python kernel for one key, newer ones override it without a word."""
+    monkeypatch.setitem(torch.library.Library.impl.__kwdefaults__, "allow_override", override)
     theirs = torch.library.Library("aten", "IMPL")
     seen = []
     theirs.impl("mul.Tensor", lambda a, b: seen.append("theirs") or torch.add(a, b), "CPU")

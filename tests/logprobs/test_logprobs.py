@@ -61,10 +61,18 @@ def test_views_with_any_strides_are_taken_as_they_are():
     upstream = torch.randn(4, 6)
     view = whole[:, 3:-1, :]
     exact, exact_gradient = expected(view, labels, upstream)
-    for logits in (view, view.transpose(0, 1).contiguous().transpose(0, 1), view.mT.contiguous().mT):
-        result, gradient = run(logits, labels, upstream)
-        assert relative_error(result, exact) < 1e-6
-        assert relative_error(gradient, exact_gradient) < GRADIENT_BOUND[torch.bfloat16]
+    for logits in (
+        view.clone(),
+        whole.clone()[:, 3:-1],
+        view.transpose(0, 1).contiguous().transpose(0, 1),
+        view.mT.contiguous().mT,
+    ):
+        leaf = logits.detach().requires_grad_()
+        for in_place in (False, True):  # in place last: it overwrites the logits
+            result = token_logprobs(leaf, labels, in_place=in_place)
+            (gradient,) = torch.autograd.grad(result, leaf, upstream)
+            assert relative_error(result, exact) < 1e-6
+            assert relative_error(gradient, exact_gradient) < GRADIENT_BOUND[torch.bfloat16]
 
 
 def test_empty_input_gives_an_empty_result_and_gradient():

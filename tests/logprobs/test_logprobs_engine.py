@@ -39,3 +39,17 @@ def test_engine_trains_without_the_row_by_row_path_and_gets_its_numbers(tmp_path
     for before, after in zip(native["steps"], ours["steps"], strict=True):
         print({name: (value, after[name]) for name, value in before.items()})
         assert after == pytest.approx(before, rel=BF16)
+
+
+def test_the_legacy_actor_s_log_probs_and_gradients_beside_an_entropy_from_the_same_logits(tmp_path):
+    pytest.importorskip("verl.workers.actor.dp_actor", reason="not here: the legacy actor is gone since verl 0.8")
+    from arithmetic import write_model
+
+    write_model(tmp_path)
+    done = run(Path(__file__).parent / "legacy_actor.py", tmp_path, env=OVERLAY, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    ours, native = result["overlay"], result["native"]
+    assert (ours["calls_of_rows"], native["calls_of_rows"] > 0) == (0, True)
+    assert ours["log_probs"] == pytest.approx(native["log_probs"], rel=BF16)
+    assert ours["grad_norms"] == pytest.approx(native["grad_norms"], rel=2 * BF16)

@@ -39,6 +39,15 @@ def test_two_live_processes_with_one_rank_get_two_files_and_the_next_run_finds_t
     assert again == "rank0.db"
 
 
+def test_a_file_system_without_locks_gets_a_file_by_process(tmp_path, monkeypatch):
+    def no_locks(descriptor, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(database.fcntl, "flock", no_locks)
+    monkeypatch.setenv("RANK", "2")
+    assert database._claim(tmp_path).name == f"rank2-{database.os.getpid()}.db"
+
+
 def test_the_variable_is_there_for_the_import_only_and_a_users_own_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(database, "_folder", lambda: tmp_path)
     monkeypatch.delenv(database.VARIABLE, raising=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from verl_fl_overlay.errors import SettingsError
-from verl_fl_overlay.flaggems import names, safety
+from verl_fl_overlay.flaggems import names, profile, safety
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 from verl_fl_overlay.settings import Settings
 
@@ -17,6 +17,8 @@ class Choice:
 
     names: tuple[str, ...]
     source: str
+    may_be_empty: bool = False
+    """Whether routing nothing is an answer, and not a mistake."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,18 @@ def by_list(settings: Settings, gems: FlagGems) -> Choice | None:
     return None
 
 
+def by_profile(settings: Settings, gems: FlagGems) -> Choice | None:
+    """Return what was measured to be faster here, by the user's profile or by one shipped for this chip."""
+    found = profile.find(settings.profile)
+    return Choice(found[0].chosen, found[1], may_be_empty=True) if found else None
+
+
 def everything(settings: Settings, gems: FlagGems) -> Choice:
     """Return all that FlagGems has."""
     return Choice(gems.names, "default: all that is safe in training")
 
 
-SOURCES: list[Source] = [by_list, everything]
+SOURCES: list[Source] = [by_list, by_profile, everything]
 """Asked in this order; the first that has something to say decides."""
 
 
@@ -79,7 +87,7 @@ def select(settings: Settings, gems: FlagGems) -> Selection:
             kernels.append(kernel)
         else:
             left_out[kernel.key] = reason
-    if not kernels:
+    if not kernels and not choice.may_be_empty:
         raise SettingsError(
             f"{choice.source} leaves no operator to route to FlagGems {gems.version}.\n"
             + "".join(f"  {key}: {reason}\n" for key, reason in left_out.items())

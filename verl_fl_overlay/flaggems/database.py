@@ -56,6 +56,9 @@ def _claim(folder: Path) -> Path:
         except BlockingIOError:
             os.close(descriptor)
             continue
+        except OSError:  # a file system without locks: nothing tells which files are in use, so take a new one
+            os.close(descriptor)
+            return folder / f"{name}-{os.getpid()}.db"
         _seats.append(descriptor)
         return folder / f"{name}.db"
     raise AssertionError("unreachable: count() does not end")

@@ -36,7 +36,14 @@ class FusedModules:
         self._functions: list[tuple[ModuleType, Any, Any]] = []
 
     def engine_initialized(self, engine: Any) -> None:
-        """Fuse the model of an engine that verl has just built."""
+        """Load FlagGems and fuse the model of an engine that verl has just built.
+
+        Raises:
+            FlagGemsError: FlagGems cannot be used here.
+        """
+        from verl_fl_overlay.flaggems import fused_forward
+
+        fused_forward.kernels().load()
         for model in _models(engine):
             self.fuse(model)
 

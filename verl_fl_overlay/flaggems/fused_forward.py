@@ -60,14 +60,14 @@ def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
         if _agree("rms_norm", type(self), hidden_states, inputs, run_native, run_fused):
             return run_fused(hidden_states, weight)[0]
-    return native(self, hidden_states)  # type: ignore[no-any-return]
+    return native(self, hidden_states)
 
 
 def gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
     """Be the forward of an MLP gated by SiLU: (..., hidden) -> (..., hidden)."""
     native = type(self).forward
     if not _can_run(hidden_states):
-        return native(self, hidden_states)  # type: ignore[no-any-return]
+        return native(self, hidden_states)
     gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
     if gate.dtype == up.dtype and _can_run(gate, up):
 
@@ -84,8 +84,8 @@ def gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
             return (nn.functional.linear(hidden, down),)
 
         if _agree("gated_mlp", type(self), gate, inputs, run_native, run_fused):
-            return self.down_proj(kernels().silu_and_mul(gate, up))  # type: ignore[no-any-return]
-    return self.down_proj(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+            return self.down_proj(kernels().silu_and_mul(gate, up))
+    return self.down_proj(self.act_fn(gate) * up)
 
 
 def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,5 +193,5 @@ def _linear(weight: Tensor) -> nn.Module:
     """Return a linear module whose weight is ``weight`` itself, so that it gets the gradient."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     del linear.weight
-    linear.weight = weight  # type: ignore[assignment]
+    linear.weight = weight
     return linear

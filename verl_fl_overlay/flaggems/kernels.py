@@ -6,6 +6,7 @@ and backward, takes longer than torch's separate operators (0.85 against 0.69 ms
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BLOCK = 1024
 
 def rms_norm(values: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Return ``values / sqrt(mean(values ** 2) + epsilon) * weight`` over the last dimension, with gradients."""
-    return _flag_gems().rms_norm(values, list(weight.shape), weight, epsilon)  # type: ignore[no-any-return]
+    return load().rms_norm(values, list(weight.shape), weight, epsilon)
 
 
 def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -44,21 +45,21 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return result
 
 
-def _flag_gems() -> Any:
-    global _loaded
-    if _loaded is None:
-        library.load()
-        import flag_gems
+@functools.cache
+def load() -> Any:
+    """Import FlagGems, which takes seconds: an engine's initialisation is the time for it, not its first step.
 
-        _loaded = flag_gems
-    return _loaded
+    Raises:
+        FlagGemsError: it cannot be used here.
+    """
+    library.load()
+    import flag_gems
 
-
-_loaded: Any = None
+    return flag_gems
 
 
 @triton.jit
-def _silu_and_mul(gate, up, result, count, BLOCK: tl.constexpr) -> None:  # noqa: ANN001, N803
+def _silu_and_mul(gate, up, result, count, BLOCK: tl.constexpr) -> None:
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = where < count
     g = tl.load(gate + where, mask=inside, other=0.0).to(tl.float32)
@@ -67,7 +68,7 @@ def _silu_and_mul(gate, up, result, count, BLOCK: tl.constexpr) -> None:  # noqa
 
 
 @triton.jit
-def _silu_and_mul_gradient(gate, up, upstream, to_gate, to_up, count, BLOCK: tl.constexpr) -> None:  # noqa: ANN001, N803
+def _silu_and_mul_gradient(gate, up, upstream, to_gate, to_up, count, BLOCK: tl.constexpr) -> None:
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = where < count
     g = tl.load(gate + where, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +79,7 @@ def _silu_and_mul_gradient(gate, up, upstream, to_gate, to_up, count, BLOCK: tl.
     tl.store(to_up + where, (d * g * s).to(to_up.dtype.element_ty), mask=inside)
 
 
-class _SiluAndMul(torch.autograd.Function):
+class _SiluAndMul(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
@@ -90,7 +91,7 @@ class _SiluAndMul(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
@@ -104,34 +105,34 @@ class _SiluAndMul(torch.autograd.Function):
 
 @triton.jit
 def _rotate(
-    q,  # noqa: ANN001
-    k,  # noqa: ANN001
-    q_result,  # noqa: ANN001
-    k_result,  # noqa: ANN001
-    cos,  # noqa: ANN001
-    sin,  # noqa: ANN001
-    q_batch,  # noqa: ANN001
-    q_head,  # noqa: ANN001
-    q_token,  # noqa: ANN001
-    k_batch,  # noqa: ANN001
-    k_head,  # noqa: ANN001
-    k_token,  # noqa: ANN001
-    q_result_batch,  # noqa: ANN001
-    q_result_head,  # noqa: ANN001
-    q_result_token,  # noqa: ANN001
-    k_result_batch,  # noqa: ANN001
-    k_result_head,  # noqa: ANN001
-    k_result_token,  # noqa: ANN001
-    angle_batch,  # noqa: ANN001
-    angle_token,  # noqa: ANN001
-    length,  # noqa: ANN001
-    Q_HEADS: tl.constexpr,  # noqa: N803
-    K_HEADS: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
-    Q_BLOCK: tl.constexpr,  # noqa: N803
-    K_BLOCK: tl.constexpr,  # noqa: N803
-    HALF_BLOCK: tl.constexpr,  # noqa: N803
-    BACK: tl.constexpr,  # noqa: N803
+    q,
+    k,
+    q_result,
+    k_result,
+    cos,
+    sin,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    q_result_batch,
+    q_result_head,
+    q_result_token,
+    k_result_batch,
+    k_result_head,
+    k_result_token,
+    angle_batch,
+    angle_token,
+    length,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BACK: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     batch, token = program // length, program % length
@@ -155,18 +156,18 @@ def _rotate(
 
 @triton.jit
 def _turn(
-    source,  # noqa: ANN001
-    result,  # noqa: ANN001
-    source_head,  # noqa: ANN001
-    result_head,  # noqa: ANN001
-    c1,  # noqa: ANN001
-    c2,  # noqa: ANN001
-    s1,  # noqa: ANN001
-    s2,  # noqa: ANN001
-    columns,  # noqa: ANN001
-    HEADS: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    HALF: tl.constexpr,  # noqa: N803
+    source,
+    result,
+    source_head,
+    result_head,
+    c1,
+    c2,
+    s1,
+    s2,
+    columns,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
 ) -> None:
     heads = tl.arange(0, BLOCK)
     inside = (heads < HEADS)[:, None] & (columns < HALF)[None, :]
@@ -178,14 +179,14 @@ def _turn(
     tl.store(to + HALF, (x2 * c2 + x1 * s2).to(result.dtype.element_ty), mask=inside)
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         return _rotated(q, k, cos, sin, back=False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream_q: Tensor, upstream_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return *_rotated(upstream_q, upstream_k, cos, sin, back=True), None, None

@@ -16,9 +16,12 @@ from typing import Any
 
 from verl_fl_overlay.flaggems.library import Kernel
 
+_LAYER_NORM = "https://github.com/flagos-ai/FlagGems/issues/5392"
 FAULTY = {
-    "native_layer_norm_backward": "FlagGems takes rows for the first dimension alone, so the gradient of an input of "
-    "three or more dimensions is wrong (https://github.com/flagos-ai/FlagGems/issues/5392)",
+    "native_layer_norm": "FlagGems keeps mean and deviation in the input's precision, which torch's own backward does "
+    f"not take for bf16, and its backward must not be used either ({_LAYER_NORM})",
+    "native_layer_norm_backward": "FlagGems takes the first dimension alone for the rows, so the gradient of an input "
+    f"of three or more dimensions is wrong ({_LAYER_NORM})",
 }
 """Aten key -> what is known to be wrong with FlagGems' kernel for it, in every version so far."""
 

@@ -1,0 +1,169 @@
+"""One step of verl's real FSDP2 engine on a model, with what it computed: what ``parity`` compares.
+
+Run by path, in a process of its own, so that nothing but the environment decides whether the overlay is there:
+python trial.py MODEL RESULT.pt --rows 4 --length 256 --micro-batch 2 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+
+def join_group() -> None:
+    """Initialise the process group of this one process, by verl's own function."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    from verl.utils.distributed import initialize_global_process_group
+
+    initialize_global_process_group()
+
+
+def build(model: str, micro_batch: int) -> Any:
+    """Construct and initialise ``FSDPEngineWithLMHead`` (fsdp2) on the model in the folder ``model``."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+
+    model_config = HFModelConfig(
+        path=model,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    model_config.model_type = "language_model"
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=model_config,
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2", use_torch_compile=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch
+        ),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=1e-6,
+            weight_decay=0.0,
+            clip_grad=1e9,  # the gradients are read after the optimizer has clipped them
+            total_training_steps=100,
+            lr_warmup_steps=0,
+            lr_warmup_steps_ratio=0.0,
+        ),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine
+
+
+def batch(vocabulary: int, rows: int, length: int, micro_batch: int, seed: int) -> Any:
+    """Return ``rows`` sequences of random tokens, ``length`` to half of it long, each half a prompt."""
+    import torch
+    from verl.utils import tensordict_utils
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [max(2, length - row * length // (2 * rows)) for row in range(rows)]
+
+    def nested(of_length: Any) -> Any:
+        return torch.nested.as_nested_tensor([of_length(each) for each in lengths], layout=torch.jagged)
+
+    return tensordict_utils.get_tensordict(
+        tensor_dict={
+            "input_ids": nested(lambda n: torch.randint(0, vocabulary, (n,), generator=generator)),
+            "loss_mask": nested(lambda n: (torch.arange(n) >= n // 2).long()),
+            "position_ids": nested(torch.arange),
+        },
+        non_tensor_dict={
+            "use_remove_padding": False,
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": micro_batch,
+            "temperature": 1.0,
+            "global_batch_size": rows,
+            "pad_mode": DatasetPadMode.NO_PADDING,
+            "pad_token_id": 0,
+        },
+    )
+
+
+def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict[str, Any]:
+    """Compute log-probs, then loss and gradients of one training step, of the same batch and weights."""
+    from functools import partial
+
+    import torch
+    from verl.utils.device import get_device_name
+    from verl.workers.utils.losses import sft_loss
+
+    torch.manual_seed(seed)
+    engine = build(model, micro_batch)
+    config = engine.module.config
+    data = batch(config.vocab_size, rows, length, micro_batch, seed)
+    data = data.to(get_device_name())
+    with engine.eval_mode():
+        output = engine.infer_batch(data, loss_function=None)
+    log_probs = output["model_output"]["log_probs"].values().float().cpu()
+    with engine.train_mode():
+        output = engine.train_batch(data, loss_function=partial(sft_loss, config=None))
+        groups: dict[str, float] = {}
+        for name, parameter in engine.module.named_parameters():
+            if parameter.grad is not None:
+                gradient = getattr(parameter.grad, "to_local", lambda p=parameter: p.grad)()
+                group = ".".join("*" if part.isdigit() else part for part in name.split("."))
+                groups[group] = groups.get(group, 0.0) + float(gradient.double().pow(2).sum())
+    overlay = None
+    if "verl_fl_overlay" in sys.modules:
+        from verl_fl_overlay.report import build as report
+
+        overlay = report()
+    return {
+        "log_probs": log_probs,
+        "loss": float(sum(output["loss"])),
+        "grad_norm": float(output["metrics"]["grad_norm"]),
+        "grad_norms": {group: total**0.5 for group, total in groups.items()},
+        "tokens": log_probs.numel(),
+        "overlay": json.loads(json.dumps(overlay)),
+    }
+
+
+def steps(model: str, rows: int, length: int, micro_batch: int, seed: int = 0) -> Any:
+    """Build the engine in this process; return a function that runs one training step of it."""
+    from functools import partial
+
+    import torch
+    import verl  # noqa: F401
+    from verl.utils.device import get_device_name
+    from verl.workers.utils.losses import sft_loss
+
+    if not torch.distributed.is_initialized():
+        join_group()
+    engine = build(model, micro_batch)
+    data = batch(engine.module.config.vocab_size, rows, length, micro_batch, seed).to(get_device_name())
+
+    def step() -> None:
+        with engine.train_mode():
+            engine.train_batch(data, loss_function=partial(sft_loss, config=None))
+
+    return step
+
+
+def main() -> None:
+    """Run the trial that the command line describes and save what it computed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("result")
+    for option, default in {"rows": 4, "length": 256, "micro-batch": 2, "seed": 0}.items():
+        parser.add_argument(f"--{option}", type=int, default=default)
+    options = parser.parse_args()
+    import torch
+    import verl  # noqa: F401
+
+    join_group()
+    torch.save(run(options.model, options.rows, options.length, options.micro_batch, options.seed), options.result)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

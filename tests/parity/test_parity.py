@@ -1,0 +1,78 @@
+"""``verl-fl parity``: the comparison on made-up runs, and the whole command on verl's real engine."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from processes import OVERLAY, run  # noqa: E402
+
+from verl_fl_overlay import parity  # noqa: E402
+
+
+def a_run(shift=0.0, **changes):
+    log_probs = torch.linspace(-9, -1, 100) + shift
+    return {"log_probs": log_probs, "loss": 2.0, "grad_norm": 3.0, "grad_norms": {"a.*.w": 1.0, "b": 0.0}, **changes}
+
+
+def verdicts(ours, again=None):
+    return {line.name: line.holds for line in parity.compare(a_run(), again or a_run(), ours)}
+
+
+def test_equal_runs_hold_everywhere():
+    assert all(verdicts(a_run()).values())
+
+
+@pytest.mark.parametrize(
+    ("ours", "failing"),
+    [
+        (a_run(loss=2.1), {"loss, relative"}),
+        (a_run(grad_norms={"a.*.w": 1.1, "b": 0.0}), {"grad_norm of a.*.w, relative"}),
+        (a_run(grad_norms={"b": 0.0}), {"grad_norm of a.*.w, relative"}),  # a gradient was cut
+        (a_run(grad_norms={"a.*.w": 1.0, "b": 0.5}), {"grad_norm of b, relative"}),
+        (a_run(shift=0.05), {"log-prob, mean difference", "KL(native, overlay), estimated by k3"}),
+        (a_run(grad_norm=float("nan")), {"grad_norm, relative"}),
+    ],
+)
+def test_what_differs_is_named_and_nothing_else(ours, failing):
+    assert {name for name, holds in verdicts(ours).items() if not holds} == failing
+
+
+def test_native_s_own_noise_is_allowed_for():
+    assert not verdicts(a_run(loss=2.1))["loss, relative"]
+    assert verdicts(a_run(loss=2.1), again=a_run(loss=2.05))["loss, relative"]
+
+
+def test_k3_is_the_divergence_of_ratios():
+    one, other = torch.randn(1000, dtype=torch.float64) / 10, torch.zeros(1000, dtype=torch.float64)
+    found = float(parity._k3(one - other))
+    assert found == pytest.approx(float((one.exp() - 1 - one).mean()))
+    assert found > 0
+
+
+def test_the_command_compares_verl_s_real_engine_with_itself_and_the_overlay(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path)
+    done = run(
+        "-m", "verl_fl_overlay", "parity", tmp_path, "--rows", "2", "--length", "24", "--json", env=OVERLAY, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["same"] is True
+    assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16": "torch"}
+    lines = {line["name"]: line for line in result["lines"]}
+    assert lines["log-prob, largest difference"]["noise"] == 0
+    assert lines["log-prob, largest difference"]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
+    assert "grad_norm of model.layers.*.mlp.gate_proj.weight, relative" in lines
+
+
+def test_a_model_that_is_not_there_is_an_error_and_no_verdict(tmp_path):
+    pytest.importorskip("verl")
+    done = run("-m", "verl_fl_overlay", "parity", tmp_path / "none", env=OVERLAY, timeout=200)
+    assert done.returncode == 2
+    assert "the engine failed, exit status 1" in done.stderr

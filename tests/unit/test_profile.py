@@ -1,0 +1,133 @@
+"""Profiles: written and read back, refused when damaged or of another chip, and asked in their place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from verl_fl_overlay.flaggems import choice, profile
+from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError
+from verl_fl_overlay.settings import Settings, SettingsError
+
+HERE = Key("Chip 1", "2.11.0", "3.6.0", "5.0.0")
+MEASURED = Profile(
+    HERE,
+    "a model",
+    (
+        Measurement("add.Tensor", "add", 10, 2.0, 1.0),
+        Measurement("mul.Tensor", "mul", 10, 1.0, 2.0),
+        Measurement("pad", "pad", 1, 0.0, 0.0, "cuts the gradient"),
+    ),
+    ("add",),
+    {"native": 10.0, "chosen": 9.0},
+)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "key_here", lambda: HERE)
+    monkeypatch.setattr(profile, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "shipped").mkdir()
+    return tmp_path
+
+
+def test_a_profile_is_read_back_as_it_was_written(tmp_path):
+    MEASURED.save(tmp_path / "p.json")
+    assert profile.load(tmp_path / "p.json") == MEASURED
+    assert [file.name for file in tmp_path.iterdir()] == ["p.json"]
+
+
+def test_faster_means_by_more_than_noise():
+    assert [one.faster for one in MEASURED.measurements] == [True, False, False]
+    assert not Measurement("a", "a", 1, 1.0, 0.97).faster
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d.pop("key"), lambda d: d.update(format=9), lambda d: d["key"].update(more=1)]
+)
+def test_a_damaged_profile_is_refused_with_the_way_out(tmp_path, damage):
+    file = tmp_path / "p.json"
+    MEASURED.save(file)
+    data = json.loads(file.read_text())
+    damage(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match=r"p\.json is damaged: .*verl-fl tune MODEL"):
+        profile.load(file)
+
+
+def test_half_a_file_and_no_file_are_refused(tmp_path):
+    (tmp_path / "half.json").write_text('{"format": 1, "key')
+    with pytest.raises(ProfileError, match="damaged"):
+        profile.load(tmp_path / "half.json")
+    with pytest.raises(ProfileError, match="cannot be read"):
+        profile.load(tmp_path / "none.json")
+
+
+def test_a_profile_of_another_chip_is_refused_with_both_keys(here):
+    Profile(Key("Chip 2", "2.11.0", "3.6.0", "5.0.0"), "a model").save(here / "p.json")
+    with pytest.raises(ProfileError, match=r"(?s)holds for: Chip 2, .*this is: +Chip 1, .*verl-fl tune"):
+        profile.find(str(here / "p.json"))
+
+
+def test_auto_takes_a_shipped_profile_that_fits_and_no_other(here):
+    assert profile.find("auto") is None
+    Profile(Key("Chip 2", "2.11.0", "3.6.0", "5.0.0"), "a model").save(here / "shipped" / "a.json")
+    assert profile.find("auto") is None
+    MEASURED.save(here / "shipped" / "b.json")
+    assert profile.find("auto") == (MEASURED, "shipped profile b")
+    assert profile.find("") is None
+
+
+def test_a_list_comes_before_a_profile_and_a_profile_before_everything(here, monkeypatch):
+    MEASURED.save(here / "p.json")
+    monkeypatch.setattr(choice.names, "check", lambda *rest: None)
+    settings = Settings(profile=str(here / "p.json"))
+    found = next(c for source in choice.SOURCES if (c := source(settings, None)) is not None)
+    assert found.names == ("add",)
+    listed = Settings(profile=str(here / "p.json"), ops=("mul",))
+    found = next(c for source in choice.SOURCES if (c := source(listed, None)) is not None)
+    assert found.names == ("mul",)
+
+
+def test_the_table_says_what_was_chosen_and_why_not():
+    text = profile.as_text(MEASURED)
+    assert "Chip 1, torch 2.11.0" in text
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert rows["add.Tensor"].endswith("yes")
+    assert rows["mul.Tensor"].endswith("no")
+    assert rows["pad"].endswith("cuts the gradient")
+    assert "whole step, chosen: 9.0 ms" in text
+
+
+def test_the_variable_means_auto_nothing_or_a_file(tmp_path):
+    def read(text):
+        return Settings.from_environment({"VERL_FL_PROFILE": text}).profile
+
+    assert [read(text) for text in ("auto", "", "0", "none", "/a/b.json")] == ["auto", "auto", "", "", "/a/b.json"]
+    with pytest.raises(SettingsError, match="directory"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", ("auto",)), ("1", ("auto",)), ("0", ()), ("none", ()), ("rotary, RMS_norm", None)]
+)
+def test_the_fused_variable(text, value):
+    found = Settings.from_environment({"VERL_FL_FUSED": text}).fused
+    assert found == (value if value is not None else ("rotary", "rms_norm"))
+
+
+def test_an_unknown_kind_of_fused_module_is_refused():
+    with pytest.raises(SettingsError, match="VERL_FL_FUSED='layer_norm': allowed is auto, 0, or some of rms_norm"):
+        Settings.from_environment({"VERL_FL_FUSED": "layer_norm"})
+
+
+def test_every_shipped_profile_can_be_read_and_names_its_chip():
+    files = list(profile.SHIPPED.glob("*.json"))
+    assert files
+    for file in files:
+        shipped = profile.load(file)
+        assert shipped.key.chip
+        assert len(shipped.measurements) > 10
+        assert shipped.step_ms["native"] > 0
+        assert set(shipped.chosen) <= {one.name for one in shipped.measurements}

@@ -1,0 +1,159 @@
+"""A profile: which operators were measured to be faster from FlagGems, on one chip with one set of versions."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay.errors import SettingsError
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "profiles"
+AUTO = "auto"
+
+
+class ProfileError(SettingsError):
+    """A profile that cannot be used: damaged, or measured on another chip or with other versions."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a measurement holds for; nothing of it may differ."""
+
+    chip: str
+    torch: str
+    triton: str
+    flag_gems: str
+
+    def __str__(self) -> str:
+        return f"{self.chip}, torch {self.torch}, triton {self.triton}, flag_gems {self.flag_gems}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One aten key in one step: how often it is called, and what a step spends in it, in milliseconds.
+
+    A time is the larger of what the device needs and what the host needs to start it.
+    """
+
+    key: str
+    name: str
+    calls: int
+    native_ms: float
+    flaggems_ms: float
+    note: str = ""
+
+    @property
+    def faster(self) -> bool:
+        """Whether FlagGems' kernel is faster by more than the measurement's noise, taken as 5 %."""
+        return not self.note and self.flaggems_ms < 0.95 * self.native_ms
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured, where, and the functions to route."""
+
+    key: Key
+    workload: str
+    measurements: tuple[Measurement, ...] = ()
+    chosen: tuple[str, ...] = ()
+    step_ms: Mapping[str, float] = field(default_factory=dict)
+    """Median time of whole steps: "native", "chosen"."""
+
+    def save(self, file: Path) -> None:
+        """Write the file whole or not at all."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        part = file.with_suffix(file.suffix + ".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+
+
+def load(file: Path) -> Profile:
+    """Read a profile.
+
+    Raises:
+        ProfileError: there is none, or it is damaged; says how to make one.
+    """
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        key, measurements = Key(**data.pop("key")), tuple(Measurement(**each) for each in data.pop("measurements"))
+        return Profile(key=key, measurements=measurements, **{**data, "chosen": tuple(data["chosen"])})
+    except OSError as error:
+        raise ProfileError(f"the profile {file} cannot be read: {error}. verl-fl tune MODEL --out {file}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ProfileError(f"the profile {file} is damaged: {error}. Make it anew: verl-fl tune MODEL") from error
+
+
+@functools.cache
+def key_here() -> Key:
+    """Return the key of this process's chip and packages."""
+    import torch
+
+    return Key(
+        chip=torch.cuda.get_device_name() if torch.cuda.is_available() else _accelerator(),
+        torch=torch.__version__.partition("+")[0],
+        triton=_version("triton"),
+        flag_gems=_version("flag-gems"),
+    )
+
+
+def _accelerator() -> str:
+    import torch
+
+    name = getattr(torch.get_device_module(), "get_device_name", None)
+    return str(name()) if name else "cpu"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def find(setting: str) -> tuple[Profile, str] | None:
+    """Return the profile that VERL_FL_PROFILE means, and where it is from; None if there is none for this chip.
+
+    Args:
+        setting: "auto" for a shipped profile that fits, "" for none, or a file.
+
+    Raises:
+        ProfileError: a file was named that does not fit; tells both keys.
+    """
+    if not setting:
+        return None
+    if setting != AUTO:
+        profile = load(Path(setting))
+        if profile.key != key_here():
+            raise ProfileError(
+                f"the profile {setting} was measured on another chip or with other versions.\n"
+                f"  it holds for: {profile.key}\n  this is:      {key_here()}\n"
+                "  measure again: verl-fl tune MODEL --out FILE, or leave VERL_FL_PROFILE at auto"
+            )
+        return profile, f"profile {setting}"
+    for file in sorted(SHIPPED.glob("*.json")):
+        profile = load(file)
+        if profile.key == key_here():
+            return profile, f"shipped profile {file.stem}"
+    return None
+
+
+def as_text(profile: Profile) -> str:
+    """Return the profile as a table: operator, calls, native, FlagGems, chosen."""
+    rows = [
+        f"{profile.key}",
+        profile.workload,
+        f"{'operator':32}{'calls':>7}{'native ms':>11}{'FlagGems ms':>13}  chosen",
+    ]
+    for one in sorted(profile.measurements, key=lambda m: -m.native_ms):
+        chosen = "yes" if one.name in profile.chosen else one.note or "no"
+        rows.append(f"{one.key:32}{one.calls:7}{one.native_ms:11.3f}{one.flaggems_ms:13.3f}  {chosen}")
+    rows += [f"whole step, {name}: {time:.1f} ms" for name, time in profile.step_ms.items()]
+    return "\n".join(rows)

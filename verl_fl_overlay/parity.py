@@ -1,0 +1,183 @@
+"""``verl-fl parity``: does a step with the overlay compute what verl computes without it, up to rounding?
+
+Three processes run one step of verl's real engine on the same weights and batch: twice without the overlay, which shows
+the noise, and once with the overlay and the environment as the job will have it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.errors import OverlayError
+
+TRIAL = Path(compat.__file__).parent / "trial.py"
+NOISE = 3.0
+"""A difference is also allowed if it is at most so many times that between two native runs."""
+
+
+class TrialError(OverlayError):
+    """A run of the engine failed; holds the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared quantity: overlay against native, native against native, and what is allowed."""
+
+    name: str
+    difference: float
+    noise: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the bound or the noise; NaN is not."""
+        return self.difference <= max(self.bound, NOISE * self.noise)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run: a model's folder, and a batch of ``rows`` sequences of at most ``length`` tokens."""
+
+    model: str
+    rows: int = 4
+    length: int = 256
+    micro_batch: int = 2
+    seed: int = 0
+
+
+def native_environment() -> dict[str, str]:
+    """Return the environment without the overlay; where verl cannot do without it (a CPU), with no more than that."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG"))
+        and name not in ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "RANK", "WORLD_SIZE")
+    }
+    if os.environ.get("VERL_FL_DEVICE", "").lower() != "cpu":
+        return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    found = compat.find_verl()
+    hooks = compat.select(found).hooks if found else ()
+    return {
+        **kept,
+        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+        "VERL_FL_DEVICE": "cpu",
+        "VERL_FL_DISABLE": ",".join(hook.name for hook in hooks if hook.feature == "logprobs"),
+    }
+
+
+def overlay_environment() -> dict[str, str]:
+    """Return this process's environment, with the overlay named in it."""
+    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "verl_fl_overlay")
+    return {**os.environ, "VERL_USE_EXTERNAL_MODULES": modules}
+
+
+def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
+    """Run ``trial`` in a process of its own; return what ``compat/trial.py`` saved.
+
+    Raises:
+        TrialError: the process failed.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        numbers = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(trial).items() if name != "model"]
+        # By path, and not with its folder first in the search path, in which "logprobs" is another module.
+        program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(TRIAL), trial.model, str(result), *numbers],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not result.exists():
+            raise TrialError(
+                f"the engine failed, exit status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+            )
+        loaded: dict[str, Any] = torch.load(result, weights_only=True)
+        return loaded
+
+
+def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any]) -> list[Line]:
+    """Return every compared quantity; ``again`` is a second native run."""
+
+    def line(name: str, measure: Any, bound: float) -> Line:
+        return Line(name, measure(ours, native), measure(again, native), bound)
+
+    lines = [
+        line("log-prob, largest difference", lambda a, b: float(_gap(a, b).abs().max()), 0.1),
+        line("log-prob, mean difference", lambda a, b: float(_gap(a, b).abs().mean()), 0.02),
+        line("KL(native, overlay), estimated by k3", lambda a, b: float(_k3(_gap(a, b))), 1e-3),
+        line("loss, relative", lambda a, b: _relative(a["loss"], b["loss"]), 2e-3),
+        line("grad_norm, relative", lambda a, b: _relative(a["grad_norm"], b["grad_norm"]), 0.02),
+    ]
+    for group in native["grad_norms"]:
+
+        def of_group(a: dict[str, Any], b: dict[str, Any], group: str = group) -> float:
+            return _relative(a["grad_norms"].get(group, float("nan")), b["grad_norms"][group])
+
+        lines.append(line(f"grad_norm of {group}, relative", of_group, 0.03))
+    return lines
+
+
+def _gap(one: dict[str, Any], other: dict[str, Any]) -> Any:
+    return one["log_probs"].double() - other["log_probs"].double()
+
+
+def _k3(gap: Any) -> Any:
+    """Estimate KL from the log-prob ratios of given tokens: the mean of exp(gap) - 1 - gap, never negative."""
+    return (gap.exp() - 1 - gap).mean()
+
+
+def _relative(one: float, other: float) -> float:
+    return abs(one - other) / abs(other) if other else abs(one)
+
+
+def examine(trial: Trial) -> dict[str, Any]:
+    """Run all three and compare; return the lines, the verdict and which kernels the overlay used."""
+    native = run_trial(trial, native_environment())
+    again = run_trial(trial, native_environment())
+    ours = run_trial(trial, overlay_environment())
+    if not ours["overlay"]:
+        raise TrialError("the overlay was not loaded: VERL_USE_EXTERNAL_MODULES has to name verl_fl_overlay")
+    lines = compare(native, again, ours)
+    told = ours["overlay"]["features"]
+    return {
+        **asdict(trial),
+        "tokens": native["tokens"],
+        "verl": ours["overlay"]["verl"]["version"],
+        "device": ours["overlay"]["device"],
+        "overlay": {
+            name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]
+        },
+        "lines": [{**asdict(line), "holds": line.holds} for line in lines],
+        "same": all(line.holds for line in lines),
+    }
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return the result of ``examine`` as a table with a verdict."""
+    width = max(len(line["name"]) for line in result["lines"])
+    rows = [
+        f"{result['model']}: {result['tokens']} tokens, verl {result['verl']}, {result['device']}",
+        f"{'':{width}} {'overlay':>10} {'noise':>10} {'allowed':>10}",
+    ]
+    for line in result["lines"]:
+        mark = "" if line["holds"] else "  TOO LARGE"
+        rows.append(
+            f"{line['name']:{width}} {line['difference']:10.3g} {line['noise']:10.3g} {line['bound']:10.3g}{mark}"
+        )
+    rows.append(
+        "same: every difference is within its bound (or three times the noise of two native runs)"
+        if result["same"]
+        else "NOT the same: VERL_FL_DISABLE=logprobs.fsdp or VERL_FL_FUSED=0 tell which part it is"
+    )
+    return "\n".join(rows)
