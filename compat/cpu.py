@@ -129,7 +129,7 @@ def _accept_cpu_states(wrapped: Call, instance: Any, args: tuple[Any, ...], kwar
     return None
 
 
-def _not_pinned(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _not_pinned(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return wrapped(pin_memory=False)
 
 

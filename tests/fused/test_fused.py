@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 from fused.stand_ins import StandIns  # noqa: E402
 from verl_fl_overlay import events  # noqa: E402
 from verl_fl_overlay.flaggems import fused, fused_forward  # noqa: E402
-from verl_fl_overlay.settings import FUSED, Settings  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
+from verl_fl_overlay.variables import FUSED  # noqa: E402
 
 SIZE = {
     "vocab_size": 64,

@@ -15,7 +15,7 @@ pytestmark = [
 from fused.test_fused import NORMS, make  # noqa: E402
 
 from verl_fl_overlay.flaggems import fused, fused_forward, kernels  # noqa: E402
-from verl_fl_overlay.settings import FUSED  # noqa: E402
+from verl_fl_overlay.variables import FUSED  # noqa: E402
 
 
 def off(found, exact):

@@ -15,7 +15,8 @@ from types import MethodType, ModuleType
 from typing import Any
 
 from verl_fl_overlay.events import engine_initialized
-from verl_fl_overlay.settings import FUSED, Settings
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.variables import FUSED
 
 logger = logging.getLogger("verl_fl_overlay")
 
