@@ -116,7 +116,8 @@ def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any])
         line("log-prob, largest difference", lambda a, b: float(_gap(a, b).abs().max()), 0.1),
         line("log-prob, mean difference", lambda a, b: float(_gap(a, b).abs().mean()), 0.02),
         line("KL(native, overlay), estimated by k3", lambda a, b: float(_k3(_gap(a, b))), 1e-3),
-        line("loss, relative", lambda a, b: _relative(a["loss"], b["loss"]), 2e-3),
+        # Where verl's own log-probs are bf16 (a CPU), a loss over few tokens is off by up to a unit in the last place.
+        line("loss, relative", lambda a, b: _relative(a["loss"], b["loss"]), 2**-8),
         line("grad_norm, relative", lambda a, b: _relative(a["grad_norm"], b["grad_norm"]), 0.02),
     ]
     for group in native["grad_norms"]:
