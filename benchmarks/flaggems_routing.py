@@ -1,7 +1,8 @@
 """FlagGems routed in verl's real FSDP2 engine on a GPU, against the same engine without it: prints the table.
 
 ``python benchmarks/flaggems_routing.py [--json FILE]`` makes a small Qwen2 from a seed and runs two processes, native
-and routed, on the same data.  Needs CUDA, verl and flag_gems.
+and routed, on the same data.  Needs CUDA, verl and flag_gems.  Each row is also told on the error stream as soon as it
+is measured, the figures so far are in FILE even when the run is cut, and a part that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import json
 import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
 OPERATORS = ["copy_", "to_copy", "mul", "add", "mm", "neg", "cat", "rsqrt", "pow_tensor_scalar", "mean_dim"]
 MODEL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
 MODEL |= {"num_key_value_heads": 8, "vocab_size": 8192}
-ROWS, LENGTH, STEPS = 4, 256, 200
+ROWS, LENGTH, STEPS, NATIVE_STEPS = 4, 256, 200, 60
 
 
 def batch(seed: int) -> Any:
@@ -57,8 +61,11 @@ def batch(seed: int) -> Any:
     )
 
 
-def one_process(model: str) -> dict[str, Any]:
-    """Train one engine and measure; what differs between native and routed is the environment alone."""
+def one_process(model: str, file: Path, native: dict[str, Any] | None) -> None:
+    """Train one engine and measure, into ``file``; what differs between native and routed is the environment alone.
+
+    ``native`` are the figures of the native process, if this is the routed one.
+    """
     import torch
     import verl  # noqa: F401
     from real_engine import join_group, make_engine, sft_loss
@@ -71,6 +78,7 @@ def one_process(model: str) -> dict[str, Any]:
     _one_tiling_for_mm()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss = sft_loss()
+    result: dict[str, Any] = {"failed": {}}
 
     def step(seed: int) -> dict[str, float]:
         with engine.train_mode():
@@ -81,22 +89,42 @@ def one_process(model: str) -> dict[str, Any]:
             "grad_norm": float(output["metrics"]["grad_norm"]),
         }
 
-    with engine.eval_mode():
-        inferred = engine.infer_batch(batch(7).to(device), loss_function=None)["model_output"]["log_probs"]
-    result: dict[str, Any] = {
-        "log_probs": [float(value) for value in inferred.values().float().flatten()],
-        "steps": [step(seed) for seed in range(3)],
-        "seconds_before_steps": time.monotonic() - begun,
-    }
-    _say("three steps")
-    if device == "cuda":
-        result["inside"] = _kernels(lambda: step(3))
-        result["outside"] = _kernels(_outside)
-    _measure_steps(step, result)
-    _say(f"{STEPS} steps")
-    _describe(result)
+    def infer() -> None:
+        with engine.eval_mode():
+            inferred = engine.infer_batch(batch(7).to(device), loss_function=None)["model_output"]["log_probs"]
+        result["log_probs"] = [float(value) for value in inferred.values().float().flatten()]
+
+    def three_steps() -> None:
+        result["steps"] = [step(seed) for seed in range(3)]
+        result["seconds_before_steps"] = time.monotonic() - begun
+
+    def kernels() -> None:
+        if device == "cuda":
+            result["inside"] = _kernels(lambda: step(3))
+            result["outside"] = _kernels(_outside)
+
+    parts: dict[str, Callable[[], None]] = {"log-probs": infer, "three steps": three_steps}
+    parts["report"] = lambda: _describe(result)
+    if native is not None:
+        parts["entering and leaving"] = lambda: result.update(phase=_cost())
+    parts["kernels"] = kernels
+    steps = NATIVE_STEPS if native is None else STEPS
+    parts[f"{steps} steps"] = lambda: _measure_steps(step, result, steps)
+    parts["record"] = lambda: _describe(result)
+    told: set[tuple[str, str]] = set()
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            result["failed"][name] = f"{type(error).__name__}: {error}"
+        _say(f"{name}: {result['failed'].get(name, 'done')}")
+        file.write_text(json.dumps(result))
+        for row, value in rows(compare(native, result)) if native is not None else ():
+            if (row, value) not in told:
+                _say(f"  {row}: {value}")
+                told.add((row, value))
     torch.distributed.destroy_process_group()
-    return result
 
 
 def _one_tiling_for_mm() -> None:
@@ -145,7 +173,7 @@ def _kernels(run: Any) -> dict[str, int]:
     return found
 
 
-def _measure_steps(step: Any, result: dict[str, Any]) -> None:
+def _measure_steps(step: Any, result: dict[str, Any], steps: int) -> None:
     import torch
 
     def memory() -> dict[str, int]:
@@ -157,13 +185,13 @@ def _measure_steps(step: Any, result: dict[str, Any]) -> None:
         }
 
     times = []
-    for number in range(STEPS):
+    for number in range(steps):
         begun = time.perf_counter()
         step(number)
         times.append((time.perf_counter() - begun) * 1e3)
         if number == 19:
             result["memory_after_20"] = memory()
-    result["memory_after_200"] = memory()
+    result["memory_at_end"] = memory()
     result["step_ms"] = statistics.median(times[20:])
 
 
@@ -178,8 +206,8 @@ def _describe(result: dict[str, Any]) -> None:
     if not detail:
         return
     record = Path(detail["record"])
-    result["record"] = {line.split()[1]: int(line.split()[0]) for line in record.read_text().splitlines()[1:]}
-    result["phase"] = _cost()
+    if record.exists():
+        result["record"] = {line.split()[1]: int(line.split()[0]) for line in record.read_text().splitlines()[1:]}
 
 
 def _cost() -> dict[str, Any]:
@@ -210,8 +238,8 @@ def _cost() -> dict[str, Any]:
     return measured
 
 
-def child(model: str, folder: Path, routed: bool) -> dict[str, Any]:
-    """Run one process; its log goes to our error stream."""
+def child(model: Path, folder: Path, routed: bool) -> None:
+    """Run one process; its log goes to our error stream, its figures to native.json or routed.json."""
     name = "routed" if routed else "native"
     environment = {
         **os.environ,
@@ -221,13 +249,13 @@ def child(model: str, folder: Path, routed: bool) -> dict[str, Any]:
         "USE_FLAGGEMS": "1" if routed else "0",
         "FLAGGEMS_CACHE_DIR": str(folder / "flaggems"),
     }
+    command = [sys.executable, __file__, "--child", str(model), "--json", str(folder / f"{name}.json")]
     if routed:
         environment["TRAINING_FL_FLAGOS_WHITELIST"] = ",".join(OPERATORS)
         environment["TRAINING_FLAGGEMS_PATH"] = str(folder / "record.txt")
+        command += ["--native", str(folder / "native.json")]
     _say(f"{name}:")
-    command = [sys.executable, __file__, "--child", model]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
-    return dict(json.loads(result.stdout.split("RESULT ")[-1]))
+    subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
 
 
 def units_in_the_last_place(found: list[float], expected: list[float]) -> list[float]:
@@ -239,44 +267,57 @@ def units_in_the_last_place(found: list[float], expected: list[float]) -> list[f
 
 
 def compare(native: dict[str, Any], routed: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of the table."""
-    units = units_in_the_last_place(routed["log_probs"], native["log_probs"])
-    apart = [abs(r["grad_norm"] / n["grad_norm"] - 1) for r, n in zip(routed["steps"], native["steps"], strict=True)]
-    return {
-        "tokens": len(units),
-        "log_probs_largest_units": max(units),
-        "log_probs_mean_units": sum(units) / len(units),
-        "grad_norm_apart_percent": 100 * max(apart),
-        "native": native,
-        "routed": routed,
-    }
+    """Return the figures, those that both processes have so far."""
+    found: dict[str, Any] = {"native": native, "routed": routed}
+    if "log_probs" in native and "log_probs" in routed:
+        units = units_in_the_last_place(routed["log_probs"], native["log_probs"])
+        found |= {"tokens": len(units), "log_probs_largest_units": max(units)}
+        found["log_probs_mean_units"] = sum(units) / len(units)
+    if "steps" in native and "steps" in routed:
+        pairs = zip(routed["steps"], native["steps"], strict=True)
+        found["grad_norm_apart_percent"] = 100 * max(abs(r["grad_norm"] / n["grad_norm"] - 1) for r, n in pairs)
+    return found
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the table's rows, those whose figures are there."""
+    native, routed = found["native"], found["routed"]
+    lines = []
+    if "tokens" in found:
+        value = f"{found['tokens']} tokens, at most {found['log_probs_largest_units']:.2f} units in the last place of "
+        lines.append(("log-probs against native", f"{value}bf16, mean {found['log_probs_mean_units']:.3f}"))
+    if "grad_norm_apart_percent" in found:
+        lines.append(("grad_norm against native", f"at most {found['grad_norm_apart_percent']:.3f} % apart in 3 steps"))
+    if detail := routed.get("report", {}).get("detail"):
+        value = f"{detail['operators']} aten keys of {len(OPERATORS)} functions ({detail['source']})"
+        lines.append(("operators routed", value))
+    for phase in routed.get("phase", {}).values():
+        value = f"{phase['enter_ms']:.2f} / {phase['leave_ms']:.2f} ms, {len(phase['failed'])} failed"
+        lines.append((f"entering / leaving, {phase['operators']} operators", value))
+    if "outside" in native and "outside" in routed:
+        inside = f"{triton_kernels(routed['inside'])} routed, {triton_kernels(native['inside'])} native"
+        lines.append(("Triton kernels in one step", inside))
+        lines.append(("Triton kernels outside the phase", str(triton_kernels(routed["outside"]))))
+    if "memory_at_end" in routed:
+        early, late = routed["memory_after_20"], routed["memory_at_end"]
+        value = ", ".join(f"{name} {late[name] - early[name]:+d} bytes" for name in late)
+        lines.append((f"memory, step 20 to {STEPS}", value))
+        if "step_ms" in native:
+            value = f"{native['step_ms']:.1f} / {routed['step_ms']:.1f} ms (medians)"
+            lines.append(("step, native / routed", value))
+        if record := routed.get("record"):
+            calls = ", ".join(f"{key.removeprefix('aten::')} {count}" for key, count in list(record.items())[:6])
+            lines.append(("calls of FlagGems recorded", f"{sum(record.values())} in the run: {calls}"))
+    return lines
 
 
 def table(found: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-    native, routed = found["native"], found["routed"]
-    detail, phase = routed["report"]["detail"], routed["phase"]
-    grown = routed["memory_after_200"]["allocated"] - routed["memory_after_20"]["allocated"]
-    launches = sum(routed["record"].values())
-    lines = [
-        ("operators routed", f"{detail['operators']} aten keys of {len(OPERATORS)} functions ({detail['source']})"),
-        ("log-probs against native", f"{found['tokens']} tokens, at most {found['log_probs_largest_units']:.2f} units "
-         f"in the last place of bf16, mean {found['log_probs_mean_units']:.3f}"),
-        ("grad_norm against native", f"at most {found['grad_norm_apart_percent']:.3f} % apart in 3 steps"),
-        ("calls of FlagGems", f"{launches} in the run: "
-         + ", ".join(f"{key.removeprefix('aten::')} {count}" for key, count in list(routed["record"].items())[:6])),
-        ("Triton kernels in one step", f"{triton_kernels(routed['inside'])} routed, "
-         f"{triton_kernels(native['inside'])} native"),
-        ("Triton kernels outside the phase", str(triton_kernels(routed["outside"]))),
-        ("GPU memory, step 20 to 200", f"{grown:+d} bytes"),
-        ("entering / leaving, 40 operators", f"{phase['40']['enter_ms']:.2f} / {phase['40']['leave_ms']:.2f} ms"),
-        (f"entering / leaving, all {phase['all']['operators']}",
-         f"{phase['all']['enter_ms']:.2f} / {phase['all']['leave_ms']:.2f} ms"),
-        ("step, native / routed", f"{native['step_ms']:.1f} / {routed['step_ms']:.1f} ms (median of 180)"),
-    ]  # fmt: skip
-    versions = routed["versions"]
-    head = f"verl {versions['verl']} FSDP2, torch {versions['torch']}, flag_gems {detail['version']}"
-    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in lines)])
+    routed = found["routed"]
+    versions = routed.get("versions", {})
+    flag_gems = routed.get("report", {}).get("detail", {}).get("version")
+    head = f"verl {versions.get('verl')} FSDP2, torch {versions.get('torch')}, flag_gems {flag_gems}"
+    return "\n".join([f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows(found))])
 
 
 def triton_kernels(kernels: dict[str, int]) -> int:
@@ -294,21 +335,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all figures there as well")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--native", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print("RESULT " + json.dumps(one_process(options.child)))
+        one_process(options.child, options.json, json.loads(options.native.read_text()) if options.native else None)
         return 0
     from arithmetic import write_model
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was measured is written, the child ended
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder / "model", **MODEL)
-        results = [child(str(folder / "model"), folder, routed) for routed in (False, True)]
-    found = compare(*results)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    print(table(found))
-    return 0
+        try:
+            for routed in (False, True):
+                child(folder / "model", folder, routed)
+        finally:
+            native, routed_figures = (_read(folder / f"{name}.json") for name in ("native", "routed"))
+            found = compare(native, routed_figures)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+            print(table(found), flush=True)
+    return 1 if native["failed"] or routed_figures["failed"] else 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 if __name__ == "__main__":

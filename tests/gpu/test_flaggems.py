@@ -145,7 +145,7 @@ def test_copy_mul_and_mm_are_flaggems_inside_and_native_outside(figures):
 
 
 def test_two_hundred_steps_do_not_grow(figures):
-    early, late = figures["routed"]["memory_after_20"], figures["routed"]["memory_after_200"]
+    early, late = figures["routed"]["memory_after_20"], figures["routed"]["memory_at_end"]
     assert late["allocated"] == early["allocated"]
     assert late["reserved"] <= early["reserved"]
     assert late["resident"] - early["resident"] < 64 << 20
