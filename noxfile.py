@@ -23,6 +23,9 @@ RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
 # What verl's engines import beyond verl's own requirements; see constraints for the versions.
 ENGINE_NEEDS = ("einops", "uvicorn", "fastapi", "cachetools", "pyzmq", "msgspec")
 
+# Nearly every test is a process of its own that imports verl, which is seconds of one core.
+BOTH = ("-n", "2", "--dist", "loadgroup")
+
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
@@ -100,27 +103,17 @@ def drift(session: nox.Session) -> None:
     wheels = HERE / "out" / "wheels"
     for release in RELEASES:
         if not list(wheels.glob(f"verl-{release}-*.whl")):
-            download = (
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--only-binary",
-                ":all:",
-                "--dest",
-                str(wheels),
-            )
+            download = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
             session.run(sys.executable, *download, f"verl=={release}", external=True)
-    session.install(".", "pytest")
-    session.run("pytest", "tests/unit", "tests/drift", *session.posargs, env={"VERL_WHEELS": str(wheels)})
+    session.install(".", "pytest", "pytest-xdist")
+    session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 
 @nox.session
 def loading(session: nox.Session) -> None:
     """The overlay in processes that start in unusual ways, on the newest release."""
     install(session, RELEASES[-1], TORCH)
-    session.run("pytest", "tests/loading", "-n", "2", *session.posargs)
+    session.run("pytest", "tests/loading", *BOTH, *session.posargs)
 
 
 @nox.session(default=False)
@@ -152,7 +145,11 @@ def next_release(session: nox.Session) -> None:
 
 @nox.session(tags=["demo"])
 def demo(session: nox.Session) -> None:
-    """verl's own SFT trainer with the overlay on this machine's CPU: ``nox -s demo [-- --verl 0.7.0]``."""
+    """verl's own SFT trainer on this machine's CPU: ``nox -s demo [-- --verl 0.7.0]``; ``-- grpo``: its main_ppo."""
+    if session.posargs[:1] == ["grpo"]:
+        install(session, RELEASES[-1], TORCH, "TransferQueue", "matplotlib")
+        session.run("python", "examples/grpo.py", "out/demo-grpo", *session.posargs[1:])
+        return
     parser = argparse.ArgumentParser(prog="nox -s demo --")
     parser.add_argument("--verl", default=RELEASES[-1], choices=RELEASES, help="default: the newest")
     options, more = parser.parse_known_args(session.posargs)
@@ -171,9 +168,37 @@ def compat(session: nox.Session, verl: str, torch: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     row = {"verl": verl, "torch": torch, "device": "cpu", "python": python_version(session)}
     result.with_suffix(".json").write_text(json.dumps(row))
-    # Nearly every test is a process of its own that imports verl, which is seconds of one core.
-    both = ("-n", "2", "--dist", "loadgroup")
-    session.run("pytest", "tests/contract", "tests/train", *both, f"--junitxml={result}.xml", *session.posargs)
+    session.run("pytest", "tests/contract", "tests/train", *BOTH, f"--junitxml={result}.xml", *session.posargs)
+
+
+@nox.session(tags=["features"])
+@nox.parametrize("verl", [nox.param("0.7.1", id="verl='0.7.1'"), nox.param("0.9.1", id="verl='0.9.1'")])
+def features(session: nox.Session, verl: str) -> None:
+    """Every feature on real verl: the newest release, and the last one that has legacy workers."""
+    folders = ["process", "process_group", "chips", "logprobs"]
+    if verl == RELEASES[-1]:
+        folders += ["fused", "flaggems", "parity", "faults"]
+        install(session, verl, TORCH, "triton==3.5.1", "flag-gems==5.0.0")
+    else:
+        folders += ["legacy"]
+        install(session, verl, TORCH)
+    session.run("pytest", *(f"tests/{folder}" for folder in folders), *BOTH, *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in ("0.7.1", "0.9.0", "0.9.1")])
+def ray(session: nox.Session, verl: str) -> None:
+    """A cluster that was started with an empty environment, and GRPO on verl 0.9.1: minutes of both cores."""
+    install(session, verl, TORCH, *(["TransferQueue", "matplotlib"] if verl == RELEASES[-1] else []))
+    session.run("pytest", "tests/ray", *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
+def megatron(session: nox.Session, verl: str) -> None:
+    """Megatron's real classes and, on verl 0.9.1, its engine training on a CPU."""
+    install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
+    session.run("pytest", "tests/megatron", *session.posargs)
 
 
 def python_version(session: nox.Session) -> str:
