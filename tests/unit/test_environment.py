@@ -159,4 +159,4 @@ def test_the_command_tells_value_source_effect_and_faults(monkeypatch, capsys):
 
 def test_the_command_needs_neither_torch_nor_verl():
     code = "import sys; from verl_fl_overlay.cli import main; main(['env']); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd="/")

@@ -20,6 +20,7 @@ def claiming(folder, rank):
     process = subprocess.Popen(
         [sys.executable, "-c", CLAIM, str(folder)],
         env={"RANK": rank},
+        cwd="/",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

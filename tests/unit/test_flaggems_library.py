@@ -91,5 +91,5 @@ def test_nothing_heavy_is_imported_at_load():
         "Settings; f.start(Settings(use_flaggems=True)); "
         "print([m for m in ('torch', 'flag_gems', 'triton', 'sqlalchemy', 'yaml') if m in sys.modules])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
     assert said.strip() == "[]"
