@@ -328,6 +328,7 @@ def triton_kernels(kernels: dict[str, int]) -> int:
 def is_triton(name: str) -> bool:
     """Tell a Triton kernel by its name, which is that of a Python function."""
     known = ("nvjet", "cutlass", "ampere", "sm80", "sm90", "cublas", "nccl", "flash", "pytorch_flash", "fmha", "gemm")
+    known += ("cudnn", "micro_batch")  # cuDNN's attention; verl's own marks of its micro-batches are no kernels
     return name.isidentifier() and not name.lower().startswith(known) and not name.startswith("_Z")
 
 
