@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-AREAS = ("contract", "train", "gpu")
+AREAS = ("contract", "train", "flaggems", "logprobs", "gpu")
 
 
 def outcomes(junit: Path) -> dict[str, Counter[str]]:
