@@ -68,6 +68,7 @@ def run(folder, device, program=PROGRAM, **environment):
     (folder / f"torch_{device}/__init__.py").write_text(textwrap.dedent(PACKAGE))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
+        cwd="/",
         env={
             **os.environ,
             **without_images(),

@@ -118,6 +118,7 @@ def run_with_probes(code: str, tmp_path: Path, **environment: str) -> str:
     program = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\nfrom stubs import device_probes\n{code}"
     result = subprocess.run(
         [sys.executable, "-c", program],
+        cwd="/",
         env={**os.environ, "FLAGGEMS_CACHE_DIR": str(tmp_path), **environment},
         capture_output=True,
         text=True,

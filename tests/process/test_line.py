@@ -20,6 +20,7 @@ def import_verl(code: str = "", **environment: str) -> subprocess.CompletedProce
     own = {name: text for name, text in os.environ.items() if name != "VERL_LOGGING_LEVEL"}
     return subprocess.run(
         [sys.executable, "-c", f"import verl; {code}"],
+        cwd="/",
         env={
             **own,
             **without_images(),

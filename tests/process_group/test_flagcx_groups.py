@@ -71,6 +71,7 @@ def run(body: str, **environment: str) -> list[str]:
     code = textwrap.dedent(PROGRAM).replace("    {body}", body)
     done = subprocess.run(
         [sys.executable, "-c", code],
+        cwd="/",
         env={
             **{name: text for name, text in os.environ.items() if not name.startswith(("VERL", "FLAGCX", "USE_FLAG"))},
             **without_images(),
