@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sft import never_called, overlay_environment, rank_reports
+from sft import end, never_called, overlay_environment, rank_reports
 
 WORKERS = 2
 EXAMPLES = Path(__file__).resolve().parent
@@ -203,17 +203,7 @@ def main() -> int:
         first, last = (mean(step["reward"] for step in part) for part in (seen[:5], seen[-5:]))
         print(f"  reward      {first:.3f} -> {last:.3f} (means of five steps)")
         print(f"  plot        {folder / 'grpo.png'}")
-    for report in reports:
-        installed = [h for h in report["hooks"] if h["state"] == "installed"]
-        called = sum(1 for h in installed if h["calls"])
-        calls = sum(h["calls"] for h in installed)
-        print(
-            f"  worker {report['process']['rank']}    {len(installed)} hooks installed, {called} called, {calls} calls"
-        )
-    for fault in faults:
-        print(f"  FAULT       {fault}")
-    print("  FAILED" if faults else "  ok")
-    return 1 if faults else 0
+    return end(reports, faults, "worker")
 
 
 if __name__ == "__main__":

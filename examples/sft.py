@@ -133,6 +133,20 @@ def never_called(report: dict[str, Any]) -> list[str]:
     return [name for name in idle if not name.startswith("engine.initialize.") or name == "engine.initialize.fsdp"]
 
 
+def end(reports: list[dict[str, Any]], faults: list[str], process: str) -> int:
+    """Print what the hooks did in each ``process`` and every fault; return the exit status."""
+    for report in reports:
+        installed = [h for h in report["hooks"] if h["state"] == "installed"]
+        called = sum(1 for h in installed if h["calls"])
+        calls = sum(h["calls"] for h in installed)
+        name = f"{process} {report['process']['rank']}"
+        print(f"  {name:<12}{len(installed)} hooks installed, {called} called, {calls} calls")
+    for fault in faults:
+        print(f"  FAULT       {fault}")
+    print("  FAILED" if faults else "  ok")
+    return 1 if faults else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("out/sft"), help="where everything is written")
@@ -169,17 +183,7 @@ def main() -> int:
     print(f"  steps       {len(loss)} in {seconds:.0f} s, start of the processes included")
     if loss:
         print(f"  loss        {loss[0]:.4f} -> {loss[-1]:.4f}")
-    for report in reports:
-        installed = [h for h in report["hooks"] if h["state"] == "installed"]
-        called = sum(1 for h in installed if h["calls"])
-        calls = sum(h["calls"] for h in installed)
-        print(
-            f"  rank {report['process']['rank']}      {len(installed)} hooks installed, {called} called, {calls} calls"
-        )
-    for fault in faults:
-        print(f"  FAULT       {fault}")
-    print("  FAILED" if faults else "  ok")
-    return 1 if faults else 0
+    return end(reports, faults, "rank")
 
 
 if __name__ == "__main__":
