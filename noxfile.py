@@ -10,9 +10,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -31,18 +35,69 @@ BOTH = ("-n", "2", "--dist", "loadgroup")
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False  # the report says of such a row that it was not run
 nox.options.sessions = ["lint", "drift", "compat", "features"]
+if (pyenv := Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions").is_dir():
+    # pyenv finds only the versions that are switched on: all of them, and first the one that runs this.
+    found = sorted((python.name for python in pyenv.glob("3.*")), key=lambda name: name != platform.python_version())
+    os.environ.setdefault("PYENV_VERSION", ":".join(found))
 
 
-def rows() -> list[nox.param]:
-    """Return the rows of the matrix: every release with one torch, the newest also with the torch that it pins."""
-    made = []
-    for release in RELEASES:
-        tags = ["ci", *(["oldest"] if release == RELEASES[0] else []), *(["latest"] if release == RELEASES[-1] else [])]
-        made.append(nox.param(release, TORCH, id=f"verl='{release}'", tags=tags))
-    pinned = "2.11.0"
-    made.append(nox.param(RELEASES[-1], pinned, id=f"verl='{RELEASES[-1]}', torch='{pinned}'", tags=["ci"]))
-    return made
+@dataclass(frozen=True)
+class Row:
+    """One row of the matrix: by default the newest release, contract tests and training, on the Python that runs nox.
+
+    ``torch`` "" is the newest on the index.  ``instead`` replaces what the constraints of the release name.  A row that
+    ``may_fail`` is reported and fails nothing.
+    """
+
+    id: str
+    verl: str = RELEASES[-1]
+    torch: str = TORCH
+    python: str | None = None
+    more: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ("tests/contract", "tests/train")
+    may_fail: bool = False
+
+    @property
+    def result(self) -> Path:
+        """Its files among the results, without their suffix."""
+        return RESULTS / re.sub(r"\W+", "-", self.id).strip("-")
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What the row is to run on; what it did run on is asked of its environment."""
+        pins = dict(pin.split("==") for pin in (*self.more, *self.instead))
+        named = {"flag_gems": pins.get("flag-gems", "-"), "wrapt": pins.get("wrapt", "-")}
+        return {"verl": self.verl, "torch": self.torch or "newest", "python": self.python or "-", **named}
+
+
+ALL = (*Row.tests, "tests/flaggems", "tests/logprobs")
+COMPAT = [
+    *(Row(f"verl='{release}'", release) for release in RELEASES[:-1]),
+    Row(f"verl='{RELEASES[-1]}'", more=FLAGGEMS, tests=ALL),
+    Row(f"verl='{RELEASES[-1]}', torch='2.11.0'", torch="2.11.0"),
+]
+THIN = ("tests/contract", "tests/train/test_engines.py::test_trains")
+AXES = [
+    Row("torch='newest'", torch="", tests=THIN, may_fail=True),
+    Row("python='3.10'", python="3.10", tests=THIN),
+    Row("python='3.12'", python="3.12", tests=THIN),
+    Row("wrapt='2.4.0'", instead=("wrapt==2.4.0",), tests=THIN),
+    Row("flag_gems='5.0.2'", more=("triton==3.5.1", "flag-gems==5.0.2"), tests=("tests/flaggems", THIN[1])),
+]
+# How to tell that a device is here.
+DEVICES = {
+    "cuda": "import torch; assert torch.cuda.is_available(), 'no CUDA device'",
+    "npu": "import torch, torch_npu; assert torch.npu.is_available(), 'no NPU'",
+}
+VERSIONS = """
+import importlib.metadata, json, platform
+found = {d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()}
+found = {name: found.get(name, "-") for name in ("verl", "torch", "flag_gems", "wrapt")}
+print(json.dumps({**found, "python": platform.python_version()}))
+"""
 
 
 def installer_environment() -> dict[str, str]:
@@ -59,12 +114,13 @@ def installer_environment() -> dict[str, str]:
     return {"UV_FIND_LINKS": ",".join(links.split())} if links else {}
 
 
-def install(session: nox.Session, verl: str, torch: str, *more: str) -> None:
+def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
     """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together."""
     constraints = HERE / "compat" / "constraints" / f"verl-{verl}.txt"
-    needs = [f"verl=={verl}", f"torch=={torch}", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
-    session.install(*needs, "-c", str(constraints), env=installer_environment())
-    session.install("--force-reinstall", "--no-deps", ".")
+    needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
+    fresh = [] if torch else ["--upgrade"]
+    session.install(*fresh, *needs, "-c", str(constraints), env=installer_environment())
+    session.install("--force-reinstall", "--no-deps", ".", *instead)
     if session.venv_backend == "uv":
         session.run("uv", "pip", "check", external=True)
     else:
@@ -121,7 +177,7 @@ def loading(session: nox.Session) -> None:
 @nox.session(default=False)
 def upstream(session: nox.Session) -> None:
     """verl's own CPU tests with and without the overlay: ``nox -s upstream -- [--verl-source TREE] [--only PART]``."""
-    install(session, RELEASES[-1], TORCH, "pytest-timeout", "pytest-asyncio")
+    install(session, RELEASES[-1], TORCH, "pytest-timeout", "pytest-asyncio", "TransferQueue")
     session.run("python", "tests/upstream.py", "--json", "out/upstream.json", *session.posargs)
 
 
@@ -160,20 +216,41 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize(["verl", "torch"], rows())
-def compat(session: nox.Session, verl: str, torch: str) -> None:
+@nox.parametrize("row", [nox.param(row, id=row.id) for row in COMPAT])
+def compat(session: nox.Session, row: Row) -> None:
     """One row of the matrix on the CPU: contract tests, then training with real engines and verl's own trainer."""
-    session.notify("cuda")
-    session.notify("report")
-    result = RESULTS / f"verl-{verl}-torch-{torch}-cpu".replace(".", "_")
-    newest = (verl, torch) == (RELEASES[-1], TORCH)
-    install(session, verl, torch, *(FLAGGEMS if newest else ()))
+    run_row(session, row)
+
+
+@nox.session(default=False)
+@nox.parametrize(["python", "row"], [nox.param(row.python, row, id=row.id) for row in AXES])
+def axes(session: nox.Session, row: Row) -> None:
+    """A thin row for each value of the other axes, on the newest release: Python, torch, flag_gems, wrapt."""
+    run_row(session, row)
+
+
+def run_row(session: nox.Session, row: Row) -> None:
+    """Install a row, run its tests and keep what came of it for the report."""
+    session.notify("devices", posargs=[])
+    session.notify("report", posargs=["--print"])
+    row.result.with_suffix(".xml").unlink(missing_ok=True)
+    try:
+        install(session, row.verl, row.torch, *row.more, instead=row.instead)
+    except nox.command.CommandFailed:
+        record(row.result, {**row.asked, "device": "cpu", "failed": "cannot be installed"})
+        if row.may_fail:
+            session.skip("cannot be installed")
+        raise
+    ran_on = json.loads(str(session.run("python", "-c", VERSIONS, silent=True)))
+    record(row.result, {**ran_on, "device": "cpu", **({"may fail": True} if row.may_fail else {})})
+    tests = (*row.tests, *BOTH, f"--junitxml={row.result}.xml", *session.posargs)
+    session.run("pytest", *tests, success_codes=[0, 1] if row.may_fail else [0])
+
+
+def record(result: Path, about: dict[str, Any]) -> None:
+    """Write what a row ran on and when, beside which its tests write how they went."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    row = {"verl": verl, "torch": torch, "device": "cpu", "python": python_version(session)}
-    result.with_suffix(".json").write_text(json.dumps(row))
-    folders = ["contract", "train", *(("flaggems", "logprobs") if newest else ())]
-    tests = [f"tests/{folder}" for folder in folders]
-    session.run("pytest", *tests, *BOTH, f"--junitxml={result}.xml", *session.posargs)
+    result.with_suffix(".json").write_text(json.dumps({**about, "date": date.today().isoformat()}, indent=1))
 
 
 @nox.session(tags=["features"])
@@ -202,32 +279,27 @@ def megatron(session: nox.Session, verl: str) -> None:
     session.run("pytest", "tests/megatron", *session.posargs)
 
 
-def python_version(session: nox.Session) -> str:
-    """Return the version of the session's interpreter."""
-    said = session.run("python", "-c", "import platform; print(platform.python_version())", silent=True)
-    return str(said).strip()
-
-
 @nox.session(venv_backend="none", default=False)
-def cuda(session: nox.Session) -> None:
-    """The GPU tests in the environment that is here; without a GPU the row says that it was not run."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = RESULTS / "here-cuda"
-    ask = "import torch, verl; assert torch.cuda.is_available(), 'no CUDA device'; "
-    ask += "print(verl.__version__, torch.__version__)"
-    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
-    row = {"verl": "-", "torch": "-", "device": "cuda", "python": platform.python_version()}
-    result.with_suffix(".xml").unlink(missing_ok=True)
-    if found.returncode:
-        row["not run"] = (found.stderr.strip().splitlines() or ["no answer"])[-1]
-        result.with_suffix(".json").write_text(json.dumps(row))
-        session.skip(f"not run: {row['not run']}")
-    row["verl"], row["torch"] = found.stdout.split()[-2:]
-    result.with_suffix(".json").write_text(json.dumps(row))
-    session.run(sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", f"--junitxml={result}.xml", external=True)
+def devices(session: nox.Session) -> None:
+    """The tests for accelerators in the environment that is here; without one the row says that it was not run."""
+    for device, probe in DEVICES.items():
+        result = RESULTS / device
+        result.with_suffix(".xml").unlink(missing_ok=True)
+        asked = subprocess.run([sys.executable, "-c", probe + VERSIONS], capture_output=True, text=True, check=False)
+        if asked.returncode:
+            said = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+            nothing = dict.fromkeys(("verl", "torch", "python", "flag_gems", "wrapt"), "-")
+            record(result, {**nothing, "device": device, "not run": said})
+            continue
+        record(result, {**json.loads(asked.stdout.splitlines()[-1]), "device": device})
+        tests = ("-m", "gpu", "tests/gpu", f"--junitxml={result}.xml")
+        session.run(sys.executable, "-m", "pytest", *tests, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
 def report(session: nox.Session) -> None:
-    """The table of the matrix, from the results on disk and never from exit statuses."""
-    session.run(sys.executable, ".ci/matrix.py", str(RESULTS), external=True)
+    """The README's table of the matrix, from the results on disk and never from exit statuses."""
+    for row in (*COMPAT, *AXES):
+        if not row.result.with_suffix(".json").exists():
+            record(row.result, {**row.asked, "device": "cpu", "not run": ""})
+    session.run(sys.executable, ".ci/matrix.py", str(RESULTS), *session.posargs, external=True)

@@ -1,17 +1,22 @@
-"""Print the matrix from its results: ``python .ci/matrix.py out/compat [--markdown]``.
+"""The matrix, from its results: ``python .ci/matrix.py out/compat`` prints it and writes it into README.md.
 
-A row is a JSON file with a JUnit file beside it.  What has no result says "not run"; exit status 1 if a test failed.
+A row is a JSON file, which says what it ran on, with a JUnit file beside it.  What has no result says "not run"; exit
+status 1 if a row failed that may not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-AREAS = ("contract", "train", "flaggems", "logprobs", "gpu")
+from tables import README, markdown, replaced
+
+HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
 
 
 def outcomes(junit: Path) -> dict[str, Counter[str]]:
@@ -25,40 +30,43 @@ def outcomes(junit: Path) -> dict[str, Counter[str]]:
     return counted
 
 
-def cell(counts: Counter[str] | None) -> str:
-    """Say in a word or two how a folder of tests went."""
-    if not counts or not (counts["passed"] or counts["failed"]):
-        return "not run"
-    if counts["failed"]:
-        return f"{counts['failed']} FAILED"
-    return f"{counts['passed']} passed" + (f", {counts['skipped']} skipped" if counts["skipped"] else "")
+def result(about: dict[str, Any], counts: dict[str, Counter[str]]) -> tuple[str, str]:
+    """Say in words how a row went, by folders of tests, and on which day."""
+    if "not run" in about:
+        return f"not run: {about['not run']}".removesuffix(": "), ""
+    said = []
+    for area, count in counts.items():
+        more = [f"{count[word]} {word}" for word in ("failed", "skipped") if count[word]]
+        said.append(f"{area} {count['passed']}" + (f" ({', '.join(more)})" if more else ""))
+    words = ", ".join(said) or about.get("failed", "FAILED before its tests")
+    return words + (" - it may fail" if "may fail" in about else ""), about["date"]
 
 
-def row(result: Path) -> list[str]:
-    """Return the cells of one row."""
-    about = json.loads(result.read_text())
-    junit = result.with_suffix(".xml")
-    counts = outcomes(junit) if junit.exists() else {}
-    cells = [cell(counts.get(area)) for area in AREAS]
-    note = about.get("not run", "" if counts else "stopped before its tests")
-    return [about["verl"], about["torch"], about["device"], about["python"], *cells, note]
+def failed(about: dict[str, Any], counts: dict[str, Counter[str]]) -> bool:
+    """Tell whether the row failed and may not."""
+    if "not run" in about or "may fail" in about:
+        return False
+    return not counts or any(count["failed"] for count in counts.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--print", action="store_true", help="leave README.md as it is")
     options = parser.parse_args()
-    head = ["verl", "torch", "device", "python", *AREAS, "note"]
-    table = [row(result) for result in sorted(options.folder.glob("*.json"))]
-    if options.markdown:
-        for cells in [head, ["---"] * len(head), *table]:
-            print("| " + " | ".join(cells) + " |")
-    else:
-        widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
-        for cells in [head, *table]:
-            print("  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip())
-    return 1 if not table or any("FAILED" in text for cells in table for text in cells) else 0
+    rows = []
+    for file in sorted(options.folder.glob("*.json"), key=lambda file: (not file.stem.startswith("verl"), file.stem)):
+        about, junit = json.loads(file.read_text()), file.with_suffix(".xml")
+        rows.append((about, outcomes(junit) if junit.exists() else {}))
+    rows.sort(key=lambda row: (row[0]["device"], [int(number) for number in re.findall(r"\d+", row[0]["verl"])]))
+    table = [[*(about[name.lower()] for name in HEAD[:6]), *result(about, counts)] for about, counts in rows]
+    widths = [max(map(len, column)) for column in zip(HEAD, *table, strict=True)]
+    for cells in [HEAD, *table]:
+        print("  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip())
+    if not options.print:
+        text = replaced(README.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))
+        README.write_text(text, encoding="utf-8")
+    return int(not rows or any(failed(*row) for row in rows))
 
 
 if __name__ == "__main__":

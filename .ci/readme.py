@@ -1,21 +1,14 @@
-"""Write the tables of README.md that are made from the code: ``python .ci/readme.py [--check]``."""
+"""Write the tables of the two READMEs that are made from the code: ``python .ci/readme.py [--check]``."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from tables import README, ROOT, markdown, replaced
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import VARIABLES
-
-README = Path(__file__).parents[1] / "README.md"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def by_release() -> dict[str, dict[str, Hook]]:
@@ -54,26 +47,24 @@ def settings() -> str:
     return markdown(["variable", "allowed", "what it does"], rows)
 
 
-def rendered(text: str) -> str:
-    """Return ``text`` with every generated part made anew."""
-    for name, make in {"releases": releases, "hooks": hooks, "settings": settings}.items():
-        before, begin, rest = text.partition(f"<!-- {name}: made by .ci/readme.py -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not begin or not end:
-            raise SystemExit(f"README.md has no part named {name}")
-        text = f"{before}{begin}{make()}\n{end}{after}"
-    return text
+TABLES = {README: {"releases": releases, "settings": settings}, ROOT / "compat" / "README.md": {"hooks": hooks}}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    made = rendered(text)
+    changed = {}
+    for file, tables in TABLES.items():
+        text = made = file.read_text(encoding="utf-8")
+        for name, make in tables.items():
+            made = replaced(made, name, ".ci/readme.py", make())
+        if made != text:
+            changed[file] = made
     if options.check:
-        return int(made != text)
-    README.write_text(made, encoding="utf-8")
+        return int(bool(changed))
+    for file, made in changed.items():
+        file.write_text(made, encoding="utf-8")
     return 0
 
 
