@@ -221,7 +221,7 @@ def _download(version: str, folder: Path) -> None:
     if done.returncode == 0:
         return
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-    said = " ".join(" ".join(errors[:1]).split())
+    said = " ".join(" ".join(errors[:1]).split()).removeprefix("ERROR: ")
     if any(
         sign in done.stderr.lower() for sign in ("from versions: none", "retrying", "connect", "error sending request")
     ):
