@@ -90,7 +90,14 @@ AXES = [
     Row("python='3.10'", python="3.10", tests=THIN),
     Row("python='3.12'", python="3.12", tests=THIN),
     Row("wrapt='2.4.0'", instead=("wrapt==2.4.0",), tests=THIN),
-    Row("flag_gems='5.0.2'", more=("triton==3.5.1", "flag-gems==5.0.2"), tests=("tests/flaggems",)),
+    # It pins what it needs, numpy 1.26.4 too: verl 0.9 needs 2, so the newest release that it can be installed with.
+    Row(
+        "flag_gems='5.0.2'",
+        "0.8.0",
+        more=("triton==3.5.1",),
+        instead=("flag-gems==5.0.2", "packaging==26.0", "sqlalchemy==2.0.48", "PyYAML==6.0.3"),
+        tests=("tests/flaggems",),
+    ),
 ]
 # How to tell that a device is here.
 DEVICES = {

@@ -1,60 +1,82 @@
-"""What the overlay adds to ``import verl``: pairs of fresh processes, with and without it, in turn.
+"""What loading the overlay costs: pairs of fresh processes, without and with it, in turn; by what is asked of it.
 
-python benchmarks/load.py [--pairs 10]: prints medians; the difference is what every Ray process pays.
+python benchmarks/load.py [--pairs 10]: every process imports verl and all modules that have hooks and can be imported
+here.  "alone" is the import of the overlay after that, with every such hook put on at once: the difference of a pair
+varies with the seconds that verl takes, this does not.  Every Ray process pays it once.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 
+from verl_fl_overlay import compat
+
+CASES = {
+    "nothing": {},
+    "CPU and FlagGems": {"VERL_FL_DEVICE": "cpu", "USE_FLAGGEMS": "1"},
+    "FlagCX and FlagGems": {"USE_FLAGCX": "1", "USE_FLAGGEMS": "1"},
+}
+PLAIN = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": ""}
+OVERLAY = {**PLAIN, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+
 PROGRAM = """
-import time, sys
+import importlib, json, sys, time
 begun = time.perf_counter()
-import verl
-print(time.perf_counter() - begun)
-"""
-# Importing verl takes seconds and varies by more than the overlay costs, so the overlay alone is timed in its process.
-ALONE = """
-import time, verl
-begun = time.perf_counter()
-import verl_fl_overlay
-print(time.perf_counter() - begun)
+for module in sys.argv[2:]:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        assert module != "verl"
+taken = time.perf_counter() - begun
+if sys.argv[1] == "alone":
+    assert "verl_fl_overlay" not in sys.modules
+    begun = time.perf_counter()
+    import verl_fl_overlay
+    taken = time.perf_counter() - begun
+states = []
+if "verl_fl_overlay" in sys.modules:
+    from verl_fl_overlay import activation
+    states = [status.state.value for status in activation.active().hooks.report()]
+print(json.dumps([taken, states.count("installed"), len(states)]))
 """
 
 
-def seconds(program: str, **variables: str) -> float:
-    """Run ``program`` in a fresh process; return the seconds it printed."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
+def run(mode: str, modules: list[str], variables: dict[str, str]) -> tuple[float, int, int]:
+    """Run a fresh process; return the seconds it took, the hooks it installed and how many there are."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "USE_FLAG", "TRAINING_"))}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, mode, *modules]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        env={**kept, "VERL_USE_EXTERNAL_PLUGINS": "none", **variables},
-        capture_output=True,
-        text=True,
-        check=True,
+        command, env={**kept, **variables}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
     )
-    return float(done.stdout.split()[-1])
+    seconds, installed, known = json.loads(done.stdout.splitlines()[-1])
+    return seconds, installed, known
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10)
     pairs = parser.parse_args().pairs
-    overlay = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu"}
-    seconds(PROGRAM, **overlay)
-    without, with_overlay, alone = [], [], []
-    for _ in range(pairs):
-        without.append(seconds(PROGRAM))
-        with_overlay.append(seconds(PROGRAM, **overlay))
-        alone.append(seconds(ALONE, VERL_FL_DEVICE="cpu"))
-    differences = [b - a for a, b in zip(without, with_overlay, strict=True)]
-    print(f"import verl                     {statistics.median(without) * 1e3:8.1f} ms  (median of {pairs})")
-    print(f"import verl with the overlay    {statistics.median(with_overlay) * 1e3:8.1f} ms")
-    print(f"  difference of the pairs       {statistics.median(differences) * 1e3:8.1f} ms")
-    print(f"the overlay itself, verl loaded {statistics.median(alone) * 1e3:8.1f} ms")
+    found = compat.find_verl()
+    assert found is not None, "verl is not installed"
+    modules = ["verl", *dict.fromkeys(hook.module for hook in compat.select(found).hooks if not hook.needs)]
+    print(f"verl {found.version}, {pairs} pairs, ms: median (least)\n")
+    print("| asked for | hooks put on | imports, without | difference of a pair, with | the overlay alone |")
+    print("| --- | --- | --- | --- | --- |")
+    run("whole", modules, OVERLAY)  # writes the bytecode
+    for name, variables in CASES.items():
+        without, differences, alone = [], [], []
+        for _ in range(pairs):
+            without.append(run("whole", modules, PLAIN)[0])
+            differences.append(run("whole", modules, {**OVERLAY, **variables})[0] - without[-1])
+            seconds, installed, known = run("alone", modules, {**PLAIN, **variables})
+            alone.append(seconds)
+        figures = [f"{statistics.median(s) * 1e3:.1f} ({min(s) * 1e3:.1f})" for s in (without, differences, alone)]
+        print(f"| {name} | {installed} of {known} | {' | '.join(figures)} |", flush=True)
 
 
 if __name__ == "__main__":
