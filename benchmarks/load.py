@@ -1,8 +1,8 @@
-"""What loading the overlay costs: pairs of fresh processes, without and with it, in turn; by what is asked of it.
+"""What loading the overlay costs: python benchmarks/load.py [--pairs 5], on a machine that does nothing else.
 
-python benchmarks/load.py [--pairs 10]: every process imports verl and all modules that have hooks and can be imported
-here.  "alone" is the import of the overlay after that, with every such hook put on at once: the difference of a pair
-varies with the seconds that verl takes, this does not.  Every Ray process pays it once.
+First pairs of fresh processes that import verl, without and with the overlay: what every Ray process pays, but verl's
+seconds vary by more than that.  So then the overlay alone, in processes that have imported verl and every module with
+hooks that can be imported here: all hooks of the features that are asked for are verified and put on at once.
 """
 
 from __future__ import annotations
@@ -16,67 +16,72 @@ import sys
 
 from verl_fl_overlay import compat
 
-CASES = {
+FEATURES = {
     "nothing": {},
-    "CPU and FlagGems": {"VERL_FL_DEVICE": "cpu", "USE_FLAGGEMS": "1"},
-    "FlagCX and FlagGems": {"USE_FLAGCX": "1", "USE_FLAGGEMS": "1"},
+    "the CPU, FlagGems": {"VERL_FL_DEVICE": "cpu", "USE_FLAGGEMS": "1"},
+    "FlagCX, FlagGems": {"USE_FLAGCX": "1", "USE_FLAGGEMS": "1"},
 }
-PLAIN = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": ""}
-OVERLAY = {**PLAIN, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", **FEATURES["the CPU, FlagGems"]}
 
-PROGRAM = """
-import importlib, json, sys, time
+WHOLE = """
+import json, time
 begun = time.perf_counter()
-for module in sys.argv[2:]:
-    try:
+import verl
+print(json.dumps([time.perf_counter() - begun]))
+"""
+ALONE = """
+import contextlib, importlib, json, sys, time
+import verl
+for module in sys.argv[1:]:
+    with contextlib.suppress(ImportError):
         importlib.import_module(module)
-    except ImportError:
-        assert module != "verl"
-taken = time.perf_counter() - begun
-if sys.argv[1] == "alone":
-    assert "verl_fl_overlay" not in sys.modules
-    begun = time.perf_counter()
-    import verl_fl_overlay
-    taken = time.perf_counter() - begun
-states = []
-if "verl_fl_overlay" in sys.modules:
-    from verl_fl_overlay import activation
-    states = [status.state.value for status in activation.active().hooks.report()]
-print(json.dumps([taken, states.count("installed"), len(states)]))
+assert "verl_fl_overlay" not in sys.modules
+begun, cpu = time.perf_counter(), time.process_time()
+import verl_fl_overlay
+times = [time.perf_counter() - begun, time.process_time() - cpu]
+from verl_fl_overlay import activation
+states = [status.state.value for status in activation.active().hooks.report()]
+print(json.dumps([*times, states.count("installed"), len(states)]))
 """
 
 
-def run(mode: str, modules: list[str], variables: dict[str, str]) -> tuple[float, int, int]:
-    """Run a fresh process; return the seconds it took, the hooks it installed and how many there are."""
+def run(program: str, variables: dict[str, str], *arguments: str) -> list[float]:
+    """Run ``program`` in a fresh process; return the numbers that it printed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "USE_FLAG", "TRAINING_"))}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, mode, *modules]
     done = subprocess.run(
-        command, env={**kept, **variables}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", program, *arguments],
+        env={**kept, "VERL_USE_EXTERNAL_PLUGINS": "none", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
     )
-    seconds, installed, known = json.loads(done.stdout.splitlines()[-1])
-    return seconds, installed, known
+    numbers: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def milliseconds(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:.1f} ({min(seconds) * 1e3:.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=5)
     pairs = parser.parse_args().pairs
     found = compat.find_verl()
     assert found is not None, "verl is not installed"
-    modules = ["verl", *dict.fromkeys(hook.module for hook in compat.select(found).hooks if not hook.needs)]
-    print(f"verl {found.version}, {pairs} pairs, ms: median (least)\n")
-    print("| asked for | hooks put on | imports, without | difference of a pair, with | the overlay alone |")
-    print("| --- | --- | --- | --- | --- |")
-    run("whole", modules, OVERLAY)  # writes the bytecode
-    for name, variables in CASES.items():
-        without, differences, alone = [], [], []
-        for _ in range(pairs):
-            without.append(run("whole", modules, PLAIN)[0])
-            differences.append(run("whole", modules, {**OVERLAY, **variables})[0] - without[-1])
-            seconds, installed, known = run("alone", modules, {**PLAIN, **variables})
-            alone.append(seconds)
-        figures = [f"{statistics.median(s) * 1e3:.1f} ({min(s) * 1e3:.1f})" for s in (without, differences, alone)]
-        print(f"| {name} | {installed} of {known} | {' | '.join(figures)} |", flush=True)
+    modules = dict.fromkeys(hook.module for hook in compat.select(found).hooks if not hook.needs)
+
+    run(WHOLE, OVERLAY)  # writes the bytecode
+    whole = [(run(WHOLE, {})[0], run(WHOLE, OVERLAY)[0]) for _ in range(pairs)]
+    print(f"verl {found.version}, {pairs} runs of each, ms: median (least)")
+    print(f"import verl {milliseconds([a for a, _ in whole])}, with the overlay {milliseconds([b for _, b in whole])}")
+    print(f"difference of a pair {milliseconds([b - a for a, b in whole])}\n")
+    alone = [{name: run(ALONE, v, *modules) for name, v in FEATURES.items()} for _ in range(pairs)]
+    print("| asked for | hooks put on | loading the overlay | CPU time of that |\n| --- | --- | --- | --- |")
+    for name in FEATURES:
+        clock, cpu, installed, known = zip(*(numbers[name] for numbers in alone), strict=True)
+        print(f"| {name} | {installed[0]} of {known[0]} | {milliseconds(list(clock))} | {milliseconds(list(cpu))} |")
 
 
 if __name__ == "__main__":
