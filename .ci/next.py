@@ -22,7 +22,7 @@ def main(check: Path, result: Path | None) -> None:
     if version in compat.RELEASES and not failed:
         print("It is pinned and in the matrix: nothing to do.")
         return
-    todo = [f"look into {test}, which fails on it" for test in failed]
+    todo = [f"find out why {fault}" for fault in failed]
     for hook in found["hooks"]:
         changed = [c for c in (hook, *hook["relies_on"]) if c["status"] not in ("OK", "UNPINNED")]
         for change in changed:
@@ -41,13 +41,13 @@ def main(check: Path, result: Path | None) -> None:
 
 
 def failures(result: Path | None) -> list[str]:
-    """Return the names of the tests in a JUnit file that did not pass; ["the row, which ..."] if it was not written."""
+    """Say which tests of a JUnit file did not pass, or that it was not written."""
     if result is None:
         return []
     if not result.is_file():
-        return ["the matrix row, which ended without a result,"]
+        return ["the row of the matrix ended without a result"]
     cases = ElementTree.parse(result).iter("testcase")
-    return [str(c.get("name")) for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return [f"{c.get('name')} fails" for c in cases if c.find("failure") is not None or c.find("error") is not None]
 
 
 if __name__ == "__main__":
