@@ -246,15 +246,15 @@ def run_row(session: nox.Session, row: Row) -> None:
     session.notify("devices", posargs=[])
     session.notify("report", posargs=["--print"])
     row.result.with_suffix(".xml").unlink(missing_ok=True)
+    about = {"device": "cpu", **({"may fail": True} if row.may_fail else {})}
     try:
         install(session, row.verl, row.torch, *row.more, instead=row.instead)
     except nox.command.CommandFailed:
-        record(row.result, {**row.asked, "device": "cpu", "failed": "cannot be installed"})
+        record(row.result, {**row.asked, **about, "failed": "cannot be installed"})
         if row.may_fail:
             session.skip("cannot be installed")
         raise
-    ran_on = json.loads(str(session.run("python", "-c", VERSIONS, silent=True)))
-    record(row.result, {**ran_on, "device": "cpu", **({"may fail": True} if row.may_fail else {})})
+    record(row.result, {**json.loads(str(session.run("python", "-c", VERSIONS, silent=True))), **about})
     tests = (*row.tests, *BOTH, f"--junitxml={row.result}.xml", *session.posargs)
     session.run("pytest", *tests, success_codes=[0, 1] if row.may_fail else [0])
 
