@@ -116,5 +116,5 @@ def rollout_hooks() -> list[Hook]:
             upstream=f"{SOURCE}/v0.9.1/verl/plugin/platform/platform_{platform.lower()}.py",
             until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
         )
-        for platform in ("CUDA", "NPU")
+        for platform in ("CUDA", "NPU", "Base")
     ]

@@ -89,7 +89,13 @@ FEATURES = {
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
         Feature("ray", "the overlay and its settings in every process that Ray starts"),
         Feature("flagcx", "collectives of training through FlagCX", flagcx.reason_off, describe=flagcx.describe),
-        Feature("chip", "chips that verl has no platform for", chips.reason_off, describe=chips.describe),
+        Feature(
+            "chip",
+            "chips that verl has no platform for, the CPU among them",
+            chips.reason_off,
+            start=chips.start,
+            describe=chips.describe,
+        ),
         Feature(
             "te_fl",
             "the policies of TransformerEngine-FL and Megatron-LM-FL",
