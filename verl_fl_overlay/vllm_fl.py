@@ -1,6 +1,6 @@
-"""vllm-plugin-FL's dispatch file: checked, and written from the environment.
+"""vllm-plugin-FL: its dispatch file checked, and written from the environment; its lists of operators extended.
 
-Nothing here acts in a vLLM process: the plugin is told by the environment and by this file.
+The plugin is told by the environment and by the file alone: nothing of it is imported or changed.
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay import chips
 from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.events import rollout_plugin_found
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.stack import PREFER
+
+logger = logging.getLogger("verl_fl_overlay")
 
 EXAMPLE = Path(__file__).parent / "configs" / "vllm_plugin_fl_dispatch.yaml"
 LARGEST = 1 << 16
@@ -205,24 +211,90 @@ def flaggems_names() -> frozenset[str]:
 
 def defaults(vendor: str) -> tuple[dict[str, Any], str]:
     """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from."""
-    spec = find_spec("vllm_fl")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "dispatch" / "config" / f"{vendor}.yaml"
-        if file.is_file():
-            return read(file), str(file)
+    file = _configuration(vendor)
+    if file is not None:
+        return read(file), str(file)
     if vendor == "nvidia":
         return read(EXAMPLE), "the overlay's example"
     return {}, f"nothing: vllm-plugin-FL, or its configuration for {vendor}, is not installed"
 
 
-def render(settings: Settings, vendor: str) -> str:
-    """Return a dispatch file that does what the environment asks for, on top of the plugin's defaults for ``vendor``.
+def _configuration(vendor: str) -> Path | None:
+    """Return the installed plugin's file for ``vendor``; it may go by torch's name of the device, as for musa."""
+    spec = find_spec("vllm_fl")
+    device = chips.CHIPS[vendor].device if vendor in chips.CHIPS else vendor
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in (vendor, device):
+            file = Path(folder) / "dispatch" / "config" / f"{name}.yaml"
+            if file.is_file():
+                return file
+    return None
 
-    A blacklist extends the chip's own instead of taking its place; a whitelist stands alone.
+
+def _given(settings: Settings) -> Path | None:
+    """Return the file of VLLM_FL_CONFIG, which takes the place of the plugin's own."""
+    file = Path(settings["VLLM_FL_CONFIG"])
+    return file if file.is_file() else None
+
+
+LISTS = {"VLLM_FL_FLAGOS_BLACKLIST": "flagos_blacklist", "VLLM_FL_OOT_BLACKLIST": "oot_blacklist"}
+"""Variables that the plugin takes in place of a list in its configuration -> the list."""
+
+_added: dict[str, list[str]] = {}
+
+
+def reason_off(settings: Settings) -> str:
+    """Return why the lists are as they were set, "" if there is one to extend."""
+    return "" if any(settings[name] for name in LISTS) else f"neither {' nor '.join(LISTS)} is set"
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Extend the lists whenever vLLM finds the plugin; call what is returned to stop."""
+    return rollout_plugin_found.subscribe(extend_lists)
+
+
+def extend_lists() -> None:
+    """Add to the lists in this process's environment what the plugin's configuration leaves out on this chip.
+
+    That configuration is the file of VLLM_FL_CONFIG, or the plugin's own for the chip; so the file is the place for a
+    list that is meant exactly.  Processes started from here have the longer lists too.
+
+    Raises:
+        OverlayError: the file cannot be read.
+    """
+    settings, _ = Settings.parse()
+    chip, _ = chips.find()
+    file = _given(settings) or (_configuration(chip.vendor) if chip else None)
+    content = read(file) if file else {}
+    for name, key in LISTS.items():
+        own = content.get(key)
+        missing = [op for op in map(str, own) if op not in settings[name]] if isinstance(own, list) else []
+        if settings[name] and missing:
+            os.environ[name] = ",".join((*settings[name], *missing))
+            _added[name] = missing
+            logger.info(
+                "%s: added %s from %s, whose list it would have replaced (VERL_FL_DISABLE=rollout.lists keeps yours)",
+                name,
+                ", ".join(missing),
+                file,
+            )
+
+
+def describe() -> dict[str, Any]:
+    """Return what was added to which list in this process."""
+    return {f"added to {name}": names for name, names in _added.items()}
+
+
+def render(settings: Settings, vendor: str) -> str:
+    """Return a dispatch file that does what the environment asks for, on top of the file of VLLM_FL_CONFIG or, without
+    one, of the plugin's defaults for ``vendor``.
+
+    A blacklist extends the one in that file instead of taking its place; a whitelist stands alone.
     """
     yaml = _yaml()
 
-    content, origin = defaults(vendor)
+    given = _given(settings)
+    content, origin = (read(given), str(given)) if given else defaults(vendor)
     for key, name in (("prefer", "VLLM_FL_PREFER"), ("strict", "VLLM_FL_STRICT")):
         if name in settings.given:
             content[key] = settings[name] == "1" if key == "strict" else settings[name]

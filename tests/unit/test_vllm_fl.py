@@ -145,3 +145,19 @@ def test_the_plugins_own_configuration_goes_before_the_example(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     settings = Settings.from_environment({"VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"})
     assert yaml.safe_load(vllm_fl.render(settings, "ascend")) == {"flagos_blacklist": ["sort", "mm"]}
+
+
+def test_the_file_of_the_environment_goes_before_the_plugins_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{prefer: vendor, flagos_blacklist: [mm]}")
+    mine = {"VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"), "VLLM_FL_FLAGOS_BLACKLIST": "softmax,mm"}
+    content = yaml.safe_load(vllm_fl.render(Settings.from_environment(mine), "nvidia"))
+    assert content == {"prefer": "vendor", "flagos_blacklist": ["mm", "softmax"]}
+
+
+def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
+    (tmp_path / "vllm_fl/dispatch/config").mkdir(parents=True)
+    (tmp_path / "vllm_fl/__init__.py").write_text("")
+    (tmp_path / "vllm_fl/dispatch/config/musa.yaml").write_text("flagos_blacklist: [sort]")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert vllm_fl.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
