@@ -98,7 +98,7 @@ def find(
 
 
 def called(name: str) -> Chip | None:
-    """Return the chip that goes by its vendor's ``name``, or by that of a device that is its alone; None if none does."""
+    """Return the chip whose vendor, or whose device if no other chip has it, goes by ``name``; None if none."""
     return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
 
 

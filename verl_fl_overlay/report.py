@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from verl_fl_overlay import chips, environment, events, features
-from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES, Settings, misspelt, shown
@@ -81,7 +80,7 @@ def problems(hooks: list[HookStatus]) -> list[str]:
     if overlay is None:
         found.append("the overlay is not active: verl has not been imported in this process")
     else:
-        found += conflicts(overlay.settings)
+        found += overlay.conflicts
         if overlay.selection.warning:
             found.append(overlay.selection.warning)
         if overlay.hooks.refusal is not None:
