@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,14 +43,6 @@ def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: d
     chosen = os.environ.get("VERL_ENGINE_DEVICE") or os.environ.get("VERL_ENGINE_VENDOR")
     found = None if chosen else engines.class_for_cuda(instance, chips.current().device, *args, **kwargs)
     return wrapped(*args, **kwargs) if found is None else found
-
-
-def device_chosen() -> bool:
-    """Return whether verl settled on a device in this process, so that a hook can no longer say another."""
-    manager = sys.modules.get("verl.plugin.platform.platform_manager")
-    if manager is not None:
-        return getattr(manager, "_current_platform", None) is not None
-    return engines.BASE in sys.modules  # before 0.9 the engines keep the helpers that they found at import
 
 
 def platform_class(chip: Chip) -> type[Any]:

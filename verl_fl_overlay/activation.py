@@ -13,7 +13,6 @@ import wrapt
 
 from verl_fl_overlay import chips, compat, devices, environment, events, features, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.compat.chips import device_chosen
 from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookSet
@@ -133,7 +132,7 @@ def _too_late(settings: Settings) -> Iterator[str]:
     """Tell when verl chose its device before it could be told of ours; where it loads us first that cannot be."""
     listed = settings.given.get(environment.LOADED_BY, "").split(",")
     chip = chips.without_platform(settings)
-    if listed[0] == environment.OVERLAY or chip is None or not device_chosen():
+    if listed[0] == environment.OVERLAY or chip is None or not compat.device_chosen():
         return
     others = [module for module in listed if module and module != environment.OVERLAY]
     asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"

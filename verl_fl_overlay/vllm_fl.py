@@ -70,25 +70,32 @@ def read(file: Path) -> dict[str, Any]:
     """Read a dispatch file.
 
     Raises:
-        OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``, or
-            uses aliases, through which a few lines can stand for gigabytes.
+        OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``,
+            says a key twice, or uses aliases, through which a few lines can stand for gigabytes.
     """
     yaml = _yaml()
 
     try:
-        if file.stat().st_size > LARGEST:
-            raise OverlayError(f"{file} has {file.stat().st_size} bytes; a dispatch file has at most {LARGEST}")
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST + 1)  # no more: it may be a device that never ends
+        if len(content) > LARGEST:
+            raise OverlayError(f"{file} is too long; a dispatch file has at most {LARGEST} bytes")
+        text = content.decode("utf-8")
         _refuse_bombs(file, text)
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise OverlayError(f"{file} says {twice} twice, and only the last counts; keep one of them")
+        parsed = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OverlayError(f"{file} cannot be read as YAML: {reason}") from error
-    if content is None:
+    if parsed is None:
         return {}
-    if not isinstance(content, dict):
-        raise OverlayError(f"{file} holds a {type(content).__name__}; expected is a mapping with {', '.join(KEYS)}")
-    return content
+    if not isinstance(parsed, dict):
+        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping with {', '.join(KEYS)}")
+    return {str(key): value for key, value in parsed.items()}
 
 
 def _yaml() -> Any:
@@ -132,6 +139,9 @@ def _policy(content: dict[str, Any]) -> Iterator[str]:
         yield f"strict: {strict!r} is taken for {bool(strict)}; write true or false, without quotes"
     for key in ("allow_vendors", "deny_vendors"):
         vendors = content.get(key) or []
+        if not isinstance(vendors, str | list):
+            yield f"{key}: a {type(vendors).__name__} is ignored; write a list"
+            continue
         for vendor in vendors.split(",") if isinstance(vendors, str) else vendors:
             if str(vendor) != str(vendor).lower():
                 yield f"{key}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
@@ -144,7 +154,7 @@ def _op_backends(content: dict[str, Any]) -> Iterator[str]:
         return
     for op, order in chosen.items():
         if op not in DISPATCHED:
-            yield f"op_backends: {op} is no operator of the dispatch that is known here{_near(str(op), DISPATCHED)}"
+            yield f"op_backends: {op} is no operator of the dispatch that is known here{_near(op, DISPATCHED)}"
         tokens = order.split("|") if isinstance(order, str) else order
         if not isinstance(tokens, list):
             yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
@@ -186,8 +196,8 @@ def _flaggems_name(key: str, name: str) -> Iterator[str]:
         yield f"{key}: the FlagGems that is installed has no function {name}{_near(name, known)}"
 
 
-def _near(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
+def _near(name: Any, known: Any) -> str:
+    found = difflib.get_close_matches(str(name), known, n=1)
     return f"; {found[0]}?" if found else ""
 
 
@@ -210,12 +220,18 @@ def flaggems_names() -> frozenset[str]:
 
 
 def defaults(vendor: str) -> tuple[dict[str, Any], str]:
-    """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from."""
+    """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from.
+
+    Raises:
+        OverlayError: nobody knows the vendor, or the file cannot be read.
+    """
     file = _configuration(vendor)
     if file is not None:
         return read(file), str(file)
     if vendor == "nvidia":
         return read(EXAMPLE), "the overlay's example"
+    if vendor not in chips.CHIPS:
+        raise OverlayError(f"{vendor!r} is no vendor that is known here: {', '.join(chips.CHIPS)}")
     return {}, f"nothing: vllm-plugin-FL, or its configuration for {vendor}, is not installed"
 
 
@@ -267,8 +283,7 @@ def extend_lists() -> None:
     file = _given(settings) or (_configuration(chip.vendor) if chip else None)
     content = read(file) if file else {}
     for name, key in LISTS.items():
-        own = content.get(key)
-        missing = [op for op in map(str, own) if op not in settings[name]] if isinstance(own, list) else []
+        missing = [op for op in _listed(content, key) if op not in settings[name]]
         if settings[name] and missing:
             os.environ[name] = ",".join((*settings[name], *missing))
             _added[name] = missing
@@ -278,6 +293,12 @@ def extend_lists() -> None:
                 ", ".join(missing),
                 file,
             )
+
+
+def _listed(content: dict[str, Any], key: str) -> list[str]:
+    """Return a list of names as the plugin reads it: what is no list is none."""
+    names = content.get(key)
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def describe() -> dict[str, Any]:
@@ -303,16 +324,17 @@ def render(settings: Settings, vendor: str) -> str:
             content[key] = list(settings[name])
     per_op = {op: list(tokens) for op, tokens in settings["VLLM_FL_PER_OP"].items()}
     if per_op:
-        content["op_backends"] = {**(content.get("op_backends") or {}), **per_op}
+        own = content.get("op_backends")
+        content["op_backends"] = {**(own if isinstance(own, dict) else {}), **per_op}
     if settings["VLLM_FL_FLAGOS_WHITELIST"]:
         content.pop("flagos_blacklist", None)
         content["flagos_whitelist"] = list(settings["VLLM_FL_FLAGOS_WHITELIST"])
     else:
         added = (*settings["VLLM_FL_FLAGOS_BLACKLIST"], *settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"])
         if added:
-            content["flagos_blacklist"] = list(dict.fromkeys([*(content.get("flagos_blacklist") or []), *added]))
+            content["flagos_blacklist"] = list(dict.fromkeys([*_listed(content, "flagos_blacklist"), *added]))
     if settings["VLLM_FL_OOT_BLACKLIST"]:
-        own = content.get("oot_blacklist") or []
+        own = _listed(content, "oot_blacklist")
         content["oot_blacklist"] = list(dict.fromkeys([*own, *settings["VLLM_FL_OOT_BLACKLIST"]]))
     head = [f"# vllm-plugin-FL's dispatch for {vendor}, by verl-fl dispatch render; defaults from {origin}."]
     before = sorted(name for name in settings.given if name in _READ_BEFORE_THE_FILE)

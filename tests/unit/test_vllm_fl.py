@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from verl_fl_overlay import vllm_fl
@@ -30,6 +32,9 @@ def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
     ("text", "finding"),
     [
         ("prefre: vendor", "prefre: the plugin has no such key and ignores it; prefer?"),
+        ("7: x", "7: the plugin has no such key and ignores it"),
+        ("allow_vendors: 3", "allow_vendors: a int is ignored; write a list"),
+        ("op_backends: {3: flagos}", "op_backends: 3 is no operator of the dispatch that is known here"),
         ("prefer: nvidia", "prefer: 'nvidia' is taken for flagos; allowed is one of flagos, vendor, reference"),
         ('strict: "false"', "strict: 'false' is taken for True; write true or false, without quotes"),
         ("allow_vendors: [CUDA]", "allow_vendors: 'CUDA' matches no vendor; write 'cuda', names are in lower case"),
@@ -89,16 +94,21 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
+KEYS = ", ".join(vllm_fl.KEYS)
+TWICE = "says prefer twice, and only the last counts; keep one of them"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (BOMB.encode(), "uses YAML's aliases"),
+        (BOMB.encode(), "uses YAML's aliases (*name), which a dispatch file does not need; spell them out"),
+        (b"- a", f"holds a list; expected is a mapping with {KEYS}"),
+        (b"prefer: vendor\nprefer: flagos", TWICE),
+        (b"#" * (vllm_fl.LARGEST + 1), "is too long; a dispatch file has at most 65536 bytes"),
+        (b"[" * 60_000, "is nested more than 8 levels deep, which a dispatch file is not"),
         (b"a: [", "cannot be read as YAML: while parsing"),
-        (b"\xff\xfe\x00", "cannot be read as YAML"),
-        (b"- a", "holds a list; expected is a mapping with prefer, strict"),
+        (b"\xff\xfe\x00", "cannot be read as YAML: "),
         (b"a: !!python/object/apply:os.system [ls]", "cannot be read as YAML: could not determine a constructor"),
-        (b"#" * (vllm_fl.LARGEST + 1), "a dispatch file has at most 65536"),
-        (b"[" * 60_000, "is nested more than 8 levels deep"),
     ],
 )
 def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
@@ -106,8 +116,37 @@ def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(OverlayError) as error:
         vllm_fl.read(file)
-    assert message in str(error.value)
-    assert str(error.value).startswith(str(file))
+    told = str(error.value)
+    assert (
+        told[: len(f"{file} {message}")] if "YAML: " in message else told
+    ) == f"{file} {message}"  # PyYAML's own end
+
+
+def test_a_file_that_never_ends_is_refused():
+    with pytest.raises(OverlayError, match=r"^/dev/zero is too long; a dispatch file has at most 65536 bytes$"):
+        vllm_fl.read(Path("/dev/zero"))
+
+
+def test_a_vendor_that_nobody_knows_is_an_error(capsys):
+    assert main(["dispatch", "render", "--vendor", "nvida"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "verl-fl dispatch render: 'nvida' is no vendor that is known here: ascend, mthreads, "
+    )
+
+
+def test_lists_that_are_none_are_rendered_as_the_plugin_reads_them(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{flagos_blacklist: mm, oot_blacklist: [{a: b}], op_backends: [rms_norm]}")
+    environment = {
+        "VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"),
+        "VLLM_FL_FLAGOS_BLACKLIST": "softmax",
+        "VLLM_FL_OOT_BLACKLIST": "rms_norm",
+        "VLLM_FL_PER_OP": "rms_norm=vendor",
+    }
+    assert yaml.safe_load(vllm_fl.render(Settings.from_environment(environment), "nvidia")) == {
+        "flagos_blacklist": ["softmax"],
+        "oot_blacklist": ["{'a': 'b'}", "rms_norm"],
+        "op_backends": {"rms_norm": ["vendor"]},
+    }
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
