@@ -102,15 +102,20 @@ def called(name: str) -> Chip | None:
     return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
 
 
-def without_platform(settings: Settings) -> Chip | None:
-    """Return the chip that training is to run on, if it is one that verl itself has no platform for.
+def chosen(settings: Settings) -> tuple[Chip | None, str]:
+    """Return the chip that training is to run on, and what told it; (None, ...) where nothing does.
 
     The CPU where VERL_FL_DEVICE says so, else what VERL_PLATFORM names, else what is found on this machine.
     """
     if settings.device == "cpu":
-        return CPU
+        return CPU, "VERL_FL_DEVICE=cpu"
     named = settings["VERL_PLATFORM"].lower()
-    chip = called(named) if named else find()[0]
+    return (called(named), f"VERL_PLATFORM={named}") if named else find()
+
+
+def without_platform(settings: Settings) -> Chip | None:
+    """Return the chip that training is to run on, if it is one that verl itself has no platform for."""
+    chip, _ = chosen(settings)
     return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
 
 
@@ -171,13 +176,11 @@ def reason_off(settings: Settings) -> str:
     """Return why verl's own platforms do, "" where training runs on a chip that needs one from here."""
     if without_platform(settings) is not None:
         return ""
-    if settings["VERL_PLATFORM"]:
-        return f"VERL_PLATFORM={settings['VERL_PLATFORM']}"
-    chip, told_by = find()
+    chip, told_by = chosen(settings)
     return told_by if chip is None else f"verl has a platform for {chip.vendor} ({told_by})"
 
 
 def describe() -> dict[str, str]:
     """Return the chip's row, and what told it."""
-    chip, told_by = find()
+    chip, told_by = chosen(Settings.parse()[0])
     return {"told by": told_by, **({} if chip is None else asdict(chip))}

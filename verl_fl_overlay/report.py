@@ -61,12 +61,12 @@ def summary(overlay: Overlay) -> str:
     import verl_fl_overlay
 
     settings, selection = overlay.settings, overlay.selection
-    chip, told_by = chips.find()
+    chip, told_by = chips.chosen(settings)
     device = f"{chip.device} of {chip.vendor} ({told_by})" if chip else f"not known ({told_by})"
     states = Counter(status.state.value for status in overlay.hooks.report())
     return (
         f"verl-fl-overlay {verl_fl_overlay.__version__}: verl {selection.version} ({selection.shim}), "
-        f"device {'cpu' if settings.device == 'cpu' else device}, {environment.summary(settings)}, "
+        f"device {'cpu' if chip is chips.CPU else device}, {environment.summary(settings)}, "
         f"hooks {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
     )
 

@@ -10,7 +10,8 @@ import textwrap
 import pytest
 from sft import without_images
 
-from verl_fl_overlay.chips import CHIPS, KNOWN_TO_VERL, find
+from verl_fl_overlay.chips import CHIPS, KNOWN_TO_VERL, find, reason_off, without_platform
+from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
 verl = pytest.importorskip("verl")
@@ -160,6 +161,22 @@ def test_every_abstract_method_is_implemented(vendor):
     platform = platform_class(CHIPS[vendor])
     assert platform.__abstractmethods__ == frozenset()
     assert platform().device_name == CHIPS[vendor].device
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "reason"),
+    [
+        ({"VERL_FL_DEVICE": "cpu", "VERL_PLATFORM": "nvidia"}, "cpu", ""),
+        ({"VERL_PLATFORM": " XPU"}, "xpu", ""),
+        ({"VERL_PLATFORM": "metax"}, "cuda", ""),
+        ({"VERL_PLATFORM": "nvidia"}, None, "verl has a platform for nvidia (VERL_PLATFORM=nvidia)"),
+        ({"VERL_PLATFORM": "huawei"}, None, "VERL_PLATFORM=huawei"),
+    ],
+)
+def test_the_chip_is_chosen(environment, device, reason):
+    settings = Settings.from_environment(environment)
+    chip = without_platform(settings)
+    assert (chip.device if chip else None, reason_off(settings)) == (device, reason)
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,16 @@ def test_one_line_says_what_the_process_runs_with_and_the_report_holds_it():
     assert json.loads(done.stdout.splitlines()[-1]).split(", hooks")[0] in line
 
 
-def test_the_chip_and_what_told_it_are_named():
-    (line,) = lines(import_verl(GEMS_VENDOR="metax"))
-    assert "device cuda of metax (GEMS_VENDOR=metax), FL[disabled]" in line
+@pytest.mark.parametrize(
+    ("environment", "device"),
+    [
+        ({"GEMS_VENDOR": "metax"}, "cuda of metax (GEMS_VENDOR=metax)"),
+        ({"VERL_PLATFORM": "XPU"}, "xpu of intel (VERL_PLATFORM=xpu)"),
+    ],
+)
+def test_the_chip_and_what_told_it_are_named(environment, device):
+    (line,) = lines(import_verl(**environment))
+    assert f"device {device}, FL[disabled], hooks " in line
 
 
 def test_verls_logging_level_silences_it():
