@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_fl_overlay import chips, flagcx
 from verl_fl_overlay.chips import Chip
-from verl_fl_overlay.compat import engines
+from verl_fl_overlay.compat import engines, ray_env
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import Settings
 
@@ -137,6 +137,9 @@ def _of_its_own(chip: Chip) -> type[Any]:
                 "CUDA_VISIBLE_DEVICES" if chip.ray_resource == "GPU" else chip.visible_devices,
             }
             return [f"RAY_EXPERIMENTAL_NOSET_{name}" for name in sorted(names)]
+
+        def rollout_env_vars(self) -> dict[str, str]:
+            return ray_env.with_what_the_job_lacks({})
 
         def is_ipc_supported(self) -> bool:
             return chip.ipc
