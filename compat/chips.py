@@ -21,12 +21,13 @@ def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     chip = chips.current()
-    name = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    if chips.called(name) is not chip:
-        name = chip.vendor
-    if PlatformRegistry.get(name) is None:
-        PlatformRegistry.register(platform=name)(platform_class(chip))
-    return name
+    asked = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    names = (asked if chips.called(asked) is chip else chip.vendor, chip.vendor, chip.device)
+    for name in names:
+        if PlatformRegistry.get(name) is not None:
+            return name
+    PlatformRegistry.register(platform=names[0])(platform_class(chip))
+    return names[0]
 
 
 def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

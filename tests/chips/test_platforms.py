@@ -123,6 +123,26 @@ def test_xpu_gets_a_platform(tmp_path, named, flagcx, backend):
     )
 
 
+ANOTHERS = """
+    import verl
+    from verl.plugin.platform import get_platform
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+    from verl_fl_overlay.chips import CHIPS
+    from verl_fl_overlay.compat.chips import platform_class
+
+    @PlatformRegistry.register(platform="musa")
+    class Anothers(platform_class(CHIPS["mthreads"])):
+        pass
+
+    print("TOLD", type(get_platform()).__name__, "mthreads" in PlatformRegistry.registered_names())
+"""
+
+
+@needs_platforms
+def test_a_platform_of_somebody_else_for_the_chip_goes_first(tmp_path):
+    assert run(tmp_path, "musa", ANOTHERS) == "Anothers False"
+
+
 CUDA_LIKE = """
     import json, verl
     from verl.plugin.platform import get_platform

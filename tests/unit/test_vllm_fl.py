@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
 
-from verl_fl_overlay import vllm_fl
+from verl_fl_overlay import events, vllm_fl
 from verl_fl_overlay.cli import main
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings, every_variable
@@ -200,3 +202,32 @@ def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
     assert vllm_fl.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(tmp_path, monkeypatch, strict):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(BOMB.encode())
+    monkeypatch.setenv("VLLM_FL_CONFIG", str(file))
+    monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
+    monkeypatch.setattr(events, "_failures", {})
+    monkeypatch.setattr(events, "_strict", strict)
+    stop = vllm_fl.start(Settings.from_environment())
+    try:
+        with pytest.raises(OverlayError) if strict else contextlib.nullcontext():
+            events.rollout_plugin_found.emit()
+    finally:
+        stop()
+    assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
+    if not strict:
+        (told,) = events.failures().values()
+        assert told == (
+            f"OverlayError: {file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
+        )
+
+
+def test_without_a_list_there_is_nothing_to_extend():
+    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm"})) == (
+        "neither VLLM_FL_FLAGOS_BLACKLIST nor VLLM_FL_OOT_BLACKLIST is set"
+    )
+    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_OOT_BLACKLIST": "rms_norm"})) == ""
