@@ -69,6 +69,14 @@ def _version_file(folder: str) -> str:
         return ""
 
 
+def device_chosen() -> bool:
+    """Return whether verl settled on a device in this process, so that a hook can no longer say another."""
+    manager = sys.modules.get("verl.plugin.platform.platform_manager")
+    if manager is not None:
+        return getattr(manager, "_current_platform", None) is not None
+    return "verl.workers.engine.base" in sys.modules  # before 0.9 the engines keep the helpers they found at import
+
+
 def select(verl: InstalledVerl) -> Selection:
     """Choose the shim for ``verl``.
 

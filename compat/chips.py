@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay import chips, flagcx
 from verl_fl_overlay.chips import Chip
-from verl_fl_overlay.compat import engines
-from verl_fl_overlay.hooks import Hook, Wrapper
+from verl_fl_overlay.compat import engines, ray_env
+from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import Settings
 
 SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
@@ -19,52 +18,49 @@ Call = Callable[..., Any]
 
 
 def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    chip = None if os.environ.get("VERL_PLATFORM", "").strip() else chips.without_platform()
-    return str(wrapped(*args, **kwargs)) if chip is None else chip.vendor
+    from verl.plugin.platform.platform_manager import PlatformRegistry
 
-
-def _platform_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return wrapped(*args, **kwargs) or _named(*args, **kwargs)
-
-
-def _named(name: str) -> Any:
-    """Return the platform of the chip that goes by ``name``, the vendor's or the device's; None if there is none."""
-    wanted = name.strip().lower()
-    for chip in chips.CHIPS.values():
-        if chip.package and chip.device != "npu" and wanted in (chip.vendor, chip.device):
-            return platform_class(chip)
-    return None
+    chip = chips.current()
+    asked = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    names = (asked if chips.called(asked) is chip else chip.vendor, chip.vendor, chip.device)
+    for name in names:
+        if PlatformRegistry.get(name) is not None:
+            return name
+    PlatformRegistry.register(platform=names[0])(platform_class(chip))
+    return names[0]
 
 
 def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    chip = chips.without_platform()
-    return chip.device if chip is not None and chips.is_available(chip) else str(wrapped(*args, **kwargs))
+    chip = chips.current()
+    return chip.device if chips.is_available(chip) else str(wrapped(*args, **kwargs))
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     found = str(wrapped(*args, **kwargs))
-    chip = chips.without_platform()
-    return found if chip is None or found == flagcx.BACKEND else chips.backend(chip)
-
-
-def _engine_class_by_helper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from verl.utils.device import get_device_name
-
-    found = engines.class_for_cuda(instance, get_device_name(), *args, **kwargs)
-    return wrapped(*args, **kwargs) if found is None else found
+    return found if found == flagcx.BACKEND else chips.backend(chips.current())
 
 
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from verl.plugin.platform import get_platform
-
     chosen = os.environ.get("VERL_ENGINE_DEVICE") or os.environ.get("VERL_ENGINE_VENDOR")
-    found = None if chosen else engines.class_for_cuda(instance, get_platform().device_name, *args, **kwargs)
+    found = None if chosen else engines.class_for_cuda(instance, chips.current().device, *args, **kwargs)
     return wrapped(*args, **kwargs) if found is None else found
 
 
-@functools.cache
 def platform_class(chip: Chip) -> type[Any]:
     """Build the class; only here, because its base is verl's."""
+    return _like_cuda(chip) if chip.device == "cuda" else _of_its_own(chip)
+
+
+def _like_cuda(chip: Chip) -> type[Any]:
+    """Return verl's own platform for a chip that calls itself cuda in torch, under its vendor's name."""
+    from verl.plugin.platform import platform_cuda, platform_rocm
+
+    hip = chip.visible_devices == "HIP_VISIBLE_DEVICES"
+    base = platform_rocm.PlatformROCm if hip else platform_cuda.PlatformCUDA
+    return type(f"Platform{chip.vendor.title()}", (base,), {"vendor_name": chip.vendor})
+
+
+def _of_its_own(chip: Chip) -> type[Any]:
     from contextlib import nullcontext
 
     from verl.plugin.platform.platform_base import PlatformBase
@@ -133,9 +129,8 @@ def platform_class(chip: Chip) -> type[Any]:
             return chip.ray_resource
 
         def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
-            return (
-                {"num_gpus": num_gpus} if chip.ray_resource == "GPU" else {"resources": {chip.ray_resource: num_gpus}}
-            )
+            own = {"GPU": "num_gpus", "CPU": "num_cpus"}.get(chip.ray_resource)
+            return {own: num_gpus} if own else {"resources": {chip.ray_resource: num_gpus}}
 
         def ray_noset_envvars(self) -> list[str]:
             names = {
@@ -144,8 +139,11 @@ def platform_class(chip: Chip) -> type[Any]:
             }
             return [f"RAY_EXPERIMENTAL_NOSET_{name}" for name in sorted(names)]
 
+        def rollout_env_vars(self) -> dict[str, str]:
+            return ray_env.with_what_the_job_lacks({})
+
         def is_ipc_supported(self) -> bool:
-            return False
+            return chip.ipc
 
         def cudart(self) -> Any:
             return None
@@ -156,47 +154,44 @@ def platform_class(chip: Chip) -> type[Any]:
 
 def platform_hooks() -> list[Hook]:
     """Return what the releases with a platform layer (0.9 on) need."""
-    module = "verl.plugin.platform.platform_manager"
     return [
         Hook(
-            name="chip.platform_name",
-            module=module,
+            name="chip.platform",
+            module="verl.plugin.platform.platform_manager",
             attribute="_detect_platform_name",
             wrapper=_platform_name,
             feature="chip",
             required=True,
-            why="verl falls back to 'nvidia' on a chip that it does not know; the overlay names the one that is here.",
+            why="verl has platforms for cuda, npu and rocm and falls back to 'nvidia'; the overlay's platform for the "
+            "chip, or for the CPU, is registered and named, unless somebody registered one for it.",
             upstream=f"{SOURCE}/platform_manager.py",
-            until="verl, or a plugin, registers a platform for the chip",
+            until="verl, or a plugin, registers a platform for the chip, and one for the CPU",
+            relies_on=(
+                "verl.plugin.platform.platform_base:PlatformBase",
+                "verl.plugin.platform.platform_cuda:PlatformCUDA",
+                "verl.plugin.platform.platform_rocm:PlatformROCm",
+                "verl.plugin.platform.platform_manager:PlatformRegistry.get",
+                "verl.plugin.platform.platform_manager:PlatformRegistry.register",
+            ),
         ),
-        Hook(
-            name="chip.platform_class",
-            module=module,
-            attribute="PlatformRegistry.get",
-            wrapper=_platform_class,
-            feature="chip",
-            required=True,
-            why="verl has platforms for cuda, npu and rocm; for another chip, unless somebody registered one, the "
-            "overlay's is given.",
-            upstream=f"{SOURCE}/platform_manager.py",
-            until="verl, or a plugin, registers a platform for the chip",
-        ),
-        _engine_class_hook(_engine_class),
+        engine_class_hook(),
     ]
 
 
-def _engine_class_hook(wrapper: Wrapper) -> Hook:
+def engine_class_hook() -> Hook:
+    """Return what every release needs."""
     return Hook(
         name="chip.engine_class",
         module=engines.BASE,
         attribute="EngineRegistry.get_engine_cls",
-        wrapper=wrapper,
+        wrapper=_engine_class,
         feature="chip",
         required=True,
-        why="verl registers its engines for cuda and npu only; another chip, unless somebody registered an engine for "
-        "it, gets the class that serves cuda.",
+        why="verl registers its engines for cuda and npu only; another chip and the CPU, unless somebody registered an "
+        "engine for it, get the class that serves cuda.",
         upstream=f"{engines.UPSTREAM}/base.py#L400",
         until="verl's engines are registered for every device that torch knows",
+        relies_on=(f"{engines.BASE}:EngineRegistry._engines", f"{engines.BASE}:EngineRegistry.register"),
     )
 
 
@@ -226,9 +221,9 @@ def device_helper_hooks() -> list[Hook]:
             wrapper=_backend,
             feature="chip",
             required=True,
-            why="verl says nccl on every machine that has no NPU; the chip's own collectives are named.",
+            why="verl says nccl on every machine that has no NPU; the chip's own collectives are named, gloo on a CPU.",
             upstream=f"{source}#L116",
             until="verl 0.9.0, which asks its platform",
         ),
-        _engine_class_hook(_engine_class_by_helper),
+        engine_class_hook(),
     ]

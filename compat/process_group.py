@@ -50,6 +50,10 @@ def _checkpoint_engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwar
     return wrapped(*args, **kwargs)
 
 
+def _stateless_group(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    flagcx.refuse_stateless()
+
+
 def flagcx_hooks() -> list[Hook]:
     """Return what every release needs."""
     return [
@@ -84,8 +88,8 @@ def backend_name_hook() -> Hook:
 
 
 def checkpoint_engine_hooks() -> list[Hook]:
-    """Return what the releases with checkpoint engines (0.7.1 on) need besides."""
-    return [
+    """Return what the releases with checkpoint engines and groups of their own (0.7.1 on) need besides."""
+    engines = [
         Hook(
             name=name,
             module="verl.checkpoint_engine.base",
@@ -99,3 +103,15 @@ def checkpoint_engine_hooks() -> list[Hook]:
         )
         for name, method in (("flagcx.checkpoint_engine", "new"), ("flagcx.checkpoint_engine_class", "get"))
     ]
+    groups = Hook(
+        name="flagcx.stateless_group",
+        module="verl.utils.distributed",
+        attribute="stateless_init_process_group",
+        wrapper=_stateless_group,
+        feature="flagcx",
+        required=False,
+        why="Groups outside torch.distributed are vLLM's NCCL communicators; with USE_FLAGCX on they are refused.",
+        upstream=f"{SOURCE}/v0.9.1/verl/utils/distributed.py#L125",
+        until="verl's stateless groups communicate through the platform's backend",
+    )
+    return [*engines, groups]

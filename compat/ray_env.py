@@ -58,8 +58,14 @@ def _create_worker(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
     return wrapped(*call.args, **call.kwargs)
 
 
+def with_what_the_job_lacks(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return a rollout server's ``variables`` with those to forward that the running job does not give it."""
+    forwarded: dict[str, str] = _with_overlay({"env_vars": variables}, _of_running_job())["env_vars"]
+    return forwarded
+
+
 def _rollout_env_vars(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _with_overlay({"env_vars": wrapped(*args, **kwargs)}, _of_running_job())["env_vars"]
+    return with_what_the_job_lacks(wrapped(*args, **kwargs))
 
 
 def ray_hooks() -> list[Hook]:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, chips, cpu, engines, legacy_workers, logprobs, process_group, ray_env
+from verl_fl_overlay.compat import (
+    attention,
+    chips,
+    cpu,
+    engines,
+    legacy_workers,
+    logprobs,
+    process_group,
+    ray_env,
+    rollout,
+)
 from verl_fl_overlay.hooks import Hook
 
 
@@ -23,6 +33,7 @@ def hooks(version: Version) -> list[Hook]:
         attention.value_model_hook(),
         *(logprobs.logprobs_hook(consumer) for consumer in consumers),
         *ray_env.ray_hooks(),
+        rollout.plugin_hook(),
         *process_group.flagcx_hooks(),
         process_group.backend_name_hook(),
         *(process_group.checkpoint_engine_hooks() if version >= Version("0.7.1") else []),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, chips, cpu, engines, logprobs, process_group, ray_env
+from verl_fl_overlay.compat import attention, chips, cpu, engines, logprobs, process_group, ray_env, rollout
 from verl_fl_overlay.hooks import Hook
 
 
@@ -17,6 +17,7 @@ def hooks(version: Version) -> list[Hook]:
         attention.value_model_hook(),
         *(logprobs.logprobs_hook(c) for c in ("fsdp", "torchtitan", "automodel", "prefix_grouper")),
         *ray_env.ray_hooks(),
+        rollout.plugin_hook(),
         *process_group.flagcx_hooks(),
         process_group.backend_name_hook(),
         *process_group.checkpoint_engine_hooks(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import attention, chips, cpu, engines, logprobs, process_group, ray_env
+from verl_fl_overlay.compat import attention, chips, cpu, engines, logprobs, process_group, ray_env, rollout
 from verl_fl_overlay.hooks import Hook
 
 
@@ -18,6 +18,7 @@ def hooks(version: Version) -> list[Hook]:
         *(logprobs.logprobs_hook(c) for c in ("fsdp", "torchtitan", "automodel", "prefix_grouper")),
         *ray_env.ray_hooks(),
         *ray_env.rollout_hooks(),
+        rollout.plugin_hook(),
         *process_group.flagcx_hooks(),
         *process_group.checkpoint_engine_hooks(),
         *chips.platform_hooks(),

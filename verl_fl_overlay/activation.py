@@ -6,12 +6,12 @@ import difflib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
 import wrapt
 
-from verl_fl_overlay import compat, devices, events, features, report
+from verl_fl_overlay import chips, compat, devices, environment, events, features, report
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
@@ -22,10 +22,11 @@ logger = logging.getLogger("verl_fl_overlay")
 
 
 class Overlay:
-    """The active overlay of this process: what was chosen, and the hooks."""
+    """The active overlay of this process: what was chosen, what in the settings has no effect, and the hooks."""
 
-    def __init__(self, settings: Settings, selection: compat.Selection) -> None:
+    def __init__(self, settings: Settings, selection: compat.Selection, conflicts: Sequence[str] = ()) -> None:
         self.settings = settings
+        self.conflicts = conflicts
         self.selection = selection
         self.hooks = HookSet(selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify)
         self._stop_features: Callable[[], None] | None = None
@@ -90,7 +91,7 @@ def activate() -> Overlay:
                 f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: pip install verl"
             )
         selection = compat.select(found)
-        found_conflicts = conflicts(settings)
+        found_conflicts = [*conflicts(settings), *_too_late(settings)]
         if found_conflicts and settings.strict:
             raise SettingsError(
                 "VERL_FL_STRICT=1, and these settings do not do what they say:\n"
@@ -100,7 +101,7 @@ def activate() -> Overlay:
             logger.warning(warning)
         if settings.device == "cpu":
             devices.refuse_hidden_accelerator()
-        overlay = Overlay(settings, selection)
+        overlay = Overlay(settings, selection, found_conflicts)
         events.set_strict(settings.strict)
         overlay.start()
         report.write_regularly(settings.report_dir)
@@ -125,6 +126,20 @@ def deactivate() -> None:
             _active.stop()
             report.stop_writing()
             _active = None
+
+
+def _too_late(settings: Settings) -> Iterator[str]:
+    """Tell when verl chose its device before it could be told of ours; where it loads us first that cannot be."""
+    listed = settings.given.get(environment.LOADED_BY, "").split(",")
+    chip = chips.without_platform(settings)
+    if listed[0] == environment.OVERLAY or chip is None or not compat.device_chosen():
+        return
+    others = [module for module in listed if module and module != environment.OVERLAY]
+    asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"
+    yield (
+        f"{asked} comes too late: verl had chosen its device before verl-fl-overlay was loaded. List the overlay "
+        f"first: {environment.LOADED_BY}={','.join([environment.OVERLAY, *others])}"
+    )
 
 
 def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:

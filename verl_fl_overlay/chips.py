@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
 
@@ -19,8 +21,9 @@ class Chip:
     """One vendor's chip.
 
     ``vendor`` is FlagGems' name, ``device`` torch's, ``backend`` the vendor's own collectives in torch ("" where none
-    is known).  ``package`` is what brings ``torch.<device>`` ("" where torch itself does), ``command`` the vendor's
-    tool that lists the chips, ``ray_resource`` what Ray calls them.
+    is known).  ``package`` is what brings ``torch.<device>``: a package, or torch's own build for the chip
+    ("torch+xpu"); "" where any torch has it.  ``command`` is the vendor's tool that lists the chips ("" where another
+    vendor's has the same name), ``ray_resource`` what Ray calls them, ``ipc`` whether processes can share their memory.
     """
 
     vendor: str
@@ -30,6 +33,7 @@ class Chip:
     package: str
     command: str
     ray_resource: str = "GPU"
+    ipc: bool = False
 
 
 CHIPS = {
@@ -37,10 +41,11 @@ CHIPS = {
     for chip in (
         Chip("ascend", "npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "torch_npu", "npu-smi", "NPU"),
         Chip("mthreads", "musa", "mccl", "MUSA_VISIBLE_DEVICES", "torch_musa", "mthreads-gmi"),
-        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", "cnmon", "MLU"),
-        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", "efsmi", "GCU"),
+        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", "cnmon", ipc=True),
+        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", "efsmi", ipc=True),
         Chip("tsingmicro", "txda", "", "TXDA_VISIBLE_DEVICES", "torch_txda", "tsm_smi", "TXDA"),
         Chip("sunrise", "ptpu", "pccl", "PTPU_VISIBLE_DEVICES", "torch_ptpu", "pt_smi", "PTPU"),
+        Chip("intel", "xpu", "xccl", "ZE_AFFINITY_MASK", "torch+xpu", ""),
         Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "mx-smi"),
         Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "ixsmi"),
         Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "hy-smi"),
@@ -52,8 +57,21 @@ CHIPS = {
 """FlagGems' name of the vendor -> its chip.  Those whose package or tool nobody else has come first."""
 
 
+CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
+"""What VERL_FL_DEVICE=cpu trains on; the variable is the one that Ray sets for its workers, there is none for CPUs."""
+
+KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
+"""Vendors whose platform verl has itself."""
+
+
 def _installed(package: str) -> bool:
-    return find_spec(package) is not None
+    name, _, build = package.partition("+")
+    if not build:
+        return find_spec(name) is not None
+    try:
+        return importlib.metadata.version(name).partition("+")[2] == build
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def find(
@@ -74,23 +92,60 @@ def find(
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"
     for chip in CHIPS.values():
-        if command(chip.command):
+        if chip.command and command(chip.command):
             return chip, f"{chip.command} is there"
     return None, "no vendor's package or tool is there"
 
 
-def without_platform() -> Chip | None:
-    """Return this machine's chip if torch reaches it through a device that verl itself has no platform for."""
-    chip, _ = find()
-    return chip if chip is not None and chip.device not in ("cuda", "npu") else None
+def called(name: str) -> Chip | None:
+    """Return the chip whose vendor, or whose device if no other chip has it, goes by ``name``; None if none."""
+    return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
+
+
+def chosen(settings: Settings) -> tuple[Chip | None, str]:
+    """Return the chip that training is to run on, and what told it; (None, ...) where nothing does.
+
+    The CPU where VERL_FL_DEVICE says so, else what VERL_PLATFORM names, else what is found on this machine.
+    """
+    if settings.device == "cpu":
+        return CPU, "VERL_FL_DEVICE=cpu"
+    named = settings["VERL_PLATFORM"].lower()
+    return (called(named), f"VERL_PLATFORM={named}") if named else find()
+
+
+def without_platform(settings: Settings) -> Chip | None:
+    """Return the chip that training is to run on, if it is one that verl itself has no platform for."""
+    chip, _ = chosen(settings)
+    return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
+
+
+_current = CPU
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Settle on the chip, once: finding it asks the file system, and verl asks for its device in every step."""
+    global _current
+    chip = without_platform(settings)
+    assert chip is not None, "with verl's own platform there is nothing to start"
+    _current = chip
+    return lambda: None
+
+
+def current() -> Chip:
+    """Return the chip that ``start`` settled on."""
+    return _current
 
 
 def device_module(chip: Chip) -> Any:
     """Return ``torch.<device>`` of ``chip``, its package imported first where torch did not do that itself.
 
+    For the CPU that is ``devices.cpu_module``, which has what verl asks of an accelerator's.
+
     Raises:
         ImportError: the package is not there, or does not load.
     """
+    if chip is CPU:
+        return cpu_module
     import torch
 
     if not hasattr(torch, chip.device):
@@ -118,16 +173,14 @@ def backend(chip: Chip) -> str:
 
 
 def reason_off(settings: Settings) -> str:
-    """Return why verl's own platforms do, "" where this machine's chip needs one from here."""
-    if settings.device == "cpu":
-        return "VERL_FL_DEVICE is cpu"
-    chip, told_by = find()
-    if chip is None:
-        return told_by
-    return f"verl has a platform for {chip.device} ({told_by})" if without_platform() is None else ""
+    """Return why verl's own platforms do, "" where training runs on a chip that needs one from here."""
+    if without_platform(settings) is not None:
+        return ""
+    chip, told_by = chosen(settings)
+    return told_by if chip is None else f"verl has a platform for {chip.vendor} ({told_by})"
 
 
 def describe() -> dict[str, str]:
     """Return the chip's row, and what told it."""
-    chip, told_by = find()
+    chip, told_by = chosen(Settings.parse()[0])
     return {"told by": told_by, **({} if chip is None else asdict(chip))}

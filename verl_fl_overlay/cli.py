@@ -114,7 +114,8 @@ def _env(options: argparse.Namespace) -> int:
     result = environment.examine(os.environ, options.phase)
     if options.sh:
         print(environment.as_exports(os.environ, options.phase))
-        print("\n".join(result["errors"]), end="", file=sys.stderr)
+        for error in result["errors"]:
+            print(f"verl-fl env: {error}", file=sys.stderr)
     else:
         print(environment.as_json(result) if options.json else environment.as_text(result))
     return 1 if result["errors"] else 0

@@ -161,11 +161,6 @@ def _vllm_config(settings: Settings) -> Iterator[str]:
 
 
 def _vllm_lists(settings: Settings) -> Iterator[str]:
-    if settings["VLLM_FL_FLAGOS_BLACKLIST"]:
-        yield (
-            "VLLM_FL_FLAGOS_BLACKLIST takes the place of the chip's own list, whose operators come back into use; "
-            "VLLM_FL_FLAGOS_BLACKLIST_APPEND adds to it"
-        )
     if settings["VLLM_FL_FLAGOS_WHITELIST"] and settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"]:
         yield "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them"
 

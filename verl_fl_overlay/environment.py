@@ -18,6 +18,7 @@ OVERLAY = "verl_fl_overlay"
 def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
     """Return the variables of ``phase`` ("training", "rollout"; "" for all), the errors and the warnings."""
     settings, problems = Settings.parse(environment)
+    readable, _ = Settings.parse({name: settings.given[name] for name in settings.parsed})
     rows = [
         {
             "name": variable.name,
@@ -33,7 +34,7 @@ def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
     return {
         "variables": rows,
         "errors": problems + contradictions(settings),
-        "warnings": [*misspelt(environment), *conflicts(settings)],
+        "warnings": [*misspelt(environment), *conflicts(readable)],
     }
 
 
@@ -48,7 +49,9 @@ def _value(variable: Variable[Any], settings: Settings) -> str:
     default = variable.default
     if isinstance(default, bool):
         return str(int(default))
-    return "" if default in (None, (), {}) else str(default)
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return "" if default in (None, {}) else str(default)
 
 
 def as_text(result: dict[str, Any]) -> str:

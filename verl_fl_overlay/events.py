@@ -70,3 +70,6 @@ engine_built = Event("engine built")
 
 engine_initialized = Event("engine initialized")
 """Emitted with the engine, after ``initialize()`` built its model, optimizer and scheduler."""
+
+rollout_plugin_found = Event("rollout plugin found")
+"""Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from verl_fl_overlay import chips, flagcx, te_fl
+from verl_fl_overlay import chips, flagcx, te_fl, vllm_fl
 from verl_fl_overlay.settings import Settings
 
 
@@ -88,8 +88,21 @@ FEATURES = {
         Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
         Feature("attention", "padding and value models without the flash-attn package, on any device"),
         Feature("ray", "the overlay and its settings in every process that Ray starts"),
+        Feature(
+            "rollout",
+            "rollout's lists of operators extend the chip's own",
+            vllm_fl.reason_off,
+            start=vllm_fl.start,
+            describe=vllm_fl.describe,
+        ),
         Feature("flagcx", "collectives of training through FlagCX", flagcx.reason_off, describe=flagcx.describe),
-        Feature("chip", "chips that verl has no platform for", chips.reason_off, describe=chips.describe),
+        Feature(
+            "chip",
+            "chips that verl has no platform for, the CPU among them",
+            chips.reason_off,
+            start=chips.start,
+            describe=chips.describe,
+        ),
         Feature(
             "te_fl",
             "the policies of TransformerEngine-FL and Megatron-LM-FL",

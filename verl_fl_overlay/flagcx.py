@@ -135,6 +135,19 @@ def refuse_native(engine: str) -> None:
         )
 
 
+def refuse_stateless() -> None:
+    """Raise: verl's stateless groups are vLLM's communicators, which go past torch's backends too.
+
+    Raises:
+        FlagCXError: names what they use, and the ways on.
+    """
+    raise FlagCXError(
+        "verl's stateless_init_process_group communicates through NCCL (HCCL on Ascend), and USE_FLAGCX=1 asks for "
+        "FlagCX. Take torch's groups, unset USE_FLAGCX, or leave this check out with "
+        "VERL_FL_DISABLE=flagcx.stateless_group"
+    )
+
+
 def describe() -> dict[str, Any]:
     """Return where the plugin came from ("" before the first group)."""
     return {"plugin": _loaded_from, "library path": os.environ.get("FLAGCX_PATH", "")}

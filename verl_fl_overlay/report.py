@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from verl_fl_overlay import chips, environment, events, features
-from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES, Settings, misspelt, shown
@@ -62,12 +61,12 @@ def summary(overlay: Overlay) -> str:
     import verl_fl_overlay
 
     settings, selection = overlay.settings, overlay.selection
-    chip, told_by = chips.find()
+    chip, told_by = chips.chosen(settings)
     device = f"{chip.device} of {chip.vendor} ({told_by})" if chip else f"not known ({told_by})"
     states = Counter(status.state.value for status in overlay.hooks.report())
     return (
         f"verl-fl-overlay {verl_fl_overlay.__version__}: verl {selection.version} ({selection.shim}), "
-        f"device {'cpu' if settings.device == 'cpu' else device}, {environment.summary(settings)}, "
+        f"device {'cpu' if chip is chips.CPU else device}, {environment.summary(settings)}, "
         f"hooks {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
     )
 
@@ -81,7 +80,7 @@ def problems(hooks: list[HookStatus]) -> list[str]:
     if overlay is None:
         found.append("the overlay is not active: verl has not been imported in this process")
     else:
-        found += conflicts(overlay.settings)
+        found += overlay.conflicts
         if overlay.selection.warning:
             found.append(overlay.selection.warning)
         if overlay.hooks.refusal is not None:

@@ -1,6 +1,6 @@
-"""vllm-plugin-FL's dispatch file: checked, and written from the environment.
+"""vllm-plugin-FL: its dispatch file checked, and written from the environment; its lists of operators extended.
 
-Nothing here acts in a vLLM process: the plugin is told by the environment and by this file.
+The plugin is told by the environment and by the file alone: nothing of it is imported or changed.
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay import chips
 from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.events import rollout_plugin_found
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.stack import PREFER
+
+logger = logging.getLogger("verl_fl_overlay")
 
 EXAMPLE = Path(__file__).parent / "configs" / "vllm_plugin_fl_dispatch.yaml"
 LARGEST = 1 << 16
@@ -64,25 +70,32 @@ def read(file: Path) -> dict[str, Any]:
     """Read a dispatch file.
 
     Raises:
-        OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``, or
-            uses aliases, through which a few lines can stand for gigabytes.
+        OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``,
+            says a key twice, or uses aliases, through which a few lines can stand for gigabytes.
     """
     yaml = _yaml()
 
     try:
-        if file.stat().st_size > LARGEST:
-            raise OverlayError(f"{file} has {file.stat().st_size} bytes; a dispatch file has at most {LARGEST}")
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST + 1)  # no more: it may be a device that never ends
+        if len(content) > LARGEST:
+            raise OverlayError(f"{file} is too long; a dispatch file has at most {LARGEST} bytes")
+        text = content.decode("utf-8")
         _refuse_bombs(file, text)
-        content = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise OverlayError(f"{file} says {twice} twice, and only the last counts; keep one of them")
+        parsed = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OverlayError(f"{file} cannot be read as YAML: {reason}") from error
-    if content is None:
+    if parsed is None:
         return {}
-    if not isinstance(content, dict):
-        raise OverlayError(f"{file} holds a {type(content).__name__}; expected is a mapping with {', '.join(KEYS)}")
-    return content
+    if not isinstance(parsed, dict):
+        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping with {', '.join(KEYS)}")
+    return {str(key): value for key, value in parsed.items()}
 
 
 def _yaml() -> Any:
@@ -126,6 +139,9 @@ def _policy(content: dict[str, Any]) -> Iterator[str]:
         yield f"strict: {strict!r} is taken for {bool(strict)}; write true or false, without quotes"
     for key in ("allow_vendors", "deny_vendors"):
         vendors = content.get(key) or []
+        if not isinstance(vendors, str | list):
+            yield f"{key}: a {type(vendors).__name__} is ignored; write a list"
+            continue
         for vendor in vendors.split(",") if isinstance(vendors, str) else vendors:
             if str(vendor) != str(vendor).lower():
                 yield f"{key}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
@@ -138,7 +154,7 @@ def _op_backends(content: dict[str, Any]) -> Iterator[str]:
         return
     for op, order in chosen.items():
         if op not in DISPATCHED:
-            yield f"op_backends: {op} is no operator of the dispatch that is known here{_near(str(op), DISPATCHED)}"
+            yield f"op_backends: {op} is no operator of the dispatch that is known here{_near(op, DISPATCHED)}"
         tokens = order.split("|") if isinstance(order, str) else order
         if not isinstance(tokens, list):
             yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
@@ -180,8 +196,8 @@ def _flaggems_name(key: str, name: str) -> Iterator[str]:
         yield f"{key}: the FlagGems that is installed has no function {name}{_near(name, known)}"
 
 
-def _near(name: str, known: Any) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
+def _near(name: Any, known: Any) -> str:
+    found = difflib.get_close_matches(str(name), known, n=1)
     return f"; {found[0]}?" if found else ""
 
 
@@ -204,25 +220,102 @@ def flaggems_names() -> frozenset[str]:
 
 
 def defaults(vendor: str) -> tuple[dict[str, Any], str]:
-    """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from."""
-    spec = find_spec("vllm_fl")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        file = Path(folder) / "dispatch" / "config" / f"{vendor}.yaml"
-        if file.is_file():
-            return read(file), str(file)
+    """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from.
+
+    Raises:
+        OverlayError: nobody knows the vendor, or the file cannot be read.
+    """
+    file = _configuration(vendor)
+    if file is not None:
+        return read(file), str(file)
     if vendor == "nvidia":
         return read(EXAMPLE), "the overlay's example"
+    if vendor not in chips.CHIPS:
+        raise OverlayError(f"{vendor!r} is no vendor that is known here: {', '.join(chips.CHIPS)}")
     return {}, f"nothing: vllm-plugin-FL, or its configuration for {vendor}, is not installed"
 
 
-def render(settings: Settings, vendor: str) -> str:
-    """Return a dispatch file that does what the environment asks for, on top of the plugin's defaults for ``vendor``.
+def _configuration(vendor: str) -> Path | None:
+    """Return the installed plugin's file for ``vendor``; it may go by torch's name of the device, as for musa."""
+    spec = find_spec("vllm_fl")
+    device = chips.CHIPS[vendor].device if vendor in chips.CHIPS else vendor
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in (vendor, device):
+            file = Path(folder) / "dispatch" / "config" / f"{name}.yaml"
+            if file.is_file():
+                return file
+    return None
 
-    A blacklist extends the chip's own instead of taking its place; a whitelist stands alone.
+
+def _given(settings: Settings) -> Path | None:
+    """Return the file of VLLM_FL_CONFIG, which takes the place of the plugin's own."""
+    file = Path(settings["VLLM_FL_CONFIG"])
+    return file if file.is_file() else None
+
+
+LISTS = {"VLLM_FL_FLAGOS_BLACKLIST": "flagos_blacklist", "VLLM_FL_OOT_BLACKLIST": "oot_blacklist"}
+"""Variables that the plugin takes in place of a list in its configuration -> the list."""
+
+_added: dict[str, list[str]] = {}
+
+
+def reason_off(settings: Settings) -> str:
+    """Return why the lists are as they were set, "" if there is one to extend."""
+    return "" if any(settings[name] for name in LISTS) else f"neither {' nor '.join(LISTS)} is set"
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Extend the lists whenever vLLM finds the plugin; call what is returned to stop."""
+    return rollout_plugin_found.subscribe(extend_lists)
+
+
+def extend_lists() -> None:
+    """Add to the lists in this process's environment what the plugin's configuration leaves out on this chip.
+
+    That configuration is the file of VLLM_FL_CONFIG, or the plugin's own for the chip; so the file is the place for a
+    list that is meant exactly.  Processes started from here have the longer lists too.
+
+    Raises:
+        OverlayError: the file cannot be read.
+    """
+    settings, _ = Settings.parse()
+    chip, _ = chips.find()
+    file = _given(settings) or (_configuration(chip.vendor) if chip else None)
+    content = read(file) if file else {}
+    for name, key in LISTS.items():
+        missing = [op for op in _listed(content, key) if op not in settings[name]]
+        if settings[name] and missing:
+            os.environ[name] = ",".join((*settings[name], *missing))
+            _added[name] = missing
+            logger.info(
+                "%s: added %s from %s, whose list it would have replaced (VERL_FL_DISABLE=rollout.lists keeps yours)",
+                name,
+                ", ".join(missing),
+                file,
+            )
+
+
+def _listed(content: dict[str, Any], key: str) -> list[str]:
+    """Return a list of names as the plugin reads it: what is no list is none."""
+    names = content.get(key)
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def describe() -> dict[str, Any]:
+    """Return what was added to which list in this process."""
+    return {f"added to {name}": names for name, names in _added.items()}
+
+
+def render(settings: Settings, vendor: str) -> str:
+    """Return a dispatch file that does what the environment asks for, on top of the file of VLLM_FL_CONFIG or, without
+    one, of the plugin's defaults for ``vendor``.
+
+    A blacklist extends the one in that file instead of taking its place; a whitelist stands alone.
     """
     yaml = _yaml()
 
-    content, origin = defaults(vendor)
+    given = _given(settings)
+    content, origin = (read(given), str(given)) if given else defaults(vendor)
     for key, name in (("prefer", "VLLM_FL_PREFER"), ("strict", "VLLM_FL_STRICT")):
         if name in settings.given:
             content[key] = settings[name] == "1" if key == "strict" else settings[name]
@@ -231,16 +324,17 @@ def render(settings: Settings, vendor: str) -> str:
             content[key] = list(settings[name])
     per_op = {op: list(tokens) for op, tokens in settings["VLLM_FL_PER_OP"].items()}
     if per_op:
-        content["op_backends"] = {**(content.get("op_backends") or {}), **per_op}
+        own = content.get("op_backends")
+        content["op_backends"] = {**(own if isinstance(own, dict) else {}), **per_op}
     if settings["VLLM_FL_FLAGOS_WHITELIST"]:
         content.pop("flagos_blacklist", None)
         content["flagos_whitelist"] = list(settings["VLLM_FL_FLAGOS_WHITELIST"])
     else:
         added = (*settings["VLLM_FL_FLAGOS_BLACKLIST"], *settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"])
         if added:
-            content["flagos_blacklist"] = list(dict.fromkeys([*(content.get("flagos_blacklist") or []), *added]))
+            content["flagos_blacklist"] = list(dict.fromkeys([*_listed(content, "flagos_blacklist"), *added]))
     if settings["VLLM_FL_OOT_BLACKLIST"]:
-        own = content.get("oot_blacklist") or []
+        own = _listed(content, "oot_blacklist")
         content["oot_blacklist"] = list(dict.fromkeys([*own, *settings["VLLM_FL_OOT_BLACKLIST"]]))
     head = [f"# vllm-plugin-FL's dispatch for {vendor}, by verl-fl dispatch render; defaults from {origin}."]
     before = sorted(name for name in settings.given if name in _READ_BEFORE_THE_FILE)

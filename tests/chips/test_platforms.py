@@ -10,7 +10,8 @@ import textwrap
 import pytest
 from sft import without_images
 
-from verl_fl_overlay.chips import CHIPS, find
+from verl_fl_overlay.chips import CHIPS, KNOWN_TO_VERL, find, reason_off, without_platform
+from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
 verl = pytest.importorskip("verl")
@@ -20,7 +21,7 @@ needs_platforms = pytest.mark.skipif(verl.__version__ < "0.9", reason="verl has 
 PACKAGE = """
     import sys, types, torch
     device = __name__.removeprefix("torch_")
-    module = types.ModuleType(f"torch.{device}")
+    module = getattr(torch, device, None) or types.ModuleType(f"torch.{device}")  # torch always has torch.xpu
     module.calls = []
     def record(name, result):
         return lambda *a, **k: module.calls.append(name) or result
@@ -43,7 +44,9 @@ PROGRAM = """
     with p.nvtx_range("x"):
         pass
     from verl.workers.engine import EngineRegistry
+    from verl.plugin.platform.platform_manager import PlatformRegistry
     engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+    assert type(p) is PlatformRegistry.get(p.vendor_name)
     print("TOLD", json.dumps([
         get_device_name(), p.vendor_name, get_nccl_backend(), p.device_count(), p.current_device(),
         p.get_device_capability(), p.visible_devices_envvar(), p.ray_resource_name(), p.ray_resource_options(0.5),
@@ -64,10 +67,12 @@ HELPERS = """
 
 
 def run(folder, device, program=PROGRAM, **environment):
+    """Run ``program`` where ``torch.<device>`` is the stand-in, brought by a vendor's package or by torch."""
     (folder / f"torch_{device}").mkdir()
     (folder / f"torch_{device}/__init__.py").write_text(textwrap.dedent(PACKAGE))
+    brought = "import verl, torch_xpu\n" if device == "xpu" else ""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", brought + textwrap.dedent(program)],
         cwd="/",
         env={
             **os.environ,
@@ -99,9 +104,67 @@ def test_musa_gets_a_platform(tmp_path):
 @needs_platforms
 def test_mlu_gets_a_platform_that_honours_flagcx(tmp_path):
     assert run(tmp_path, "mlu", USE_FLAGCX="1") == (
-        '["mlu", "cambricon", "flagcx", 8, 3, [3, 1], "MLU_VISIBLE_DEVICES", "MLU", {"resources": {"MLU": 0.5}}, '
-        f'["RAY_EXPERIMENTAL_NOSET_MLU_VISIBLE_DEVICES"], false, null, true, {CALLS}'
+        '["mlu", "cambricon", "flagcx", 8, 3, [3, 1], "MLU_VISIBLE_DEVICES", "GPU", {"num_gpus": 0.5}, '
+        '["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_EXPERIMENTAL_NOSET_MLU_VISIBLE_DEVICES"], '
+        f"true, null, true, {CALLS}"
     )
+
+
+@needs_platforms
+@pytest.mark.parametrize(("flagcx", "backend"), [("0", "xccl"), ("1", "flagcx")])
+@pytest.mark.parametrize("named", [{"GEMS_VENDOR": "intel"}, {"VERL_PLATFORM": "intel"}, {"VERL_PLATFORM": "XPU"}])
+def test_xpu_gets_a_platform(tmp_path, named, flagcx, backend):
+    asked = named.get("VERL_PLATFORM", "intel").lower()
+    program = PROGRAM.replace("PlatformRegistry.get(p.vendor_name)", f"PlatformRegistry.get({asked!r})")
+    assert run(tmp_path, "xpu", program, USE_FLAGCX=flagcx, **named) == (
+        f'["xpu", "intel", "{backend}", 8, 3, [3, 1], "ZE_AFFINITY_MASK", "GPU", {{"num_gpus": 0.5}}, '
+        '["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_EXPERIMENTAL_NOSET_ZE_AFFINITY_MASK"], '
+        f"false, null, true, {CALLS}"
+    )
+
+
+ANOTHERS = """
+    import verl
+    from verl.plugin.platform import get_platform
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+    from verl_fl_overlay.chips import CHIPS
+    from verl_fl_overlay.compat.chips import platform_class
+
+    @PlatformRegistry.register(platform="musa")
+    class Anothers(platform_class(CHIPS["mthreads"])):
+        pass
+
+    print("TOLD", type(get_platform()).__name__, "mthreads" in PlatformRegistry.registered_names())
+"""
+
+
+@needs_platforms
+def test_a_platform_of_somebody_else_for_the_chip_goes_first(tmp_path):
+    assert run(tmp_path, "musa", ANOTHERS) == "Anothers False"
+
+
+CUDA_LIKE = """
+    import json, verl
+    from verl.plugin.platform import get_platform
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+    from verl.utils.device import get_nccl_backend
+    from verl.workers.engine import EngineRegistry
+    engine = EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__
+    p = get_platform()
+    assert type(p) is PlatformRegistry.get(p.vendor_name)
+    base = type(p).__mro__[1].__name__
+    print("TOLD", json.dumps([p.device_name, p.vendor_name, base, get_nccl_backend(), p.is_ipc_supported(), engine]))
+"""
+
+
+@needs_platforms
+@pytest.mark.parametrize(
+    ("vendor", "base"),
+    [("metax", "PlatformCUDA"), ("iluvatar", "PlatformCUDA"), ("kunlunxin", "PlatformCUDA"), ("hygon", "PlatformROCm")],
+)
+def test_a_chip_that_calls_itself_cuda_gets_verls_platform_under_its_own_name(tmp_path, vendor, base):
+    told = f'["cuda", "{vendor}", "{base}", "flagcx", true, "FSDPEngineWithLMHead"]'
+    assert run(tmp_path, "unused", CUDA_LIKE, USE_FLAGCX="1", GEMS_VENDOR=vendor) == told
 
 
 @pytest.mark.parametrize(("flagcx", "backend"), [("0", "mccl"), ("1", "flagcx")])
@@ -111,13 +174,29 @@ def test_verls_helpers_name_the_chip_in_every_release(tmp_path, flagcx, backend)
 
 
 @needs_platforms
-@pytest.mark.parametrize("vendor", [chip.vendor for chip in CHIPS.values() if chip.device not in ("cuda", "npu")])
+@pytest.mark.parametrize("vendor", [vendor for vendor in CHIPS if vendor not in KNOWN_TO_VERL])
 def test_every_abstract_method_is_implemented(vendor):
     from verl_fl_overlay.compat.chips import platform_class
 
     platform = platform_class(CHIPS[vendor])
     assert platform.__abstractmethods__ == frozenset()
     assert platform().device_name == CHIPS[vendor].device
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "reason"),
+    [
+        ({"VERL_FL_DEVICE": "cpu", "VERL_PLATFORM": "nvidia"}, "cpu", ""),
+        ({"VERL_PLATFORM": " XPU"}, "xpu", ""),
+        ({"VERL_PLATFORM": "metax"}, "cuda", ""),
+        ({"VERL_PLATFORM": "nvidia"}, None, "verl has a platform for nvidia (VERL_PLATFORM=nvidia)"),
+        ({"VERL_PLATFORM": "huawei"}, None, "VERL_PLATFORM=huawei"),
+    ],
+)
+def test_the_chip_is_chosen(environment, device, reason):
+    settings = Settings.from_environment(environment)
+    chip = without_platform(settings)
+    assert (chip.device if chip else None, reason_off(settings)) == (device, reason)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +207,8 @@ def test_every_abstract_method_is_implemented(vendor):
         ({}, [], ["nvidia-smi", "mx-smi"], "metax", "mx-smi is there"),
         ({}, ["torch_musa"], ["nvidia-smi"], "mthreads", "torch_musa is installed"),
         ({"GEMS_VENDOR": "Hygon "}, ["torch_musa"], [], "hygon", "GEMS_VENDOR=hygon"),
+        ({}, ["torch+xpu"], ["xpu-smi"], "intel", "torch+xpu is installed"),
+        ({}, [], ["xpu-smi"], "kunlunxin", "xpu-smi is there"),
         ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], "ascend", "torch_npu is installed"),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import run
 from sft import without_images
 
 import verl_fl_overlay
@@ -49,9 +50,16 @@ def test_one_line_says_what_the_process_runs_with_and_the_report_holds_it():
     assert json.loads(done.stdout.splitlines()[-1]).split(", hooks")[0] in line
 
 
-def test_the_chip_and_what_told_it_are_named():
-    (line,) = lines(import_verl(GEMS_VENDOR="metax"))
-    assert "device cuda of metax (GEMS_VENDOR=metax), FL[disabled]" in line
+@pytest.mark.parametrize(
+    ("environment", "device"),
+    [
+        ({"GEMS_VENDOR": "metax"}, "cuda of metax (GEMS_VENDOR=metax)"),
+        ({"VERL_PLATFORM": "XPU"}, "xpu of intel (VERL_PLATFORM=xpu)"),
+    ],
+)
+def test_the_chip_and_what_told_it_are_named(environment, device):
+    (line,) = lines(import_verl(**environment))
+    assert f"device {device}, FL[disabled], hooks " in line
 
 
 def test_verls_logging_level_silences_it():
@@ -63,3 +71,37 @@ def test_settings_that_do_not_do_what_they_say_stop_a_strict_process():
     assert done.returncode == 1
     assert "VERL_FL_STRICT=1, and these settings do not do what they say:" in done.stderr
     assert "VLLM_FL_PREFER=vendor also switches all of FlagGems off in rollout" in done.stderr
+
+
+def second_plugin(folder, order: str) -> dict[str, str]:
+    (folder / "another.py").write_text("import verl.workers.engine.base")
+    return {"PYTHONPATH": str(folder), "VERL_FL_DEVICE": "cpu", "VERL_USE_EXTERNAL_MODULES": order}
+
+
+LATE = (
+    "VERL_FL_DEVICE=cpu comes too late: verl had chosen its device before verl-fl-overlay was loaded. List the overlay "
+    "first: VERL_USE_EXTERNAL_MODULES=verl_fl_overlay,another"
+)
+
+
+def test_a_plugin_that_made_verl_choose_its_device_first_is_told(tmp_path):
+    done = import_verl(**second_plugin(tmp_path, "another,verl_fl_overlay"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count(LATE) == 1
+    strict = import_verl(**second_plugin(tmp_path, "another,verl_fl_overlay"), VERL_FL_STRICT="1")
+    assert strict.returncode == 1
+    assert LATE in strict.stderr
+
+
+def test_listed_as_that_says_the_device_is_ours(tmp_path):
+    code = "from verl.utils.device import get_nccl_backend; print(get_nccl_backend())"
+    done = import_verl(code, **second_plugin(tmp_path, "verl_fl_overlay,another"), VERL_FL_STRICT="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "gloo"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_doctor_tells_the_same(tmp_path, first):
+    order = "verl_fl_overlay,another" if first else "another,verl_fl_overlay"
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=second_plugin(tmp_path, order))
+    assert json.loads(done.stdout)["problems"] == ([] if first else [LATE])

@@ -109,17 +109,39 @@ def test_without_use_flagcx_nothing_of_it_is_touched(flagcx):
     assert run(body, FLAGCX_PATH=str(flagcx)) == ["OK nccl False"]
 
 
-@pytest.mark.skipif(verl.__version__ == "0.7.0", reason="verl 0.7.0 has no checkpoint engines")
-def test_a_checkpoint_engine_on_nccl_is_refused(flagcx):
-    body = """
+THROUGH = {
+    "nccl": "NCCL (HCCL on Ascend)",
+    "kimi_ckpt_engine": "vLLM's own communicator",
+    **({"delta_sharded": "NCCL"} if verl.__version__ >= "0.9" else {}),
+}
+
+
+@pytest.mark.skipif(verl.__version__ == "0.7.0", reason="verl 0.7.0 has neither")
+def test_checkpoint_engines_and_groups_past_torch_are_refused(flagcx):
+    body = f"""
         from verl.checkpoint_engine.base import CheckpointEngineRegistry as registry
+        from verl.utils.distributed import stateless_init_process_group
         print("OK", registry.get("naive").__name__)
-        registry.new(backend="nccl")
+        for name in {list(THROUGH)}:
+            for ask in (registry.new, registry.get):
+                try:
+                    ask(name)
+                except RuntimeError as error:
+                    print("ERROR", type(error).__name__, error)
+        stateless_init_process_group("127.0.0.1", 1, 0, 1, "cuda")
 """
-    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
-        "OK ColocatedCheckpointEngine",
-        "ERROR FlagCXError verl's checkpoint engine 'nccl' communicates through NCCL (HCCL on Ascend), and "
+    refused = [
+        f"ERROR FlagCXError verl's checkpoint engine {name!r} communicates through {through}, and "
         "USE_FLAGCX=1 asks for FlagCX. Take another one (actor_rollout_ref.rollout.checkpoint_engine.backend=naive, "
         "nixl or mooncake), or leave this check out with "
-        "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class",
+        "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class"
+        for name, through in THROUGH.items()
+        for _ in range(2)
+    ]
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
+        "OK ColocatedCheckpointEngine",
+        *refused,
+        "ERROR FlagCXError verl's stateless_init_process_group communicates through NCCL (HCCL on Ascend), and "
+        "USE_FLAGCX=1 asks for FlagCX. Take torch's groups, unset USE_FLAGCX, or leave this check out with "
+        "VERL_FL_DISABLE=flagcx.stateless_group",
     ]

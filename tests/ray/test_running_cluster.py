@@ -5,16 +5,20 @@ Such a cluster's workers know nothing of the driver's environment: what reaches 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import vllm_plugin
 from real_engine import free_port
 from sft import never_called, rank_reports, trainer_arguments, without_images
 
@@ -28,26 +32,41 @@ BARE = {"PATH": os.defpath, "RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Start Ray; give its address."""
+    """Start Ray with two nodes; give its address.  Only the second one has the resource ``second``."""
     folder = tempfile.mkdtemp(prefix="vflray", dir="/tmp")  # a socket's path may have 107 characters
     port = free_port()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=20"]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=100000000"]
+    start += ["--node-ip-address=127.0.0.1"]
     # verl before 0.9 asks Ray for a resource of the device's name.
-    command += ['--resources={"cpu": 2}', f"--temp-dir={folder}", "--include-dashboard=false", "--block"]
-    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-    with (
-        open(Path(folder) / "log", "w") as log,
-        subprocess.Popen(command, env={**BARE, "HOME": folder}, stdout=log, stderr=log, cwd=folder) as head,
-    ):
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            head.terminate()
-            try:
-                head.wait(30)
-            except subprocess.TimeoutExpired:
-                head.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    head = ["--head", f"--port={port}", "--num-cpus=20", '--resources={"cpu": 2}', "--include-dashboard=false"]
+    other = [f"--address=127.0.0.1:{port}", "--num-cpus=0", '--resources={"second": 1}']
+    with open(Path(folder) / "log", "w") as log, contextlib.ExitStack() as nodes:
+        nodes.callback(shutil.rmtree, folder, ignore_errors=True)
+        for node in ([*head, f"--temp-dir={folder}"], other):
+            started = subprocess.Popen(
+                [*start, *node], env={**BARE, "HOME": folder}, stdout=log, stderr=log, cwd=folder
+            )
+            nodes.callback(end, started)
+            wait_for(port)
+        yield f"127.0.0.1:{port}"
+
+
+def end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def wait_for(port: int) -> None:
+    """Wait until Ray listens there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"Ray does not listen at port {port}")
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +216,30 @@ def test_a_submitted_job_keeps_its_own_variables(cluster, tmp_path):
     assert task["VERL_USE_EXTERNAL_MODULES"] == "verl_fl_overlay"
 
 
+def test_a_rollout_server_on_another_node_has_the_overlay_and_the_longer_lists(cluster, tmp_path):
+    """The driver hands on what the user set; the chip's own names are added where the plugin is."""
+    vllm_plugin.write(tmp_path / "site")
+    environment = driver_environment(cluster, tmp_path / "reports")
+    environment |= {"GEMS_VENDOR": "metax", "VLLM_FL_FLAGOS_BLACKLIST": "softmax"}
+    code = f"""
+        import json, os, ray, verl
+        ray.init(runtime_env={{"env_vars": {{"PYTHONPATH": {str(tmp_path / "site")!r}}}}})
+
+        @ray.remote(resources={{"second": 1}}, num_cpus=0)
+        def serve():
+            import verl, vllm_fl
+            from verl_fl_overlay.activation import active
+            vllm_fl.register()
+            read, _ = json.loads(vllm_fl.in_a_worker("metax"))
+            return [active().settings.given["VLLM_FL_FLAGOS_BLACKLIST"], read, ray.get_runtime_context().get_node_id()]
+
+        *told, node = ray.get(serve.remote())
+        print("TOLD " + json.dumps([*told, node != ray.get_runtime_context().get_node_id()]))
+    """
+    read = {"flagos_blacklist": ["softmax", "copy_", "index"], "oot_blacklist": ["rotary_embedding"]}
+    assert run_plain(environment, tmp_path, code) == ["softmax", read, True]
+
+
 @pytest.mark.skipif(verl.__version__ < "0.9", reason="verl has no platform layer before 0.9")
 @pytest.mark.parametrize("first", ["ray.init(); import verl", "import verl; ray.init()"])
 def test_rollout_servers_get_what_the_job_lacks(cluster, tmp_path, first):
@@ -204,9 +247,13 @@ def test_rollout_servers_get_what_the_job_lacks(cluster, tmp_path, first):
     code = f"""
         import json, ray; {first}
         from verl.plugin.platform.platform_cuda import PlatformCUDA
-        print("TOLD " + json.dumps(PlatformCUDA().rollout_env_vars()))
+        from verl_fl_overlay.chips import CHIPS
+        from verl_fl_overlay.compat.chips import platform_class
+        platforms = PlatformCUDA(), platform_class(CHIPS["mthreads"])()
+        print("TOLD " + json.dumps([platform.rollout_env_vars() for platform in platforms]))
     """
-    rollout = run_plain(environment, tmp_path, code)
-    assert "NCCL_CUMEM_ENABLE" in rollout
-    assert ("TEFL_LOG_LEVEL" in rollout) == first.startswith("ray")
-    assert "SOME_API_KEY" not in rollout
+    cuda, musa = run_plain(environment, tmp_path, code)
+    assert "NCCL_CUMEM_ENABLE" in cuda
+    for rollout in (cuda, musa):
+        assert ("TEFL_LOG_LEVEL" in rollout) == first.startswith("ray")
+        assert "SOME_API_KEY" not in rollout

@@ -76,11 +76,6 @@ CASES = {
         "VLLM_FL_PER_OP is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into /proc/version",
     ),
     "_vllm_lists": (
-        {"VLLM_FL_FLAGOS_BLACKLIST": "softmax"},
-        "VLLM_FL_FLAGOS_BLACKLIST takes the place of the chip's own list, whose operators come back into use; "
-        "VLLM_FL_FLAGOS_BLACKLIST_APPEND adds to it",
-    ),
-    "_vllm_lists append": (
         {"VLLM_FL_FLAGOS_WHITELIST": "softmax", "VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"},
         "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them",
     ),

@@ -92,6 +92,53 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("TRAINING_FLAGGEMS_PATH", "/", "a file, and this is a directory"),
+        ("TRAINING_FL_FLAGOS_WHITELIST", " , ,", "names, comma-separated; there is none between the commas"),
+        ("VERL_FL_OPS", "mm,ALL", "ALL alone, or names without it"),
+        ("VERL_FL_FUSED", "rmsnorm", "auto, 0, or some of rms_norm, gated_mlp, rotary, comma-separated"),
+        ("VERL_FL_PROFILE", "/", "a file, and this is a directory"),
+        (
+            "VLLM_FL_OP_CONFIG",
+            "/not/größe.json",
+            "a JSON file; [Errno 2] No such file or directory: '/not/größe.json'",
+        ),
+        ("VERL_FL_SCOPE", "“phase”", "one of 'phase', 'process'"),
+        ("TE_FL_STRICT", "'1'", "one of '0', '1'; the quotes are part of the value, take them away"),
+    ],
+)
+def test_what_a_variable_allows_is_told(name, text, allowed):
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environment({name: text})
+    assert str(error.value).splitlines()[1:] == [f"  {name}={text!r}: allowed is {allowed}"]
+
+
+def test_a_malformed_value_is_not_also_a_conflict(tmp_path):
+    file = tmp_path / "flagcx"
+    file.write_text("")
+    result = examine({"FLAGCX_PATH": str(file), "TE_FL_PREFER": "x", "TE_FL_PREFER_VENDOR": "1"})
+    assert len(result["errors"]) == 2
+    assert result["warnings"] == []
+
+
+def test_a_default_that_is_a_list_is_shown_as_it_would_be_written():
+    rows = {row["name"]: row["value"] for row in examine({})["variables"]}
+    assert rows["VERL_FL_OPS"] == "auto"
+    assert rows["VERL_FL_DISABLE"] == ""
+
+
+def test_errors_beside_exports_are_lines_of_their_own(monkeypatch, capsys):
+    for name in every_variable():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USE_FLAGCX", "maybe")
+    assert main(["env", "--sh"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "export USE_FLAGCX=maybe\nexport VERL_USE_EXTERNAL_MODULES=verl_fl_overlay\n"
+    assert told.err == ("verl-fl env: USE_FLAGCX='maybe': allowed is one of 1, true, yes, on, 0, false, no, off\n")
+
+
 def test_a_long_value_is_shortened_in_the_error():
     with pytest.raises(SettingsError) as error:
         Settings.from_environment({"USE_FLAGCX": "x" * 100_000})

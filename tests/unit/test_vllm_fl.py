@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+
 import pytest
 
-from verl_fl_overlay import vllm_fl
+from verl_fl_overlay import events, vllm_fl
 from verl_fl_overlay.cli import main
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings, every_variable
@@ -30,6 +34,9 @@ def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
     ("text", "finding"),
     [
         ("prefre: vendor", "prefre: the plugin has no such key and ignores it; prefer?"),
+        ("7: x", "7: the plugin has no such key and ignores it"),
+        ("allow_vendors: 3", "allow_vendors: a int is ignored; write a list"),
+        ("op_backends: {3: flagos}", "op_backends: 3 is no operator of the dispatch that is known here"),
         ("prefer: nvidia", "prefer: 'nvidia' is taken for flagos; allowed is one of flagos, vendor, reference"),
         ('strict: "false"', "strict: 'false' is taken for True; write true or false, without quotes"),
         ("allow_vendors: [CUDA]", "allow_vendors: 'CUDA' matches no vendor; write 'cuda', names are in lower case"),
@@ -89,16 +96,21 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
+KEYS = ", ".join(vllm_fl.KEYS)
+TWICE = "says prefer twice, and only the last counts; keep one of them"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (BOMB.encode(), "uses YAML's aliases"),
+        (BOMB.encode(), "uses YAML's aliases (*name), which a dispatch file does not need; spell them out"),
+        (b"- a", f"holds a list; expected is a mapping with {KEYS}"),
+        (b"prefer: vendor\nprefer: flagos", TWICE),
+        (b"#" * (vllm_fl.LARGEST + 1), "is too long; a dispatch file has at most 65536 bytes"),
+        (b"[" * 60_000, "is nested more than 8 levels deep, which a dispatch file is not"),
         (b"a: [", "cannot be read as YAML: while parsing"),
-        (b"\xff\xfe\x00", "cannot be read as YAML"),
-        (b"- a", "holds a list; expected is a mapping with prefer, strict"),
+        (b"\xff\xfe\x00", "cannot be read as YAML: "),
         (b"a: !!python/object/apply:os.system [ls]", "cannot be read as YAML: could not determine a constructor"),
-        (b"#" * (vllm_fl.LARGEST + 1), "a dispatch file has at most 65536"),
-        (b"[" * 60_000, "is nested more than 8 levels deep"),
     ],
 )
 def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
@@ -106,8 +118,37 @@ def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(OverlayError) as error:
         vllm_fl.read(file)
-    assert message in str(error.value)
-    assert str(error.value).startswith(str(file))
+    told = str(error.value)
+    assert (
+        told[: len(f"{file} {message}")] if "YAML: " in message else told
+    ) == f"{file} {message}"  # PyYAML's own end
+
+
+def test_a_file_that_never_ends_is_refused():
+    with pytest.raises(OverlayError, match=r"^/dev/zero is too long; a dispatch file has at most 65536 bytes$"):
+        vllm_fl.read(Path("/dev/zero"))
+
+
+def test_a_vendor_that_nobody_knows_is_an_error(capsys):
+    assert main(["dispatch", "render", "--vendor", "nvida"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "verl-fl dispatch render: 'nvida' is no vendor that is known here: ascend, mthreads, "
+    )
+
+
+def test_lists_that_are_none_are_rendered_as_the_plugin_reads_them(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{flagos_blacklist: mm, oot_blacklist: [{a: b}], op_backends: [rms_norm]}")
+    environment = {
+        "VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"),
+        "VLLM_FL_FLAGOS_BLACKLIST": "softmax",
+        "VLLM_FL_OOT_BLACKLIST": "rms_norm",
+        "VLLM_FL_PER_OP": "rms_norm=vendor",
+    }
+    assert yaml.safe_load(vllm_fl.render(Settings.from_environment(environment), "nvidia")) == {
+        "flagos_blacklist": ["softmax"],
+        "oot_blacklist": ["{'a': 'b'}", "rms_norm"],
+        "op_backends": {"rms_norm": ["vendor"]},
+    }
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
@@ -145,3 +186,48 @@ def test_the_plugins_own_configuration_goes_before_the_example(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     settings = Settings.from_environment({"VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"})
     assert yaml.safe_load(vllm_fl.render(settings, "ascend")) == {"flagos_blacklist": ["sort", "mm"]}
+
+
+def test_the_file_of_the_environment_goes_before_the_plugins_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("{prefer: vendor, flagos_blacklist: [mm]}")
+    mine = {"VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"), "VLLM_FL_FLAGOS_BLACKLIST": "softmax,mm"}
+    content = yaml.safe_load(vllm_fl.render(Settings.from_environment(mine), "nvidia"))
+    assert content == {"prefer": "vendor", "flagos_blacklist": ["mm", "softmax"]}
+
+
+def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
+    (tmp_path / "vllm_fl/dispatch/config").mkdir(parents=True)
+    (tmp_path / "vllm_fl/__init__.py").write_text("")
+    (tmp_path / "vllm_fl/dispatch/config/musa.yaml").write_text("flagos_blacklist: [sort]")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert vllm_fl.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(tmp_path, monkeypatch, strict):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(BOMB.encode())
+    monkeypatch.setenv("VLLM_FL_CONFIG", str(file))
+    monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
+    monkeypatch.setattr(events, "_failures", {})
+    monkeypatch.setattr(events, "_strict", strict)
+    stop = vllm_fl.start(Settings.from_environment())
+    try:
+        with pytest.raises(OverlayError) if strict else contextlib.nullcontext():
+            events.rollout_plugin_found.emit()
+    finally:
+        stop()
+    assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
+    if not strict:
+        (told,) = events.failures().values()
+        assert told == (
+            f"OverlayError: {file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
+        )
+
+
+def test_without_a_list_there_is_nothing_to_extend():
+    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm"})) == (
+        "neither VLLM_FL_FLAGOS_BLACKLIST nor VLLM_FL_OOT_BLACKLIST is set"
+    )
+    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_OOT_BLACKLIST": "rms_norm"})) == ""
