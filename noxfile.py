@@ -47,7 +47,7 @@ if (pyenv := Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "vers
 class Row:
     """One row of the matrix: by default the newest release, contract tests and training, on the Python that runs nox.
 
-    ``torch`` "" is the newest on the index.  ``instead`` replaces what the constraints of the release name.  A row that
+    ``torch`` "" is the newest on the index.  ``instead`` is installed last, whatever the rest asks for.  A row that
     ``may_fail`` is reported and fails nothing.
     """
 
@@ -68,7 +68,7 @@ class Row:
     @property
     def asked(self) -> dict[str, str]:
         """What the row is to run on; what it did run on is asked of its environment."""
-        pins = dict(pin.split("==") for pin in (*self.more, *self.instead))
+        pins = {name: pin for name, _, pin in (need.partition("==") for need in (*self.more, *self.instead))}
         named = {"flag_gems": pins.get("flag-gems", "-"), "wrapt": pins.get("wrapt", "-")}
         return {"verl": self.verl, "torch": self.torch or "newest", "python": self.python or "-", **named}
 
@@ -90,12 +90,11 @@ AXES = [
     Row("python='3.10'", python="3.10", tests=THIN),
     Row("python='3.12'", python="3.12", tests=THIN),
     Row("wrapt='2.4.0'", instead=("wrapt==2.4.0",), tests=THIN),
-    # It pins what it needs, numpy 1.26.4 too: verl 0.9 needs 2, so the newest release that it can be installed with.
+    # It asks for numpy 1.26.4 and packaging 26, verl 0.9 and its tensordict for numpy 2 and packaging below 26.
     Row(
         "flag_gems='5.0.2'",
-        "0.8.0",
-        more=("triton==3.5.1",),
-        instead=("flag-gems==5.0.2", "packaging==26.0", "sqlalchemy==2.0.48", "PyYAML==6.0.3"),
+        more=("triton==3.5.1", "sqlalchemy"),
+        instead=("flag-gems==5.0.2",),
         tests=("tests/flaggems",),
     ),
 ]
@@ -132,8 +131,10 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
     needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
     fresh = [] if torch else ["--upgrade"]
     session.install(*fresh, *needs, "-c", str(constraints), env=installer_environment())
-    session.install("--force-reinstall", "--no-deps", ".", *instead)
-    if session.venv_backend == "uv":
+    session.install("--force-reinstall", "--no-deps", ".")
+    if instead:  # which need not fit what the rest asks for
+        session.install("--no-deps", *instead)
+    elif session.venv_backend == "uv":
         session.run("uv", "pip", "check", external=True)
     else:
         session.run("python", "-m", "pip", "check")
