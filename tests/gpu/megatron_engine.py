@@ -60,7 +60,8 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
     layers = (
         {}
         if find_spec("transformer_engine")
-        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False}
+        # torch's norms, which take the place of TransformerEngine's, know no sequence parallelism; mbridge turns it on.
+        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "sequence_parallel": False}
     )
     return {
         **common,
