@@ -153,7 +153,8 @@ def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
             engine.lr_scheduler_step()
         metrics = output["metrics"]
         total = sum(float(value) for value in output["loss"])
-        results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
+        if engine.is_mp_src_rank_with_outputs():  # verl gives the norm to one rank of a tensor parallel group alone
+            results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
     return results
 
 

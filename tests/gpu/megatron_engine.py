@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import real_engine
 
@@ -107,6 +108,16 @@ def seed_everything() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def kernels(engine: Any, head: str) -> dict[str, list[str]]:
+    """Return the names of the GPU kernels of one more step, and of arithmetic where verl does not train."""
+    from flaggems_routing import kernels_of, outside
+
+    return {
+        "step": sorted(kernels_of(lambda: real_engine.train(engine, head, 1))),
+        "outside": sorted(kernels_of(outside)),
+    }
+
+
 def phase_inside(engine: Any) -> list[bool]:
     """Return a list that gets one entry a forward pass: whether the training phase was on in it."""
     seen: list[bool] = []
@@ -126,6 +137,7 @@ def main() -> None:
     parser.add_argument("--head", default="lm", choices=["lm", "value"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
     import torch
@@ -139,9 +151,16 @@ def main() -> None:
     seed_everything()
     initialize_global_process_group()
     engine = make_engine(options.model, options.strategy, options.head, options.tp)
+    if options.kernels:
+        from flaggems_routing import one_tiling_for_mm
+
+        one_tiling_for_mm()
     seen = phase_inside(engine)
     steps = real_engine.train(engine, options.head, options.steps)
+    inside = {"train": seen[:]}
     values = real_engine.infer(engine, options.head)
+    inside["infer"] = seen[len(inside["train"]) :]
+    launched = kernels(engine, options.head) if options.kernels else None
     after = None
     report = None
     if "verl_fl_overlay.phase" in sys.modules:
@@ -153,7 +172,8 @@ def main() -> None:
         result = {
             "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
             "values": [value.hex() for value in values],
-            "inside": seen,
+            "inside": inside,
+            "kernels": launched,
             "after": after,
             "report": report,
         }
