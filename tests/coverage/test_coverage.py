@@ -6,7 +6,7 @@ A row of it is a parameter, a column a test, what is not run a skip with its rea
 from __future__ import annotations
 
 import functools
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

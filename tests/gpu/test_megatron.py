@@ -30,7 +30,9 @@ def runs(request, tiny_model):
     """Return what gives the result of a side; the three processes share the GPU, of which they hold little."""
     options = ("--head", request.param, "--steps", STEPS, "--kernels")
     with ThreadPoolExecutor() as pool:
-        made = {side: pool.submit(result, PROGRAM, tiny_model, *options, env=SIDES[side], timeout=400) for side in SIDES}
+        made = {
+            side: pool.submit(result, PROGRAM, tiny_model, *options, env=SIDES[side], timeout=400) for side in SIDES
+        }
     return lambda side: made[side].result()
 
 
@@ -63,7 +65,9 @@ def test_numbers_are_plain_verls(runs, side, record_property):
     assert runs("plain")["report"] is None, "the overlay was not loaded there"
     for name in ("loss", "grad_norm"):
         ours, theirs = floats(runs(side), name), floats(runs("plain"), name)
-        record_property(f"largest relative difference of {name}", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)))
+        record_property(
+            f"largest relative difference of {name}", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+        )
         assert ours == pytest.approx(theirs, rel=2e-2), name  # bf16
     ours, theirs = ([float.fromhex(value) for value in runs(s)["values"]] for s in (side, "plain"))
     record_property("largest difference of values", max(abs(a - b) for a, b in zip(ours, theirs, strict=True)))

@@ -56,5 +56,7 @@ def test_numbers_are_plain_verls(runs, record_property):
     assert runs["plain"]["report"] is None, "the overlay was not loaded there"
     for name in ("loss", "grad_norm"):
         ours, theirs = floats(runs["with"], name), floats(runs["plain"], name)
-        record_property(f"largest relative difference of {name}", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)))
+        record_property(
+            f"largest relative difference of {name}", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+        )
         assert ours == pytest.approx(theirs, rel=2e-2), name  # bf16
