@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from processes import OVERLAY, result
+from real_engine import refused
 from sft import without_images
 
 torch = pytest.importorskip("torch", reason="needs torch")
@@ -75,6 +76,8 @@ def inside(tiny_model) -> Any:
         if backend not in ("fsdp", "fsdp2", "megatron"):
             here = backend == "legacy megatron" or find_spec(backend)
             pytest.skip("no program of ours runs it" if here else f"needs {backend}")
+        if refused(backend, head):
+            pytest.skip(refused(backend, head))
         program = TESTS / "gpu" / "megatron_engine.py"
         if backend == "megatron" and not torch.cuda.is_available():
             program = TESTS / "megatron" / "on_cpu.py"

@@ -36,15 +36,19 @@ def use_local_layers() -> None:
 
     forward = DotProductAttention.forward
 
-    def causal(core: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """Turn verl's mask, [rows, length] and True where there is a token, into [rows, 1, length, length] of the
-        masked: TransformerEngine does so itself."""
-        length = attention_mask.shape[-1]
-        later = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).triu(1)
-        masked = ~attention_mask.bool()[:, None, None, :] | later
-        return forward(core, query, key, value, masked, *args, **kwargs)
+    def masked(core: Any, *tensors: Any, packed_seq_params: Any = None, **options: Any) -> Any:
+        """Mask as TransformerEngine does: verl gives [rows, length], True where there is a token; or, for sequences
+        packed one after the other, queries, keys and values that are [tokens, heads, width], and where each ends."""
+        *qkv, mask = tensors
+        device, length = qkv[0].device, len(qkv[0])
+        apart = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        if packed_seq_params is None:
+            return forward(core, *qkv, ~mask.bool()[:, None, None, :] | apart, **options)
+        row = torch.bucketize(torch.arange(length, device=device), packed_seq_params.cu_seqlens_q[1:], right=True)
+        apart = apart | (row[:, None] != row)
+        return forward(core, *(tensor[:, None] for tensor in qkv), apart[None, None], **options)
 
-    DotProductAttention.forward = causal
+    DotProductAttention.forward = masked
     LLMBridge._get_transformer_layer_spec = local
     # mbridge looks "pre_mlp_..." up among the MLP's names, and what is neither attention nor MLP among the others.
     Qwen2Bridge._MLP_MAPPING["pre_mlp_layernorm.weight"] = [
@@ -58,6 +62,8 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
     common = real_engine.configs(model, "fsdp2", head)
+    if head == "value":  # by which verl 0.7's engine knows it
+        common["model_config"].architectures = ["Qwen2ForTokenClassification"]
     layers = (
         {}
         if find_spec("transformer_engine")

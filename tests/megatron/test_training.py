@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from processes import OVERLAY, result
+from real_engine import refused
 from sft import without_images
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -26,6 +27,8 @@ def numbers(model: Path, head: str, **more: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["lm", "value"])
 def runs(request, tiny_model):
     """Return the numbers with all hooks, and with those alone that a CPU needs."""
+    if refused("megatron", request.param):
+        pytest.skip(refused("megatron", request.param))
     return numbers(tiny_model, request.param), numbers(tiny_model, request.param, VERL_FL_DISABLE=PHASE)
 
 
