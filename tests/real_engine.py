@@ -97,11 +97,17 @@ def make_engine(model: str, strategy: str, head: str, *, plain: bool = False, **
     return made
 
 
+REFUSED = {
+    ("0.7.1", "megatron", "value"): "verl 0.7.1 passes enable_mtp to its own forward function, which does not take it",
+    ("0.9.0", "megatron", "value"): "verl 0.9.0 sets share_embeddings_and_output_weights, which TransformerConfig "
+    "does not take; mended in 0.9.1",
+}
+"""(release, strategy, head) -> why that verl cannot train with its own engine, overlay or not."""
+
+
 def refused(strategy: str, head: str) -> str:
-    """Return why the verl that is here cannot train with an engine of its own at all, "" where it can."""
-    if (version("verl"), strategy, head) == ("0.7.1", "megatron", "value"):
-        return "verl 0.7.1 passes enable_mtp to its own forward function, which does not take it"
-    return ""
+    """Return why the verl that is here cannot train with an engine of its own, "" where it can."""
+    return REFUSED.get((version("verl"), strategy, head), "")
 
 
 def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu") -> Any:
