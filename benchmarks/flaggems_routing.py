@@ -75,7 +75,7 @@ def one_process(model: str, file: Path, native: dict[str, Any] | None) -> None:
     join_group(plain=False)
     engine = make_engine(model, "fsdp2", "lm")
     _say("engine initialised")
-    _one_tiling_for_mm()
+    one_tiling_for_mm()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loss = sft_loss()
     result: dict[str, Any] = {"failed": {}}
@@ -100,8 +100,8 @@ def one_process(model: str, file: Path, native: dict[str, Any] | None) -> None:
 
     def kernels() -> None:
         if device == "cuda":
-            result["inside"] = _kernels(lambda: step(3))
-            result["outside"] = _kernels(_outside)
+            result["inside"] = kernels_of(lambda: step(3))
+            result["outside"] = kernels_of(outside)
 
     parts: dict[str, Callable[[], None]] = {"log-probs": infer, "three steps": three_steps}
     parts["report"] = lambda: _describe(result)
@@ -127,7 +127,7 @@ def one_process(model: str, file: Path, native: dict[str, Any] | None) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _one_tiling_for_mm() -> None:
+def one_tiling_for_mm() -> None:
     """Let FlagGems' mm take one tiling instead of choosing among 216: compiling them all takes minutes."""
     if "flag_gems" not in sys.modules:
         return
@@ -150,7 +150,7 @@ def _say(what: str) -> None:
     print(f"[{time.monotonic() - _BEGUN:6.1f} s] {what}", file=sys.stderr, flush=True)
 
 
-def _outside() -> None:
+def outside() -> None:
     """Multiply, multiply matrices and copy, where verl does not train."""
     import torch
 
@@ -158,7 +158,7 @@ def _outside() -> None:
     torch.empty_like(a).copy_((a * a @ a).t())
 
 
-def _kernels(run: Any) -> dict[str, int]:
+def kernels_of(run: Any) -> dict[str, int]:
     """Return the GPU kernels that ``run`` launches: name -> how often."""
     import torch
     from torch.profiler import ProfilerActivity, profile

@@ -7,8 +7,10 @@ a Ray actor's class would be lost when Ray pickles it.  The reference policy is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+from verl_fl_overlay.events import engine_built, engine_initialized
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.phase import training
 
@@ -28,8 +30,11 @@ def _infer(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    engine_built.emit(instance)  # the worker takes an engine's part
     with training.inside("initialize"):
-        return wrapped(*args, **kwargs)
+        built = wrapped(*args, **kwargs)
+    engine_initialized.emit(SimpleNamespace(module=built[0]))
+    return built
 
 
 STEPS = {
@@ -77,7 +82,7 @@ def hooks() -> list[Hook]:
             wrapper=_initialize,
             feature="phase",
             required=True,
-            why="verl 0.7's default workers build model and optimizer here; it is inside the training phase.",
+            why="verl 0.7's default workers build their models here, inside the training phase; features are told.",
             upstream=f"{UPSTREAM}/{backend}_workers.py",
             until="verl 0.8.0, which has no legacy workers",
             needs=_needs(backend),

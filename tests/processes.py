@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu"}
 """The environment that loads the overlay on a machine without an accelerator."""
@@ -48,3 +50,11 @@ def output(code: str, **options: object) -> str:
     done = python(code, **options)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout.strip().splitlines()[-1]
+
+
+def result(*command: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a program that prints RESULT and JSON, fail the test if it fails; return what it printed."""
+    done = run(*command, **options)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def make_engine(model: str, strategy: str, head: str, *, plain: bool = False, **
     return made
 
 
+REFUSED = {
+    ("0.7.1", "megatron", "value"): "verl 0.7.1 passes enable_mtp to its own forward function, which does not take it",
+    ("0.9.0", "megatron", "value"): "verl 0.9.0 sets share_embeddings_and_output_weights, which TransformerConfig "
+    "does not take; mended in 0.9.1",
+}
+"""(release, strategy, head) -> why that verl cannot train with its own engine, overlay or not."""
+
+
+def refused(strategy: str, head: str) -> str:
+    """Return why the verl that is here cannot train with an engine of its own, "" where it can."""
+    return REFUSED.get((version("verl"), strategy, head), "")
+
+
 def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu") -> Any:
     """Return a batch of chats of unequal length as verl's SFT trainer makes it (nested tensors, no padding)."""
     import torch
@@ -153,7 +167,8 @@ def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
             engine.lr_scheduler_step()
         metrics = output["metrics"]
         total = sum(float(value) for value in output["loss"])
-        results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
+        if engine.is_mp_src_rank_with_outputs():  # verl gives the norm to one rank of a tensor parallel group alone
+            results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
     return results
 
 

@@ -66,10 +66,10 @@ class Event:
 
 
 engine_built = Event("engine built")
-"""Emitted with the engine, right after its constructor: it has no model yet."""
+"""Emitted with the engine, or the worker that does without one, before it has a model."""
 
 engine_initialized = Event("engine initialized")
-"""Emitted with the engine, after ``initialize()`` built its model, optimizer and scheduler."""
+"""Emitted with the engine, or what holds a worker's ``module``, when model, optimizer and scheduler are built."""
 
 rollout_plugin_found = Event("rollout plugin found")
 """Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""

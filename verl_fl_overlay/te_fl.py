@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -62,6 +63,7 @@ def apply(settings: Settings) -> None:
         core = importlib.import_module(CORE)
         core.reset_global_policy()  # it was cached, if anything asked before the environment was complete
         _told["policy"] = _policy(core.get_policy())
+        _told["implementations"] = _implementations(core.get_default_manager())
         _warn(settings)
 
 
@@ -75,18 +77,37 @@ def _policy(policy: Any) -> dict[str, Any]:
     }
 
 
+def _implementations(manager: Any) -> dict[str, int]:
+    """Return for how many operators each kind has an implementation here: {"flagos": 7, "vendor:CUDA": 109 ...}."""
+    manager.ensure_initialized()
+    counted: Counter[str] = Counter()
+    for implementations in manager.registry.snapshot().impls_by_op.values():
+        kinds = {f"{i.kind.value}:{i.vendor}" if i.kind.value == "vendor" else i.kind.value for i in implementations}
+        counted.update(kinds)
+    return dict(counted)
+
+
 def _warn(settings: Settings) -> None:
-    if "warned" in _told or (settings["TE_FL_PREFER"] == "flagos" and "TE_FL_PREFER" in settings.given):
+    prefer = _told["policy"]["prefer"]
+    here = {kind.partition(":")[0] for kind in _told["implementations"]}
+    given = settings.given.get("TE_FL_PREFER")
+    if "warned" in _told or (given is not None and settings["TE_FL_PREFER"] == "flagos" and prefer in here):
         return
     _told["warned"] = True
-    given = settings.given.get("TE_FL_PREFER")
-    found = f"TE_FL_PREFER={given}" if given is not None else "TE_FL_PREFER not set"
-    logger.warning(
-        "a Megatron engine starts with %s, and TransformerEngine-FL takes %s implementations first; "
-        "export TE_FL_PREFER=flagos for those of FlagOS",
-        found,
-        _told["policy"]["prefer"],
-    )
+    if prefer in here:
+        logger.warning(
+            "a Megatron engine starts with %s, and TransformerEngine-FL takes %s implementations first; "
+            "export TE_FL_PREFER=flagos to be sure of those of FlagOS",
+            f"TE_FL_PREFER={given}" if given is not None else "TE_FL_PREFER not set",
+            prefer,
+        )
+    else:
+        logger.warning(
+            "TransformerEngine-FL is to take %s implementations first and has none here: a Megatron engine runs on %s; "
+            "FlagOS' need flag_gems and a device that it knows",
+            prefer,
+            ", ".join(sorted(here)) or "nothing",
+        )
 
 
 def describe() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import real_engine
 
@@ -35,15 +36,19 @@ def use_local_layers() -> None:
 
     forward = DotProductAttention.forward
 
-    def causal(core: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """Turn verl's mask, [rows, length] and True where there is a token, into [rows, 1, length, length] of the
-        masked: TransformerEngine does so itself."""
-        length = attention_mask.shape[-1]
-        later = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).triu(1)
-        masked = ~attention_mask.bool()[:, None, None, :] | later
-        return forward(core, query, key, value, masked, *args, **kwargs)
+    def masked(core: Any, *tensors: Any, packed_seq_params: Any = None, **options: Any) -> Any:
+        """Mask as TransformerEngine does: verl gives [rows, length], True where there is a token; or, for sequences
+        packed one after the other, queries, keys and values that are [tokens, heads, width], and where each ends."""
+        *qkv, mask = tensors
+        device, length = qkv[0].device, len(qkv[0])
+        apart = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        if packed_seq_params is None:
+            return forward(core, *qkv, ~mask.bool()[:, None, None, :] | apart, **options)
+        row = torch.bucketize(torch.arange(length, device=device), packed_seq_params.cu_seqlens_q[1:], right=True)
+        apart = apart | (row[:, None] != row)
+        return forward(core, *(tensor[:, None] for tensor in qkv), apart[None, None], **options)
 
-    DotProductAttention.forward = causal
+    DotProductAttention.forward = masked
     LLMBridge._get_transformer_layer_spec = local
     # mbridge looks "pre_mlp_..." up among the MLP's names, and what is neither attention nor MLP among the others.
     Qwen2Bridge._MLP_MAPPING["pre_mlp_layernorm.weight"] = [
@@ -57,10 +62,13 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
     common = real_engine.configs(model, "fsdp2", head)
+    if head == "value":  # by which verl 0.7's engine knows it
+        common["model_config"].architectures = ["Qwen2ForTokenClassification"]
     layers = (
         {}
         if find_spec("transformer_engine")
-        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False}
+        # torch's norms, which take the place of TransformerEngine's, know no sequence parallelism; mbridge turns it on.
+        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "sequence_parallel": False}
     )
     return {
         **common,
@@ -106,6 +114,16 @@ def seed_everything() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def kernels(engine: Any, head: str) -> dict[str, list[str]]:
+    """Return the names of the GPU kernels of one more step, and of arithmetic where verl does not train."""
+    from flaggems_routing import kernels_of, outside
+
+    return {
+        "step": sorted(kernels_of(lambda: real_engine.train(engine, head, 1))),
+        "outside": sorted(kernels_of(outside)),
+    }
+
+
 def phase_inside(engine: Any) -> list[bool]:
     """Return a list that gets one entry a forward pass: whether the training phase was on in it."""
     seen: list[bool] = []
@@ -125,6 +143,7 @@ def main() -> None:
     parser.add_argument("--head", default="lm", choices=["lm", "value"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
     import torch
@@ -138,9 +157,16 @@ def main() -> None:
     seed_everything()
     initialize_global_process_group()
     engine = make_engine(options.model, options.strategy, options.head, options.tp)
+    if options.kernels:
+        from flaggems_routing import one_tiling_for_mm
+
+        one_tiling_for_mm()
     seen = phase_inside(engine)
     steps = real_engine.train(engine, options.head, options.steps)
+    inside = {"train": seen[:]}
     values = real_engine.infer(engine, options.head)
+    inside["infer"] = seen[len(inside["train"]) :]
+    launched = kernels(engine, options.head) if options.kernels else None
     after = None
     report = None
     if "verl_fl_overlay.phase" in sys.modules:
@@ -152,7 +178,8 @@ def main() -> None:
         result = {
             "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
             "values": [value.hex() for value in values],
-            "inside": seen,
+            "inside": inside,
+            "kernels": launched,
             "after": after,
             "report": report,
         }

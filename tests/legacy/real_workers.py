@@ -1,7 +1,10 @@
 """verl 0.7's real legacy workers on a CPU, one process: actor, reference and critic built, asked and trained.
 
 Prints JSON: for every call whether the training phase was on in each forward pass of the model and after the call, the
-results as hexadecimal floats, and the overlay's report:  python tests/legacy/real_workers.py MODEL
+results as hexadecimal floats, and the overlay's report:  python tests/legacy/real_workers.py MODEL [--flagos]
+
+``--flagos`` puts stand-ins in the place of FlagGems' kernels, and enables its ``mul`` beforehand in the whole process,
+as vLLM's plugin does where vLLM lives in the trainer's process (verl 0.7.0).
 """
 
 from __future__ import annotations
@@ -89,6 +92,50 @@ class Watch:
         return output, {"inside": list(self.seen), "after": phase_is_on(), **extra}
 
 
+class FlagOS:
+    """Stand-ins for FlagGems' kernels, and somebody else's ``mul``; how often each was called inside and outside."""
+
+    def __init__(self) -> None:
+        import torch
+        from flaggems import stand_ins
+        from fused.stand_ins import StandIns
+
+        from verl_fl_overlay.flaggems import fused, fused_forward, library
+        from verl_fl_overlay.settings import Settings
+
+        self.theirs = {"inside": 0, "outside": 0}
+        self.routed, self.fused = stand_ins.calls, StandIns()
+        library.load = stand_ins.gems
+        fused_forward.kernels, fused_forward.NATIVE_DEVICES = (lambda: self.fused), ()
+        fused.start(Settings(fused=("gated_mlp",)))  # a CPU has none, so the settings leave it out
+
+        def mul(a: Any, b: Any) -> Any:
+            self.theirs["inside" if phase_is_on() else "outside"] += 1
+            return stand_ins.multiply(a, b)
+
+        self.before = torch.library.Library("aten", "IMPL")
+        self.before.impl("mul.Tensor", mul, "CPU")
+
+    def told(self) -> dict[str, Any]:
+        """Multiply once more, outside the phase; return what was called."""
+        import torch
+
+        from verl_fl_overlay.flaggems import fused
+
+        inside = dict(self.routed)
+        outside = self.theirs["outside"]
+        a = torch.rand(4, 4)
+        (a * a) @ a
+        return {
+            "theirs": self.theirs,
+            "theirs after": self.theirs["outside"] - outside,
+            "routed": inside,
+            "routed after": self.routed.total() - sum(inside.values()),
+            "fused": self.fused.calls["silu_and_mul"],
+            "replaced": fused.describe()["replaced"],
+        }
+
+
 def phase_is_on() -> bool:
     from verl_fl_overlay.phase import training
 
@@ -111,6 +158,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    flagos = FlagOS() if "--flagos" in sys.argv else None
     config = config_of(sys.argv[1])
     calls: dict[str, Any] = {}
 
@@ -139,7 +187,7 @@ def main() -> None:
     output, calls["update_critic"] = watch.call(critic.update_critic)
     calls["update_critic"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["critic/grad_norm"]]
 
-    print("RESULT " + json.dumps({"calls": calls, "report": build()}))
+    print("RESULT " + json.dumps({"calls": calls, "flagos": flagos and flagos.told(), "report": build()}))
     torch.distributed.destroy_process_group()
 
 

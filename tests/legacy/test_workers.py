@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, run
+from processes import OVERLAY, result
+from sft import without_images
 
 PROGRAM = Path(__file__).with_name("real_workers.py")
 STEPS = ["compute_log_prob", "update_policy", "compute_ref_log_prob", "compute_values", "update_critic"]
@@ -27,12 +27,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def results(model: Path, **more: str) -> dict:
-    from sft import without_images
-
-    done = run(PROGRAM, model, env={**OVERLAY, **without_images(), "VERL_FL_STRICT": "1", **more}, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.split("RESULT ")[1])
+def results(model: Path, *options: str, **more: str) -> dict:
+    env = {**OVERLAY, **without_images(), "VERL_FL_STRICT": "1", **more}
+    return result(PROGRAM, model, *options, env=env, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +76,27 @@ def test_models_are_built_inside_the_phase(hooked):
     calls = {hook["name"]: hook["calls"] for hook in hooked["report"]["hooks"]}
     assert calls["legacy.fsdp.build_model_optimizer"] == 2
     assert calls["legacy.fsdp.build_critic_model_optimizer"] == 1
+
+
+@pytest.fixture(scope="module")
+def flagos(tiny_model):
+    return results(tiny_model, "--flagos", USE_FLAGGEMS="1", TRAINING_FL_FLAGOS_WHITELIST="mul,mm")
+
+
+def test_operators_are_routed_in_the_steps_alone(flagos):
+    assert flagos["flagos"]["routed"]["mm"] > 100
+    assert flagos["flagos"]["routed after"] == 0
+
+
+def test_a_flaggems_that_somebody_enabled_before_is_left_to_them(flagos):
+    """vLLM's plugin does in verl 0.7.0, where vLLM lives in the trainer's process."""
+    calls = flagos["flagos"]
+    assert "mul" not in calls["routed"]
+    assert calls["theirs"]["inside"] > 100
+    assert calls["theirs after"] == 1, "still theirs when the training phase is over"
+    assert list(flagos["report"]["features"]["flaggems"]["detail"]["held by others"]) == ["mul.Tensor"]
+
+
+def test_the_models_of_workers_are_fused(flagos):
+    assert flagos["flagos"]["replaced"] == {"gated_mlp": 3 * 2}, "actor, reference and critic, of two layers"
+    assert flagos["flagos"]["fused"] > 20

@@ -6,7 +6,7 @@ import json
 from importlib.metadata import version
 
 import pytest
-from processes import OVERLAY, PLAIN, output, python
+from processes import OVERLAY, output
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -66,38 +66,3 @@ def test_hooks_sit_on_the_real_classes():
     assert found["wrapped"] == dict.fromkeys(steps, True)
     assert found["inherited"] == [True, True], "both heads take the hooked initialize"
     assert found["classes"] == ["MegatronEngineWithLMHead", "MegatronEngineWithValueHead"]
-
-
-MISSING = """
-import sys
-sys.modules["megatron"] = None
-import verl
-try:
-    import {engine}
-except ImportError as error:
-    import traceback
-    frames = [f.filename for f in traceback.extract_tb(error.__traceback__)]
-    print(error, "| overlay's frames:", [f for f in frames if "compat/" in f or "hooks.py" in f])
-"""
-
-
-def test_without_megatron_core_the_error_is_verls():
-    found = output(MISSING.format(engine=ENGINE), env=environment())
-    assert "megatron" in found
-    assert found.endswith("overlay's frames: []")
-
-
-UNKNOWN = """
-import verl
-from verl.workers.engine import EngineRegistry
-EngineRegistry.new(model_type="language_model", backend="fsdp3")
-"""
-
-
-def test_an_unknown_strategy_gets_verls_own_error():
-    done = python(UNKNOWN, env=environment())
-    plain = python(UNKNOWN, env={**environment(), **PLAIN, "VERL_USE_EXTERNAL_MODULES": ""})
-    last = [run.stderr.strip().splitlines()[-1] for run in (done, plain)]
-    assert done.returncode == plain.returncode == 1
-    assert "fsdp3" in last[0]
-    assert last[0] == last[1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from processes import OVERLAY, run
+from processes import OVERLAY, result
+from real_engine import refused
+from sft import without_images
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 pytest.importorskip("megatron.core", reason="needs megatron-core")
@@ -17,15 +19,16 @@ PHASE = "engine.enter,engine.exit,engine.train_batch,engine.infer_batch,engine.i
 STEPS = 6
 
 
-def numbers(model: Path, head: str, **more: str) -> dict:
-    done = run(PROGRAM, model, "--head", head, "--steps", STEPS, env={**OVERLAY, **more}, timeout=400)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
-    return json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+def numbers(model: Path, head: str, **more: str) -> dict[str, Any]:
+    env = {**OVERLAY, **without_images(), **more}
+    return result(PROGRAM, model, "--head", head, "--steps", STEPS, env=env, timeout=400)
 
 
 @pytest.fixture(scope="module", params=["lm", "value"])
 def runs(request, tiny_model):
     """Return the numbers with all hooks, and with those alone that a CPU needs."""
+    if refused("megatron", request.param):
+        pytest.skip(refused("megatron", request.param))
     return numbers(tiny_model, request.param), numbers(tiny_model, request.param, VERL_FL_DISABLE=PHASE)
 
 
@@ -37,10 +40,10 @@ def test_it_learns(runs):
 
 def test_phase_is_on_in_every_forward_pass_and_off_after(runs):
     hooked, unhooked = runs
-    assert len(hooked["inside"]) == 2 * (STEPS + 1), "two micro-batches a step, and one inference"
-    assert all(hooked["inside"])
+    assert [len(hooked["inside"][mode]) for mode in ("train", "infer")] == [2 * STEPS, 2], "two micro-batches"
+    assert all(hooked["inside"]["train"] + hooked["inside"]["infer"])
     assert hooked["after"] is False
-    assert not any(unhooked["inside"])
+    assert not any(unhooked["inside"]["train"] + unhooked["inside"]["infer"])
     assert hooked["report"]["phase"]["counts"]["initialize"] == 1
 
 
@@ -48,3 +51,14 @@ def test_the_hooks_change_no_number(runs):
     hooked, unhooked = runs
     assert hooked["steps"] == unhooked["steps"]
     assert hooked["values"] == unhooked["values"]
+
+
+@pytest.mark.parametrize("tp", [1, 2], ids=["data parallel", "tensor parallel"])
+def test_two_ranks_learn_inside_the_phase(tiny_model, tp):
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    env = {**OVERLAY, **without_images(), "OMP_NUM_THREADS": "1"}
+    found = result(*torchrun, PROGRAM, tiny_model, "--steps", 3, "--tp", tp, env=env, timeout=400)
+    losses = [float.fromhex(step["loss"]) for step in found["steps"]]
+    assert losses[-1] < losses[0]
+    assert all(found["inside"]["train"] + found["inside"]["infer"])
+    assert found["after"] is False

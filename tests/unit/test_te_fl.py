@@ -1,37 +1,25 @@
-"""TransformerEngine-FL told from NVIDIA's, its policy read anew for a Megatron engine; the package is a stand-in."""
+"""TransformerEngine-FL told from NVIDIA's, its policy read anew for a Megatron engine; the package is a stand-in.
+
+The real one answers the same questions in ``test_the_policy_is_what_the_environment_says`` where it is installed.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
-import textwrap
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from processes import output
 
 from verl_fl_overlay import te_fl
 from verl_fl_overlay.events import engine_built
 from verl_fl_overlay.settings import Settings
 
-CORE = """
-    import os
-    from dataclasses import dataclass
-    @dataclass
-    class Policy:
-        prefer: str
-        allow_vendors: object
-        deny_vendors: frozenset
-        per_op_order: tuple
-    _cached = None
-    def reset_global_policy():
-        global _cached
-        _cached = None
-    def get_policy():
-        global _cached
-        if _cached is None:
-            prefer = os.environ.get("TE_FL_PREFER", "flagos")
-            _cached = Policy(prefer, frozenset({"CUDA"}), frozenset(), (("rmsnorm_fwd", ("flagos",)),))
-        return _cached
-"""
+STAND_IN = Path(__file__).parents[1] / "te_fl_stand_in.py"
 
 
 class MegatronEngine:
@@ -58,7 +46,8 @@ def packages(tmp_path, monkeypatch):
 def make_fl(folder):
     (folder / "transformer_engine/plugin/core").mkdir(parents=True)
     (folder / "transformer_engine/plugin/__init__.py").write_text("")
-    (folder / "transformer_engine/plugin/core/__init__.py").write_text(textwrap.dedent(CORE))
+    (folder / "transformer_engine/__init__.py").write_text("")
+    (folder / "transformer_engine/plugin/core/__init__.py").write_text(STAND_IN.read_text())
 
 
 def test_nvidias_packages_are_left_alone(packages):
@@ -74,14 +63,20 @@ def test_megatron_fl_alone_is_told(packages):
     assert te_fl.describe() == {"TransformerEngine-FL": False, "Megatron-LM-FL": True, "MG_FL_PREFER": "metax"}
 
 
+def register(core, *kinds):
+    made = [core.OpImpl("probe", f"{kind.value}.probe", kind, lambda kind=kind: kind.value) for kind in kinds]
+    core.get_default_manager().registry.register_many(made)
+
+
 def test_a_megatron_engine_makes_the_policy_what_the_environment_says(packages, monkeypatch, caplog):
     make_fl(packages)
     import transformer_engine.plugin.core as core
 
+    register(core, core.BackendImplKind.DEFAULT, core.BackendImplKind.REFERENCE)
     assert core.get_policy().prefer == "flagos"
-    monkeypatch.setenv("TE_FL_PREFER", "vendor")
+    monkeypatch.setenv("TE_FL_PREFER", "reference")
     assert core.get_policy().prefer == "flagos"
-    stop = te_fl.start(Settings.from_environment({"TE_FL_PREFER": "vendor"}))
+    stop = te_fl.start(Settings.from_environment({"TE_FL_PREFER": "reference"}))
     try:
         with caplog.at_level(logging.WARNING):
             engine_built.emit(FSDPEngine())
@@ -90,22 +85,121 @@ def test_a_megatron_engine_makes_the_policy_what_the_environment_says(packages, 
             engine_built.emit(MegatronEngine())
     finally:
         stop()
-    assert core.get_policy().prefer == "vendor"
-    assert te_fl.describe()["policy"] == {
-        "prefer": "vendor",
-        "allow_vendors": ["CUDA"],
-        "deny_vendors": [],
-        "per_op": {"rmsnorm_fwd": ["flagos"]},
-        "another implementation is tried when one fails": True,
-    }
+    assert core.get_policy().prefer == "reference"
     assert [record.getMessage() for record in caplog.records] == [
-        "a Megatron engine starts with TE_FL_PREFER=vendor, and TransformerEngine-FL takes vendor implementations "
-        "first; export TE_FL_PREFER=flagos for those of FlagOS"
+        "a Megatron engine starts with TE_FL_PREFER=reference, and TransformerEngine-FL takes reference "
+        "implementations first; export TE_FL_PREFER=flagos to be sure of those of FlagOS"
     ]
 
 
-def test_no_warning_where_flagos_is_asked_for(packages, monkeypatch, caplog):
+def test_no_warning_where_flagos_is_asked_for_and_there(packages, monkeypatch, caplog):
     make_fl(packages)
+    import transformer_engine.plugin.core as core
+
+    register(core, core.BackendImplKind.DEFAULT)
     monkeypatch.setenv("TE_FL_PREFER", "flagos")
     te_fl.apply(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
     assert not caplog.records
+
+
+def test_flagos_without_its_kernels_is_told(packages, monkeypatch, caplog):
+    """TransformerEngine-FL registers them where flag_gems can be used, and goes on silently where not."""
+    make_fl(packages)
+    import transformer_engine.plugin.core as core
+
+    register(core, core.BackendImplKind.REFERENCE)
+    monkeypatch.setenv("TE_FL_PREFER", "flagos")
+    te_fl.apply(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
+    assert [record.getMessage() for record in caplog.records] == [
+        "TransformerEngine-FL is to take flagos implementations first and has none here: a Megatron engine runs on "
+        "reference; FlagOS' need flag_gems and a device that it knows"
+    ]
+    assert te_fl.describe()["implementations"] == {"reference": 1}
+
+
+PROBE = """
+import json, os
+import transformer_engine.plugin.core as core
+from verl_fl_overlay import te_fl
+from verl_fl_overlay.settings import Settings
+
+def fails():
+    raise ValueError("as asked")
+
+kind, impl = core.BackendImplKind, core.OpImpl
+manager = core.get_default_manager()
+manager.ensure_initialized()
+manager.registry.register_many([
+    impl("probe", "default.probe", kind.DEFAULT, lambda: "flagos"),
+    impl("probe", "reference.probe", kind.REFERENCE, lambda: "reference"),
+    impl("probe", "vendor.probe", kind.VENDOR, lambda: "CUDA", vendor="CUDA"),
+    impl("faulty", "default.faulty", kind.DEFAULT, fails),
+    impl("faulty", "reference.faulty", kind.REFERENCE, lambda: "reference"),
+])
+
+def call(op):
+    try:
+        return manager.call(op)
+    except Exception as error:
+        return type(error).__name__
+
+found = {"before": call("probe")}
+os.environ.update(ENVIRONMENT)
+found["unread"] = call("probe")
+te_fl.apply(Settings.from_environment(os.environ))
+found.update(probe=call("probe"), told=te_fl.describe())
+if "TE_FL_PER_OP" not in os.environ:
+    found["faulty"] = call("faulty")
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def path(request, tmp_path):
+    """Return the PYTHONPATH on which a TransformerEngine-FL lies."""
+    if request.param == "real":
+        if not (find_spec("transformer_engine") and te_fl.installed()["TransformerEngine-FL"]):
+            pytest.skip("needs TransformerEngine-FL")
+        return os.environ.get("PYTHONPATH", "")
+    (tmp_path / "transformer_engine").mkdir()
+    make_fl(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "flagos"),
+        ({"TE_FL_PREFER": "reference"}, "reference"),
+        ({"TE_FL_PREFER_VENDOR": "1"}, "CUDA"),
+        ({"TE_FL_PREFER": "flagos", "TE_FL_PREFER_VENDOR": "1"}, "flagos"),
+        ({"TE_FL_PREFER": "vendor", "TE_FL_ALLOW_VENDORS": "METAX"}, "flagos"),
+        ({"TE_FL_PREFER": "vendor", "TE_FL_DENY_VENDORS": "MUSA,CUDA"}, "flagos"),
+        ({"TE_FL_PER_OP": "probe=vendor:CUDA|flagos; other = reference"}, "CUDA"),
+        ({"TE_FL_PER_OP": "probe=vendor:CUDA|flagos", "TE_FL_DENY_VENDORS": "CUDA"}, "flagos"),
+        ({"TE_FL_PER_OP": "probe=impl:reference.probe"}, "reference"),
+        ({"TE_FL_PER_OP": "probe=vendor:cuda|default"}, "RuntimeError"),
+    ],
+    ids=str,
+)
+def test_the_policy_is_what_the_environment_says(path, environment, expected):
+    """By the implementation that runs; what it was before the environment was complete is forgotten."""
+    program = PROBE.replace("ENVIRONMENT", repr(environment))
+    found = json.loads(output(program, env={"PYTHONPATH": path, "TE_FL_SKIP_CUDA": "1"}))
+    assert (found["before"], found["unread"], found["probe"]) == ("flagos", "flagos", expected)
+    policy = found["told"]["policy"]
+    assert policy["prefer"] == environment.get(
+        "TE_FL_PREFER", "vendor" if environment.get("TE_FL_PREFER_VENDOR") else "flagos"
+    )
+    per_op = environment.get("TE_FL_PER_OP", "")
+    assert policy["per_op"].get("probe", []) == (
+        per_op.partition(";")[0].partition("=")[2].split("|") if per_op else []
+    )
+
+
+@pytest.mark.parametrize(("strict", "answer"), [(None, "reference"), ("1", "reference"), ("0", "ValueError")])
+def test_what_strict_is_reported_to_do_is_what_it_does(path, strict, answer):
+    program = PROBE.replace("ENVIRONMENT", repr({} if strict is None else {"TE_FL_STRICT": strict}))
+    found = json.loads(output(program, env={"PYTHONPATH": path, "TE_FL_SKIP_CUDA": "1"}))
+    assert found["faulty"] == answer
+    assert found["told"]["policy"]["another implementation is tried when one fails"] == (answer == "reference")

@@ -1,0 +1,83 @@
+"""Write compat/coverage.md from results: ``python .ci/coverage.py out/coverage``.
+
+A result is the JUnit file of ``pytest tests/coverage``, one a release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
+Cells for which the folder has no result stay what they were; exit status 1 if a test failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+TABLE = Path(__file__).parents[1] / "compat" / "coverage.md"
+COLUMNS = {
+    ("cpu", "test_hooks_on_the_real_class"): "hooks on the real class",
+    ("cpu", "test_phase_on_in_training"): "training, CPU",
+    ("cpu", "test_phase_on_in_inference"): "inference, CPU",
+    ("cuda", "test_phase_on_in_training"): "training, GPU",
+    ("cuda", "test_phase_on_in_inference"): "inference, GPU",
+}
+KEY = ["verl", "backend", "head"]
+HEAD = [*KEY, *COLUMNS.values()]
+INTRODUCTION = """# What was run with each engine and worker
+
+Made by `.ci/coverage.py` from the results of `nox -s coverage` (on a GPU: `pytest tests/coverage`), not by hand.
+Training and inference "passed" means that verl's real engine or worker did it, with the training phase on in every
+forward pass and off after it.  Megatron has its own local layers there, since TransformerEngine was not installed; on a
+CPU, what it asks torch.cuda is answered for the CPU.
+"""
+
+
+def outcome(case: ElementTree.Element) -> str:
+    """Return what a cell says of one test."""
+    skipped = case.find("skipped")
+    if skipped is None:
+        return "FAILED" if case.find("failure") is not None or case.find("error") is not None else "passed"
+    why = skipped.get("message", "")
+    return "not in that release" if why.startswith("not in verl") else f"not run ({why})"
+
+
+def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """Return (release, backend, head) -> column -> cell."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for file in sorted(folder.glob("*.xml")):
+        release, device = file.stem.rsplit("-", 1)
+        for case in ElementTree.parse(file).getroot().iter("testcase"):
+            match = re.fullmatch(r"(\w+)\[(.+) (\w+)\]", case.get("name", ""))
+            if match and (device, match[1]) in COLUMNS:
+                found.setdefault((release, match[2], match[3]), {})[COLUMNS[device, match[1]]] = outcome(case)
+    return found
+
+
+def before() -> dict[tuple[str, ...], dict[str, str]]:
+    """Return what the table says now."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {tuple(row[: len(KEY)]): dict(zip(HEAD, row, strict=True)) for row in rows[2:]}
+
+
+def cells(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
+    """Return a row; what a release lacks was not run on any device."""
+    lacking = "not in that release" in known.values()
+    nothing = "not in that release" if lacking else "not run (no result)"
+    return [*key, *(nothing if lacking else known.get(column, nothing) for column in COLUMNS.values())]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    rows = before()
+    for key, known in results(parser.parse_args().folder).items():
+        rows[key] = {**rows.get(key, {}), **known}
+    table = [cells(key, known) for key, known in sorted(rows.items())]
+    lines = ["| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *table]]
+    TABLE.write_text("\n".join([INTRODUCTION, *lines, ""]), encoding="utf-8")
+    failed = [" ".join(row[: len(KEY)]) for row in table if "FAILED" in row]
+    print(f"{TABLE}: {len(table)} rows, failed: {', '.join(failed) or 'none'}")
+    return 1 if failed or not table else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
