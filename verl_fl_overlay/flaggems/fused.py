@@ -1,4 +1,4 @@
-"""Puts FlagGems' fused kernels into a model: which modules get one, and how they are taken out again.
+"""Puts fused kernels into a model: which modules get one, and how they are taken out again.
 
 A module is recognised by its structure (the forward then checks its numbers before it relies on that), its parameters
 and their names stay as they are, and whoever replaced a forward before us keeps it.
@@ -37,14 +37,14 @@ class FusedModules:
         self._functions: list[tuple[ModuleType, Any, Any]] = []
 
     def engine_initialized(self, engine: Any) -> None:
-        """Load FlagGems and fuse the model of an engine that verl has just built.
+        """Fuse the model of an engine that verl has just built.
 
         Raises:
-            FlagGemsError: FlagGems cannot be used here.
+            ModuleNotFoundError: there is no Triton; what its import costs is paid here, and not in the first step.
         """
         from verl_fl_overlay.flaggems import fused_forward
 
-        fused_forward.kernels().load()
+        fused_forward.kernels()
         for model in _models(engine):
             self.fuse(model)
 
