@@ -242,7 +242,9 @@ def child(row: str, names: list[str], models: Path, steps: int, tiny: bool) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="A,B", help="of A, B, tiny")
-    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help="of: " + "; ".join(f"{k}: {v}" for k, v in ROWS.items()))
+    parser.add_argument(
+        "--rows", default=",".join(DEFAULT_ROWS), help="of: " + "; ".join(f"{k}: {v}" for k, v in ROWS.items())
+    )
     parser.add_argument("--steps", type=int, default=7, help="the median leaves out the first two")
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU; the default without a GPU")
     parser.add_argument("--json", type=Path)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("verl")
 
-from processes import run  # noqa: E402
+from processes import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from processes import output  # noqa: E402
+from processes import output
 
 PROGRAM = """
 import contextlib, json, torch
