@@ -2,7 +2,7 @@
 
 python benchmarks/alternating.py [--model A] [--rounds 5]
 
-Where the host's launches bound a step, two processes of the same row differ by more than two rows do (benchmarks/step.py
+Where the host's launches bound a step, two processes of one row differ by more than two rows do (benchmarks/step.py
 shows it); in turns, all rows see the same machine.  On a CPU, or without Liger, only the rows that can run there do.
 """
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import pytest
 
-# verl >= 0.9 finds the overlay by its entry point: a test that imports verl would leave it active for all later tests.
-os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
+
+@pytest.fixture(autouse=True)
+def overlay_off():
+    """Start every test without the overlay: a module that imported both verl and our package has activated it."""
+    activation = sys.modules.get("verl_fl_overlay.activation")
+    if activation is not None:
+        activation.deactivate()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,10 @@ for batch in (1, 2):
     heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 24)
     told[f"rotate, {batch} of angles"] = off(lambda q, k: kernels.rotate(q, k, cos, sin), turned, *heads)
 
+poisoned = torch.randn(3, 16)
+poisoned[1, 2] = float("nan")
+told["NaN in a norm"] = torch.isnan(kernels.rms_norm(poisoned, torch.ones(16), 1e-6)).any(-1).tolist()
+
 logits, labels, upstream = torch.randn(3, 5000) * 8, torch.tensor([0, 4999, 17]), torch.tensor([1.0, 0.0, -2.0])
 logits[1, 3] = float("nan")
 sides = []
@@ -82,6 +86,7 @@ print(json.dumps(told))
 
 def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
+    assert told.pop("NaN in a norm") == [False, True, False]
     assert told.pop("NaN") == [[False, True, False], [False, True, False]]
     assert len(told) == 10
     assert max(told.values()) < 2e-5, told

@@ -35,6 +35,7 @@ class FusedModules:
         self.counts: Counter[str] = Counter()
         self._modules: list[Any] = []
         self._functions: list[tuple[ModuleType, Any, Any]] = []
+        self._left_native: set[str] = set()
 
     def engine_initialized(self, engine: Any) -> None:
         """Fuse the model of an engine that verl has just built.
@@ -53,7 +54,7 @@ class FusedModules:
         from verl_fl_overlay.flaggems import fused_forward
 
         forwards = {"rms_norm": fused_forward.rms_norm, "gated_mlp": fused_forward.gated_mlp}
-        before = self.counts.total()
+        before, name = self.counts.total(), type(model).__name__
         for module in model.modules():
             kind = recognise(module)
             if kind in self.kinds and _is_untouched(module):
@@ -63,10 +64,9 @@ class FusedModules:
         if "rotary" in self.kinds:
             for source in _sources(model):
                 self._replace_rotary(source)
-        if self.counts.total() == before and not self._modules:
-            logger.warning(
-                "no module of %s has a structure with a fused kernel; it runs natively", type(model).__name__
-            )
+        if self.counts.total() == before and not self._modules and name not in self._left_native:
+            self._left_native.add(name)
+            logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
 
     def remove(self) -> None:
         """Give every module and every file its own forward and function back."""
