@@ -64,7 +64,7 @@ def _fused_off(settings: Settings) -> str:
         settings.training_flaggems is None and "USE_FLAGGEMS" in settings.given and not settings.use_flaggems
     )
     if refused:
-        return "FlagGems is switched off in training (TRAINING_FL_FLAGGEMS_ENABLE or USE_FLAGGEMS)"
+        return "TRAINING_FL_FLAGGEMS_ENABLE or USE_FLAGGEMS asks for native training"
     if settings.fused == ("auto",) and find_spec("triton") is None:
         return "triton is not installed"
     return ""

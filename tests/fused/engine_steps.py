@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import verl  # noqa: F401
-from fused.stand_ins import StandIns
 from real_engine import join_group, make_engine, train
 
+from fused.stand_ins import StandIns
 from verl_fl_overlay.flaggems import fused, fused_forward
 from verl_fl_overlay.variables import FUSED
 

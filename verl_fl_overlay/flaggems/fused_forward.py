@@ -137,7 +137,7 @@ def _agree(
     if key not in _checks:
         try:
             _checks[key] = _difference(kind, like, inputs, *runs)
-        except Exception as error:  # whatever FlagGems or Triton raise when they cannot build a kernel
+        except Exception as error:  # whatever Triton raises when it cannot build a kernel
             _checks[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if _checks[key]:
             logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, like.dtype, _checks[key])
