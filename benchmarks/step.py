@@ -1,6 +1,7 @@
 """Whole training steps of verl's real FSDP2 engine, with and without the overlay, each row in a process of its own.
 
 python benchmarks/step.py [--models A,B] [--rows native,overlay,...] [--json FILE]
+The first row of the overlay starts with empty caches if TRITON_CACHE_DIR names an empty folder.
 
 On a CPU (or with --tiny) a tiny model runs, so that this file cannot rot; its times say nothing about a GPU.
 """
@@ -15,34 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
-MODELS: dict[str, dict[str, Any]] = {
-    "A": {
-        "config": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
-        "kv": 2,
-        "vocabulary": 151936,
-        "batch": (8, 1024),
-        "micro_batch": 4,
-    },
-    "B": {
-        "config": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "num_attention_heads": 16},
-        "kv": 4,
-        "vocabulary": 151936,
-        "batch": (8, 2048),
-        "micro_batch": 4,
-    },
-    "tiny": {
-        "config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
-        "kv": 2,
-        "vocabulary": 512,
-        "batch": (4, 32),
-        "micro_batch": 2,
-    },
+
+@dataclass(frozen=True)
+class Model:
+    """A Qwen2's sizes and the batch that a step of it trains on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rows: int
+    length: int
+    micro_batch: int
+
+
+MODELS = {
+    "A": Model(896, 4864, 24, 14, 2, 151936, rows=8, length=1024, micro_batch=4),
+    "B": Model(2048, 8192, 12, 16, 4, 151936, rows=8, length=2048, micro_batch=4),
+    "tiny": Model(64, 128, 2, 4, 2, 512, rows=4, length=32, micro_batch=2),
 }
 
 ROWS = {
@@ -52,20 +52,24 @@ ROWS = {
     "overlay again": "the same in a second process: caches are warm",
     "log-probs only": "overlay on, VERL_FL_FUSED=0",
     "liger": "overlay on, the modules Liger's (use_liger)",
+    "all ops": "overlay on, every operator from FlagGems (USE_FLAGGEMS=1 VERL_FL_OPS=all): minutes of tuning",
 }
+DEFAULT_ROWS = [row for row in ROWS if row != "all ops"]
+NEED_A_GPU = ("liger", "all ops")
 
 
 def environment(row: str, tiny: bool) -> dict[str, str]:
     """Return the variables that make ``row``; on a CPU verl needs the overlay in every row."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "TRAINING_", "USE_FLAG"))}
     without = row in ("verl", "native")
-    if not tiny:
-        if without:
-            return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
-        fused = {"log-probs only": "0"}.get(row, "auto")
-        return {**kept, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": fused, "VERL_FL_STRICT": "1"}
-    on_cpu = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **on_cpu, **({"VERL_FL_DISABLE": "logprobs.fsdp"} if without else {})}
+    overlay = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
+    if tiny:
+        on_cpu = {"VERL_FL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return {**kept, **overlay, **on_cpu, **({"VERL_FL_DISABLE": "logprobs.fsdp"} if without else {})}
+    if without:
+        return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    more = {"log-probs only": {"VERL_FL_FUSED": "0"}, "all ops": {"USE_FLAGGEMS": "1", "VERL_FL_OPS": "all"}}
+    return {**kept, **overlay, **more.get(row, {})}
 
 
 def write_model(folder: Path, name: str, device: str) -> None:
@@ -76,12 +80,15 @@ def write_model(folder: Path, name: str, device: str) -> None:
 
     model = MODELS[name]
     config = Qwen2Config(
-        vocab_size=model["vocabulary"],
-        num_key_value_heads=model["kv"],
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        vocab_size=model.vocabulary,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         dtype=torch.bfloat16,
-        **model["config"],
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -95,24 +102,24 @@ def batch(name: str, device: str, seed: int) -> Any:
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
-    (rows, length), vocabulary = MODELS[name]["batch"], MODELS[name]["vocabulary"]
+    model = MODELS[name]
     generator = torch.Generator().manual_seed(seed)
 
     def nested(row: Any) -> Any:
-        return torch.nested.as_nested_tensor([row().to(device) for _ in range(rows)], layout=torch.jagged)
+        return torch.nested.as_nested_tensor([row().to(device) for _ in range(model.rows)], layout=torch.jagged)
 
     return tu.get_tensordict(
         tensor_dict={
-            "input_ids": nested(lambda: torch.randint(0, vocabulary, (length,), generator=generator)),
-            "loss_mask": nested(lambda: torch.ones(length, dtype=torch.long)),
-            "position_ids": nested(lambda: torch.arange(length)),
+            "input_ids": nested(lambda: torch.randint(0, model.vocabulary, (model.length,), generator=generator)),
+            "loss_mask": nested(lambda: torch.ones(model.length, dtype=torch.long)),
+            "position_ids": nested(lambda: torch.arange(model.length)),
         },
         non_tensor_dict={
             "use_remove_padding": False,
             "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": MODELS[name]["micro_batch"],
+            "micro_batch_size_per_gpu": model.micro_batch,
             "temperature": 1.0,
-            "global_batch_size": rows,
+            "global_batch_size": model.rows,
             "pad_mode": DatasetPadMode.NO_PADDING,
             "pad_token_id": 0,
         },
@@ -131,7 +138,7 @@ def engine(folder: Path, name: str, row: str) -> Any:
     from real_engine import configs
     from verl.workers.engine import EngineRegistry
 
-    made = configs(str(folder), "fsdp2", "lm", micro_batch_size_per_gpu=MODELS[name]["micro_batch"])
+    made = configs(str(folder), "fsdp2", "lm", micro_batch_size_per_gpu=MODELS[name].micro_batch)
     if row == "liger":
         object.__setattr__(made["model_config"], "use_liger", True)  # a frozen configuration
     built = EngineRegistry.new(model_type="language_model", backend="fsdp2", **made)
@@ -171,8 +178,8 @@ def run_row(row: str, names: list[str], models: Path, steps: int) -> dict[str, A
             outputs.append({"loss": sum(output["loss"]), "grad_norm": float(output["metrics"]["grad_norm"])})
         results[name] = {
             "initialize s": built,
-            "first step ms": times[0],
-            "step ms": statistics.median(times[2:]),
+            "first step s": times[0] / 1000,
+            "step ms": statistics.median(times[2:] or times),
             "steps ms": times,
             "peak GB": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None,
             "steps": outputs,
@@ -184,7 +191,7 @@ def run_row(row: str, names: list[str], models: Path, steps: int) -> dict[str, A
         from verl_fl_overlay.report import build
 
         told = build()["features"]
-        results["overlay"] = {feature: told[feature].get("detail") for feature in ("logprobs", "fused")}
+        results["overlay"] = {feature: told[feature].get("detail") for feature in ("logprobs", "fused", "flaggems")}
     torch.distributed.destroy_process_group()
     return results
 
@@ -195,7 +202,7 @@ def table(results: dict[str, Any], names: list[str]) -> str:
     for name in names:
         lines += [
             f"model {name}",
-            f"{'row':16}{'step ms':>10}{'first ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}",
+            f"{'row':16}{'step ms':>10}{'init s':>8}{'first s':>9}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}",
         ]
         for row, result in results.items():
             if name not in result:
@@ -208,7 +215,8 @@ def table(results: dict[str, Any], names: list[str]) -> str:
             ]
             peak = f"{one['peak GB']:.1f}" if one["peak GB"] else "-"
             lines.append(
-                f"{row:16}{one['step ms']:10.1f}{one['first step ms']:10.0f}{peak:>9}{ratios[0]:>9}{ratios[1]:>10}"
+                f"{row:16}{one['step ms']:10.1f}{one['initialize s']:8.1f}{one['first step s']:9.1f}"
+                f"{peak:>9}{ratios[0]:>9}{ratios[1]:>10}"
             )
     return "\n".join(lines)
 
@@ -234,12 +242,14 @@ def child(row: str, names: list[str], models: Path, steps: int, tiny: bool) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="A,B", help="of A, B, tiny")
-    parser.add_argument("--rows", default=",".join(ROWS), help="of: " + "; ".join(f"{k}: {v}" for k, v in ROWS.items()))
-    parser.add_argument("--steps", type=int, default=7, help="the first two are left out of the median")
+    parser.add_argument(
+        "--rows", default=",".join(DEFAULT_ROWS), help="of: " + "; ".join(f"{k}: {v}" for k, v in ROWS.items())
+    )
+    parser.add_argument("--steps", type=int, default=7, help="the median leaves out the first two")
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU; the default without a GPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="keep the models there, and take those that are there")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print("RESULT " + json.dumps(run_row(options.child, options.models.split(","), options.folder, options.steps)))
@@ -250,13 +260,15 @@ def main() -> None:
     tiny = options.tiny or not torch.cuda.is_available()
     names = ["tiny"] if tiny else options.models.split(",")
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
         for name in names:
-            write_model(Path(folder) / name, name, "cpu" if tiny else "cuda")
+            if not (folder / name).exists():
+                write_model(folder / name, name, "cpu" if tiny else "cuda")
         for row in options.rows.split(","):
-            if row == "liger" and tiny:
-                continue  # Liger needs a GPU
-            results[row] = child(row, names, Path(folder), options.steps, tiny)
+            if tiny and row in NEED_A_GPU:
+                continue
+            results[row] = child(row, names, folder, options.steps, tiny)
             print(table({row: results[row]}, names), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1))

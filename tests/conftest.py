@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def overlay_off():
+    """Start every test without the overlay: a module that imported both verl and our package has activated it."""
+    activation = sys.modules.get("verl_fl_overlay.activation")
+    if activation is not None:
+        activation.deactivate()
 
 
 @pytest.fixture(scope="session")

@@ -218,9 +218,13 @@ def _tune(options: argparse.Namespace) -> int:
         return 2
     print(profiles.as_text(profile))
     if options.plot:
-        from verl_fl_overlay.flaggems.tune import plot
+        from verl_fl_overlay.flaggems.plot import plot
 
-        plot(profile, options.plot)
+        try:
+            plot(profile, options.plot)
+        except ImportError as error:
+            print(f"verl-fl tune: --plot needs {error.name}: pip install {error.name}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_fl_overlay import logprobs_torch
+from verl_fl_overlay import logprobs_torch, turns
 from verl_fl_overlay.errors import OverlayError
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -135,7 +135,8 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
         try:
             from verl_fl_overlay import logprobs_triton
 
-            _compare(logprobs_triton, device, dtype)
+            with turns.first_to_compile(f"token log-probs in {dtype}"):
+                _compare(logprobs_triton, device, dtype)
             chosen, reason = logprobs_triton, ""
         except Exception as error:  # whatever a vendor's Triton raises when it cannot build a kernel
             reason = f"{type(error).__name__}: {error}"

@@ -122,7 +122,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         fused,
         ("auto",),
         f"auto, 0, or some of {', '.join(FUSED)}",
-        "Which modules of a model run on fused kernels; auto: all of them, where FlagGems is installed.",
+        "Which modules of a model run on fused kernels; auto: all of them, where Triton is installed.",
         phase="training",
     ),
     "profile": Variable(

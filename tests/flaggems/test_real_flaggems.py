@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,38 @@ def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypa
     assert "conv3d" in unsafe
     assert "conv2d" not in unsafe
     assert main(["ops", "nothing*like*it"]) == 1
+
+
+TUNE = """
+import os, time
+from types import SimpleNamespace
+import torch
+with device_probes():
+    from verl_fl_overlay.flaggems import library
+    library.load()
+    from flag_gems.ops.mm import mm_kernel_general as entry
+    tuner = entry.fn
+    while not hasattr(tuner, "configs_hash"):
+        tuner = tuner.fn
+    timed = []
+
+    def bench(*args, config, **kwargs):  # there is no device to time them on
+        timed.append(config)
+        time.sleep(0.02)
+        return [config.num_warps + config.kwargs["BLOCK_M"] / 1000] * 3
+
+    tuner._bench, tuner.prune_configs = bench, lambda kwargs: tuner.configs
+    tuner.fn = SimpleNamespace(run=lambda *args, **kwargs: chosen.append(kwargs), fn=tuner.fn)
+    tuner.cache_key, tuner.kernel_hash, chosen = "x", "x", []
+    a = torch.empty(64, 64, dtype=torch.bfloat16)
+    tuner.run(a, a, a, 64, 64, 64, *[64] * (len(tuner.arg_names) - 6))
+print(len(timed), sorted((k, v) for k, v in chosen[0].items() if isinstance(v, int)))
+"""
+
+
+def test_one_of_several_ranks_tunes_a_kernel_and_the_others_take_its_choice(real_gems, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(lambda rank: run_with_probes(TUNE, tmp_path, RANK=str(rank)), range(3)))
+    counts, choices = zip(*(line.split(" ", 1) for line in told), strict=True)
+    assert sum(count != "0" for count in counts) == 1
+    assert len(set(choices)) == 1

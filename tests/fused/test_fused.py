@@ -124,9 +124,28 @@ def test_layer_norm_is_not_taken_for_an_rms_norm(kernels, fuse, caplog):
     torch.testing.assert_close(norm(values), expected)
 
 
-def test_a_model_without_any_such_module_is_left_alone_and_that_is_said(kernels, fuse, caplog):
-    fuse(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    assert "no module of Sequential" in caplog.text
+def test_a_model_without_any_such_module_is_left_alone_and_that_is_said_once(kernels, fuse, caplog):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    values = torch.randn(3, 2)
+    expected = model(values)
+    made = fuse(model)
+    made.fuse(torch.nn.Sequential(torch.nn.Linear(2, 2)))  # a reference model of the same job
+    assert [record.message for record in caplog.records] == [
+        "no module of Sequential has a structure with a fused kernel; it runs natively"
+    ]
+    torch.testing.assert_close(model(values), expected, rtol=0, atol=0)
+
+
+def test_inside_a_compiled_block_the_native_modules_run(kernels, fuse):
+    model = make("Llama")
+    expected = step(model)
+    made = fuse(model)
+    assert made.counts["rms_norm"] == 5
+    model.model.layers[0].compile(backend="eager")
+    model.model.layers[1].compile(backend="eager")
+    assert_same(step(model), expected)
+    assert kernels.calls["silu_and_mul"] == kernels.calls["rotate"] == 0  # all in blocks; the last norm is outside
+    assert kernels.calls["rms_norm"] == 2  # its check and itself
 
 
 def test_removal_leaves_nothing(kernels):

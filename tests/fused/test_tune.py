@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 numpy = pytest.importorskip("numpy")
 
-from verl_fl_overlay.flaggems import tune  # noqa: E402
+from verl_fl_overlay.flaggems import plot, tune  # noqa: E402
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel  # noqa: E402
 from verl_fl_overlay.flaggems.profile import Key, Profile, load  # noqa: E402
 
@@ -131,7 +131,7 @@ def test_a_kernel_that_fails_is_noted(tmp_path):
 def test_it_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     made = tune.tune(make_step(), gems(mm=named("mm", product)), KEY, "w", tmp_path / "p", say=lambda line: None)
-    tune.plot(made, tmp_path / "p.png")
+    plot.plot(made, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

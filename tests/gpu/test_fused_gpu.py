@@ -1,4 +1,4 @@
-"""The real fused kernels, FlagGems' and ours, in Hugging Face models on a device."""
+"""The real fused kernels, alone and in Hugging Face models, on a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-pytest.importorskip("flag_gems")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
@@ -50,6 +49,18 @@ def test_silu_and_mul_matches_float64(shape, dtype, bound):
     torch.manual_seed(1)
     inputs = [torch.randn(shape, device="cuda", dtype=dtype) * 3 for _ in range(2)]
     assert_close(kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, inputs, bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 96), (1, 1, 7), (9000, 1000), (4096, 128), (40, 8192)], ids=str)
+def test_rms_norm_matches_float64(shape, dtype, bound):
+    torch.manual_seed(1)
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) * 3, torch.randn(shape[-1], device="cuda", dtype=dtype)]
+
+    def reference(x, w):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    assert_close(lambda x, w: kernels.rms_norm(x, w, 1e-6), reference, inputs, bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)

@@ -12,6 +12,9 @@ from processes import OVERLAY, run  # noqa: E402
 
 from verl_fl_overlay import parity  # noqa: E402
 
+LARGEST = "log-prob, largest difference in bf16 units"
+KL = "KL(native, overlay), estimated by k3"
+
 
 def a_run(shift=0.0, **changes):
     log_probs = torch.linspace(-9, -1, 100) + shift
@@ -33,12 +36,21 @@ def test_equal_runs_hold_everywhere():
         (a_run(grad_norms={"a.*.w": 1.1, "b": 0.0}), {"grad_norm of a.*.w, relative"}),
         (a_run(grad_norms={"b": 0.0}), {"grad_norm of a.*.w, relative"}),  # a gradient was cut
         (a_run(grad_norms={"a.*.w": 1.0, "b": 0.5}), {"grad_norm of b, relative"}),
-        (a_run(shift=0.05), {"log-prob, mean difference", "KL(native, overlay), estimated by k3"}),
+        (a_run(shift=0.05), {LARGEST, "log-prob, mean difference in bf16 units", KL}),
+        (a_run(shift=0.1 * (torch.arange(100) == 99)), {LARGEST}),  # one token
         (a_run(grad_norm=float("nan")), {"grad_norm, relative"}),
     ],
 )
 def test_what_differs_is_named_and_nothing_else(ours, failing):
     assert {name for name, holds in verdicts(ours).items() if not holds} == failing
+
+
+def test_what_verl_s_own_rounding_explains_is_allowed_for_tokens_of_any_probability():
+    exact = {"log_probs": -torch.logspace(-3, 2, 1000)}
+    rounded = a_run(log_probs=exact["log_probs"].bfloat16().float())
+    lines = parity.compare(rounded, rounded, a_run(**exact))
+    assert all(line.holds for line in lines)
+    assert lines[0].difference > 0.4  # of half a unit
 
 
 def test_native_s_own_noise_is_allowed_for():
@@ -66,8 +78,8 @@ def test_the_command_compares_verl_s_real_engine_with_itself_and_the_overlay(tmp
     assert result["same"] is True
     assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16": "torch"}
     lines = {line["name"]: line for line in result["lines"]}
-    assert lines["log-prob, largest difference"]["noise"] == 0
-    assert lines["log-prob, largest difference"]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
+    assert lines[LARGEST]["noise"] == 0
+    assert lines[LARGEST]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
     assert "grad_norm of model.layers.*.mlp.gate_proj.weight, relative" in lines
 
 

@@ -50,7 +50,7 @@ def test_a_file_system_without_locks_gets_a_file_by_process(tmp_path, monkeypatc
 
 
 def test_the_variable_is_there_for_the_import_only_and_a_users_own_stays(monkeypatch, tmp_path):
-    monkeypatch.setattr(database, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(database, "folder", lambda: tmp_path)
     monkeypatch.delenv(database.VARIABLE, raising=False)
     with database.own_database():
         assert database.os.environ[database.VARIABLE].startswith(f"sqlite:///{tmp_path}")

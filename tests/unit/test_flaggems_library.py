@@ -15,7 +15,7 @@ from verl_fl_overlay.settings import Settings
 
 @pytest.fixture
 def no_database(monkeypatch, tmp_path):
-    monkeypatch.setattr("verl_fl_overlay.flaggems.database._folder", lambda: tmp_path)
+    monkeypatch.setattr("verl_fl_overlay.flaggems.database.folder", lambda: tmp_path)
     monkeypatch.delitem(sys.modules, "flag_gems", raising=False)
     yield
     sys.modules.pop("flag_gems", None)

@@ -28,18 +28,19 @@ def own_database() -> Iterator[None]:
     if os.environ.get(VARIABLE):
         yield
         return
-    os.environ[VARIABLE] = f"sqlite:///{_claim(_folder())}"
+    os.environ[VARIABLE] = f"sqlite:///{_claim(folder())}"
     try:
         yield
     finally:
         os.environ.pop(VARIABLE, None)
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Return the folder, made if it is not there, of what was tuned on this chip with this Triton."""
     root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
-    folder = root / "config_cache" / "verl_fl" / f"{_chip()}-triton{_triton_version()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    made = root / "config_cache" / "verl_fl" / f"{_chip()}-triton{_triton_version()}"
+    made.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _claim(folder: Path) -> Path:

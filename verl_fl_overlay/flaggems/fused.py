@@ -1,4 +1,4 @@
-"""Puts FlagGems' fused kernels into a model: which modules get one, and how they are taken out again.
+"""Puts fused kernels into a model: which modules get one, and how they are taken out again.
 
 A module is recognised by its structure (the forward then checks its numbers before it relies on that), its parameters
 and their names stay as they are, and whoever replaced a forward before us keeps it.
@@ -35,16 +35,17 @@ class FusedModules:
         self.counts: Counter[str] = Counter()
         self._modules: list[Any] = []
         self._functions: list[tuple[ModuleType, Any, Any]] = []
+        self._left_native: set[str] = set()
 
     def engine_initialized(self, engine: Any) -> None:
-        """Load FlagGems and fuse the model of an engine that verl has just built.
+        """Fuse the model of an engine that verl has just built.
 
         Raises:
-            FlagGemsError: FlagGems cannot be used here.
+            ModuleNotFoundError: there is no Triton; what its import costs is paid here, and not in the first step.
         """
         from verl_fl_overlay.flaggems import fused_forward
 
-        fused_forward.kernels().load()
+        fused_forward.kernels()
         for model in _models(engine):
             self.fuse(model)
 
@@ -53,7 +54,7 @@ class FusedModules:
         from verl_fl_overlay.flaggems import fused_forward
 
         forwards = {"rms_norm": fused_forward.rms_norm, "gated_mlp": fused_forward.gated_mlp}
-        before = self.counts.total()
+        before, name = self.counts.total(), type(model).__name__
         for module in model.modules():
             kind = recognise(module)
             if kind in self.kinds and _is_untouched(module):
@@ -63,10 +64,9 @@ class FusedModules:
         if "rotary" in self.kinds:
             for source in _sources(model):
                 self._replace_rotary(source)
-        if self.counts.total() == before and not self._modules:
-            logger.warning(
-                "no module of %s has a structure with a fused kernel; it runs natively", type(model).__name__
-            )
+        if self.counts.total() == before and not self._modules and name not in self._left_native:
+            self._left_native.add(name)
+            logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
 
     def remove(self) -> None:
         """Give every module and every file its own forward and function back."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from verl_fl_overlay import turns
 from verl_fl_overlay.flaggems.fused import epsilon
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -100,7 +101,8 @@ def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
             size = q.shape[-1]
 
             def inputs(random: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-                return random(2, 4, 5, size), random(2, 2, 5, size), random(2, 5, size), random(2, 5, size)
+                heads = (random(2, each.shape[1], 5, size) for each in (q, k))  # the kernel is made for so many
+                return *heads, random(2, 5, size), random(2, 5, size)
 
             def run_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
                 return tuple(native(q, k, cos.detach(), sin.detach()))
@@ -134,8 +136,8 @@ def _agree(
     key = (kind, where, like.dtype)
     if key not in _checks:
         try:
-            _checks[key] = _difference(like, inputs, *runs)
-        except Exception as error:  # whatever FlagGems or Triton raise when they cannot build a kernel
+            _checks[key] = _difference(kind, like, inputs, *runs)
+        except Exception as error:  # whatever Triton raises when it cannot build a kernel
             _checks[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if _checks[key]:
             logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, like.dtype, _checks[key])
@@ -143,6 +145,7 @@ def _agree(
 
 
 def _difference(
+    kind: str,
     like: Tensor,
     inputs: Callable[[Callable[..., Tensor]], tuple[Tensor, ...]],
     native: Run,
@@ -155,8 +158,10 @@ def _difference(
         return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
     values = inputs(random)
+    shapes = ", ".join("x".join(map(str, value.shape)) for value in values)
     # The hooks that save nothing hide the check from activation checkpointing, which counts what is saved.
     with (
+        turns.first_to_compile(f"{kind} of {shapes} in {like.dtype}"),
         torch.enable_grad(),
         torch.autocast(like.device.type, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),

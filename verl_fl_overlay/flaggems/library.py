@@ -19,6 +19,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.flaggems import tuner
 from verl_fl_overlay.flaggems.database import own_database
 
 OLDEST = Version("5.0.0")
@@ -119,7 +120,9 @@ def _enabled_before() -> str:
 def _import() -> ModuleType:
     try:
         with own_database():
-            return importlib.import_module("flag_gems")
+            module = importlib.import_module("flag_gems")
+            tuner.take_turns()
+            return module
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
             raise FlagGemsError(f"FlagGems is not installed: {INSTALL}") from error

@@ -1,0 +1,102 @@
+"""Steps of one model in one process, taken in turns: native, the overlay's parts, Liger's modules.
+
+python benchmarks/alternating.py [--model A] [--rounds 5]
+
+Where the host's launches bound a step, two processes of one row differ by more than two rows do (benchmarks/step.py
+shows it); in turns, all rows see the same machine.  On a CPU, or without Liger, only the rows that can run there do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import step
+import torch
+
+
+def rows(model: Any) -> dict[str, Callable[[], None]]:
+    """Return what makes each row of the engine's ``model`` (a Qwen2), from whatever row it was before."""
+    from transformers.models.qwen2 import modeling_qwen2
+    from verl.workers.engine.fsdp import transformer_impl
+
+    from verl_fl_overlay.flaggems.fused import ROTARY, FusedModules
+    from verl_fl_overlay.variables import FUSED
+
+    ours, rotary = transformer_impl.logprobs_from_logits, getattr(modeling_qwen2, ROTARY)
+    fused = FusedModules(FUSED)
+
+    def reset(logprobs: Any = ours) -> None:
+        fused.remove()
+        for module in model.modules():
+            if isinstance(module, modeling_qwen2.Qwen2RMSNorm | modeling_qwen2.Qwen2MLP):
+                vars(module).pop("forward", None)
+        setattr(modeling_qwen2, ROTARY, rotary)
+        transformer_impl.logprobs_from_logits = logprobs
+
+    def overlay() -> None:
+        reset()
+        fused.fuse(model)
+
+    def liger() -> None:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        reset()
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, swiglu=True)
+        setattr(modeling_qwen2, ROTARY, liger_rotary_pos_emb)
+
+    made = {"native": lambda: reset(step.vectorised), "log-probs only": reset}
+    if torch.cuda.is_available():
+        made["overlay"] = overlay
+        if find_spec("liger_kernel"):
+            made["liger"] = liger
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", default="A" if device == "cuda" else "tiny", choices=step.MODELS)
+    parser.add_argument("--rounds", type=int, default=5, help="of five steps a row, of which the first is not counted")
+    options = parser.parse_args()
+    os.environ |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": "0", "VERL_FL_STRICT": "1"}
+    if device == "cpu":
+        os.environ["VERL_FL_DEVICE"] = "cpu"
+    import verl  # noqa: F401
+    from real_engine import join_group, sft_loss
+
+    join_group(False)
+    times: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        step.write_model(Path(folder), options.model, device)
+        engine = step.engine(Path(folder), options.model, "overlay")
+    made = rows(engine.module)
+    for number in range(options.rounds):
+        for row, make in made.items():
+            make()
+            for index in range(5):
+                data = step.batch(options.model, device, seed=5 * number + index)
+                begun = time.perf_counter()
+                with engine.train_mode():
+                    engine.train_batch(data, loss_function=sft_loss())
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                if index:
+                    times.setdefault(row, []).append(1000 * (time.perf_counter() - begun))
+    native = statistics.median(times["native"])
+    for row, found in times.items():
+        median = statistics.median(found)
+        print(f"{row:16}{median:10.1f} ms, at least {min(found):.1f} ms, {native / median:.2f}x of native")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""``verl-fl tune --show``, ``--plot`` and ``verl-fl warmup`` as commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("torch")
+
+from processes import OVERLAY, run
+
+from verl_fl_overlay.cli import main
+from verl_fl_overlay.flaggems.profile import SHIPPED, load
+
+
+def test_show_prints_the_table_of_a_profile_and_plot_draws_it(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "profile.json", tmp_path / "steps.png"
+    shutil.copy(SHIPPED / "nvidia_h100.json", file)
+    assert main(["tune", "--show", "--out", str(file), "--plot", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    profile = load(file)
+    assert lines[0] == str(profile.key)
+    rows = {line.split()[0]: line.split()[1:4] for line in lines[3 : 3 + len(profile.measurements)]}
+    for one in profile.measurements:
+        assert rows[one.key] == [str(one.calls), f"{one.native_ms:.3f}", f"{one.flaggems_ms:.3f}"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(picture.read_bytes()) > 10_000
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert main(["tune", "--show", "--out", str(SHIPPED / "nvidia_h100.json"), "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "a model's folder is needed"), (["--show", "--out", "/nowhere/profile.json"], "cannot be read")],
+)
+def test_tune_without_a_model_or_a_profile_says_so(arguments, said, capsys):
+    assert main(["tune", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_warmup_runs_one_step_of_the_model_with_the_overlay(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path / "model")
+    reports = tmp_path / "reports"
+    command = ("-m", "verl_fl_overlay", "warmup", tmp_path / "model", "--rows", "2", "--length", "16")
+    done = run(*command, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(reports)}, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the kernels it needs are in the caches" in done.stdout
+    told = [json.loads(file.read_text()) for file in reports.iterdir()]
+    called = {hook["name"] for report in told for hook in report["hooks"] if hook["calls"]}
+    assert {"engine.train_batch", "logprobs.fsdp"} <= called

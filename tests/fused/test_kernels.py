@@ -1,0 +1,116 @@
+"""The Triton kernels themselves on a CPU, through Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from processes import output
+
+PROGRAM = """
+import contextlib, json, torch
+from verl_fl_overlay import logprobs_torch, logprobs_triton
+from verl_fl_overlay.flaggems import kernels
+
+kernels._on = logprobs_triton._on = lambda tensor: contextlib.nullcontext()  # the interpreter has no device
+kernels.NORM_PROGRAMS = 3  # so that one program takes several blocks of rows
+torch.manual_seed(0)
+
+
+def run(function, inputs):
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    gradients = torch.autograd.grad(results, leaves, [torch.cos(7 * r.detach()) for r in results])
+    return [*(r.detach() for r in results), *gradients]
+
+
+def off(function, reference, *inputs):
+    found, exact = run(function, inputs), run(reference, [value.double() for value in inputs])
+    # The upstream gradient is taken from each side's own result, so that it differs by rounding alone.
+    return max(float((one.double() - other).norm() / other.norm()) for one, other in zip(found, exact, strict=True))
+
+
+def norm(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+
+def turned(q, k):
+    def turn(x):
+        first, second = x.chunk(2, -1)
+        return x * cos.to(x.dtype)[:, None] + torch.cat([-second, first], -1) * sin.to(x.dtype)[:, None]
+
+    return turn(q), turn(k)
+
+
+told = {}
+for rows, size in ((1, 7), (37, 96), (5, 2500), (40, 512)):
+    values, weight = torch.randn(rows, size), torch.randn(size)
+    told[f"rms_norm {rows} x {size}"] = off(lambda x, w: kernels.rms_norm(x, w, 1e-6), norm, values, weight)
+strided = torch.randn(4, 3, 5, 16).transpose(1, 2)
+told["rms_norm of a view"] = off(lambda x, w: kernels.rms_norm(x, w, 1e-6), norm, strided, torch.randn(16))
+told["silu_and_mul"] = off(
+    kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, torch.randn(3, 700), torch.randn(3, 700)
+)
+for batch in (1, 2):
+    cos, sin = torch.randn(batch, 5, 24), torch.randn(batch, 5, 24)
+    heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 24)
+    told[f"rotate, {batch} of angles"] = off(lambda q, k: kernels.rotate(q, k, cos, sin), turned, *heads)
+
+poisoned = torch.randn(3, 16)
+poisoned[1, 2] = float("nan")
+told["NaN in a norm"] = torch.isnan(kernels.rms_norm(poisoned, torch.ones(16), 1e-6)).any(-1).tolist()
+
+logits, labels, upstream = torch.randn(3, 5000) * 8, torch.tensor([0, 4999, 17]), torch.tensor([1.0, 0.0, -2.0])
+logits[1, 3] = float("nan")
+sides = []
+for each, dtype in ((logprobs_triton, torch.float32), (logprobs_torch, torch.float64)):
+    values = logits.to(dtype)
+    result, normalizer, gradient = torch.empty(3, dtype=dtype), torch.empty(3, dtype=dtype), torch.empty_like(values)
+    each.forward(values, labels, result, normalizer)
+    each.backward(values, labels, normalizer, upstream.to(dtype), gradient)
+    sides.append((result, gradient))
+(result, gradient), (exact, exact_gradient) = sides
+told["NaN"] = [torch.isnan(result).tolist(), torch.isnan(gradient).any(-1).tolist()]
+good = [0, 2]
+told["log-probs"] = float((result - exact)[good].norm() / exact[good].norm())
+told["gradient"] = float((gradient - exact_gradient)[good].norm() / exact_gradient[good].norm())
+print(json.dumps(told))
+"""
+
+
+def test_kernels_match_float64_forward_and_backward(tmp_path):
+    told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
+    assert told.pop("NaN in a norm") == [False, True, False]
+    assert told.pop("NaN") == [[False, True, False], [False, True, False]]
+    assert len(told) == 10
+    assert max(told.values()) < 2e-5, told
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from verl_fl_overlay import turns
+from verl_fl_overlay.flaggems.kernels import _silu_and_mul
+
+hits = []
+triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
+types = {"gate": "*bf16", "up": "*bf16", "result": "*bf16", "count": "i32", "BLOCK": "constexpr"}
+source = ASTSource(fn=_silu_and_mul, signature=types, constexprs={"BLOCK": 1024})
+with turns.first_to_compile("the gate"):
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(*hits)
+"""
+
+
+def test_one_of_several_processes_compiles_and_the_others_load(tmp_path):
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)}
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(lambda _: output(COMPILE, env=environment), range(3)))
+    assert sorted(told) == ["False", "True", "True"]
