@@ -1,6 +1,6 @@
-"""Steps of one model in one process, taken in turns: native, the overlay's parts, Liger's modules.
+"""Steps of one model in one process, taken in turns: verl, the best native, the overlay's parts, Liger's modules.
 
-python benchmarks/alternating.py [--model A] [--rounds 5]
+python benchmarks/alternating.py [--model A] [--rounds 4]
 
 Where the host's launches bound a step, two processes of one row differ by more than two rows do (benchmarks/step.py
 shows it); in turns, all rows see the same machine.  On a CPU, or without Liger, only the rows that can run there do.
@@ -53,7 +53,11 @@ def rows(model: Any) -> dict[str, Callable[[], None]]:
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, swiglu=True)
         setattr(modeling_qwen2, ROTARY, liger_rotary_pos_emb)
 
-    made = {"native": lambda: reset(step.vectorised), "log-probs only": reset}
+    made = {
+        "verl": lambda: reset(ours.__wrapped__),
+        "native": lambda: reset(step.vectorised),
+        "log-probs only": reset,
+    }
     if torch.cuda.is_available():
         made["overlay"] = overlay
         if find_spec("liger_kernel"):
@@ -65,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", default="A" if device == "cuda" else "tiny", choices=step.MODELS)
-    parser.add_argument("--rounds", type=int, default=5, help="of five steps a row, of which the first is not counted")
+    parser.add_argument("--rounds", type=int, default=4, help="of five steps a row; one round more, and the first step of each, are not counted")
     options = parser.parse_args()
     os.environ |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": "0", "VERL_FL_STRICT": "1"}
     if device == "cpu":
@@ -75,13 +79,16 @@ def main() -> None:
 
     join_group(False)
     times: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder), options.model, device)
         engine = step.engine(Path(folder), options.model, "overlay")
     made = rows(engine.module)
-    for number in range(options.rounds):
+    for number in range(options.rounds + 1):
         for row, make in made.items():
             make()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             for index in range(5):
                 data = step.batch(options.model, device, seed=5 * number + index)
                 begun = time.perf_counter()
@@ -89,12 +96,16 @@ def main() -> None:
                     engine.train_batch(data, loss_function=sft_loss())
                 if device == "cuda":
                     torch.cuda.synchronize()
-                if index:
+                if number and index:
                     times.setdefault(row, []).append(1000 * (time.perf_counter() - begun))
-    native = statistics.median(times["native"])
-    for row, found in times.items():
-        median = statistics.median(found)
-        print(f"{row:16}{median:10.1f} ms, at least {min(found):.1f} ms, {native / median:.2f}x of native")
+            if device == "cuda":
+                peaks[row] = torch.cuda.max_memory_allocated() / 1e9
+    medians = {row: statistics.median(found) for row, found in times.items()}
+    print(f"model {options.model}\n{'row':16}{'median ms':>10}{'least ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}")
+    for row, median in medians.items():
+        peak = f"{peaks[row]:.1f}" if row in peaks else "-"
+        ratios = [f"{medians[base] / median:.2f}x" for base in ("verl", "native")]
+        print(f"{row:16}{median:10.1f}{min(times[row]):10.1f}{peak:>9}{ratios[0]:>9}{ratios[1]:>10}", flush=True)
     torch.distributed.destroy_process_group()
 
 
