@@ -270,8 +270,9 @@ def record(result: Path, about: dict[str, Any]) -> None:
 @nox.parametrize("verl", [nox.param("0.7.1", id="verl='0.7.1'"), nox.param("0.9.1", id="verl='0.9.1'")])
 def features(session: nox.Session, verl: str) -> None:
     """What the matrix leaves out, on the newest release and on the last one that has legacy workers."""
-    install(session, verl, TORCH)
-    others = ("fused", "faults", "parity") if verl == RELEASES[-1] else ("legacy", "logprobs")
+    newest = verl == RELEASES[-1]
+    install(session, verl, TORCH, *((*FLAGGEMS, "matplotlib") if newest else ()))
+    others = ("fused", "faults", "parity", "benchmarks") if newest else ("legacy", "logprobs")
     for folder in ("process", "process_group", "chips", *others):
         session.run("pytest", f"tests/{folder}", *BOTH, *session.posargs)
 
@@ -287,9 +288,19 @@ def ray(session: nox.Session, verl: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
 def megatron(session: nox.Session, verl: str) -> None:
-    """Megatron's real classes and, on verl 0.9.1, its engine training on a CPU."""
+    """Megatron's real classes, and its engine training on a CPU, one rank and two."""
     install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
     session.run("pytest", "tests/megatron", *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
+def coverage(session: nox.Session, verl: str) -> None:
+    """Every engine and worker that a release offers, and compat/coverage.md from the results: minutes a release."""
+    install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
+    result = f"out/coverage/{verl}-cpu.xml"
+    session.run("pytest", "tests/coverage", f"--junitxml={result}", *session.posargs, success_codes=[0, 1])
+    session.run("python", ".ci/coverage.py", "out/coverage")
 
 
 @nox.session(venv_backend="none", default=False)

@@ -27,7 +27,7 @@ def rows(model: Any) -> dict[str, Callable[[], None]]:
     from transformers.models.qwen2 import modeling_qwen2
     from verl.workers.engine.fsdp import transformer_impl
 
-    from verl_fl_overlay.flaggems.fused import ROTARY, FusedModules
+    from verl_fl_overlay.fused import ROTARY, FusedModules
     from verl_fl_overlay.variables import FUSED
 
     ours, rotary = transformer_impl.logprobs_from_logits, getattr(modeling_qwen2, ROTARY)
@@ -69,7 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", default="A" if device == "cuda" else "tiny", choices=step.MODELS)
-    parser.add_argument("--rounds", type=int, default=4, help="of five steps a row; one round more, and the first step of each, are not counted")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=4,
+        help="of five steps a row; one round more, and the first step of each, are not counted",
+    )
     options = parser.parse_args()
     os.environ |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": "0", "VERL_FL_STRICT": "1"}
     if device == "cpu":
@@ -101,7 +106,8 @@ def main() -> None:
             if device == "cuda":
                 peaks[row] = torch.cuda.max_memory_allocated() / 1e9
     medians = {row: statistics.median(found) for row, found in times.items()}
-    print(f"model {options.model}\n{'row':16}{'median ms':>10}{'least ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}")
+    print(f"model {options.model}")
+    print(f"{'row':16}{'median ms':>10}{'least ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}")
     for row, median in medians.items():
         peak = f"{peaks[row]:.1f}" if row in peaks else "-"
         ratios = [f"{medians[base] / median:.2f}x" for base in ("verl", "native")]

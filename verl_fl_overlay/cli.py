@@ -8,9 +8,11 @@ import os
 import sys
 from pathlib import Path
 
+from verl_fl_overlay.errors import OverlayError
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit status."""
+    """Run one command; return its exit status: 2 with a line that says why, where the overlay refuses."""
     parser = argparse.ArgumentParser(prog="verl-fl", description="verl with FlagOS, as an overlay of hooks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -78,7 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     parity.set_defaults(run=_parity)
 
     options = parser.parse_args(arguments)
-    return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except OverlayError as error:
+        command = " ".join(filter(None, (options.command, getattr(options, "action", ""))))
+        print(f"verl-fl {command}: {error}", file=sys.stderr)
+        return 2
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -91,14 +98,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _ops(options: argparse.Namespace) -> int:
-    from verl_fl_overlay.errors import OverlayError
     from verl_fl_overlay.flaggems import listing
 
-    try:
-        found = listing.operators(options.pattern, options.unsafe)
-    except OverlayError as error:
-        print(f"verl-fl ops: {error}", file=sys.stderr)
-        return 2
+    found = listing.operators(options.pattern, options.unsafe)
     if options.json:
         print(json.dumps(found, indent=1))
     elif found:
@@ -123,7 +125,6 @@ def _env(options: argparse.Namespace) -> int:
 
 def _dispatch_check(options: argparse.Namespace) -> int:
     from verl_fl_overlay import vllm_fl
-    from verl_fl_overlay.errors import OverlayError
 
     try:
         findings = vllm_fl.check(vllm_fl.read(options.file))
@@ -135,43 +136,28 @@ def _dispatch_check(options: argparse.Namespace) -> int:
 
 def _dispatch_render(options: argparse.Namespace) -> int:
     from verl_fl_overlay import chips, vllm_fl
-    from verl_fl_overlay.errors import OverlayError
     from verl_fl_overlay.settings import Settings
 
     found, _ = chips.find()
     vendor = options.vendor or (found.vendor if found else "nvidia")
-    try:
-        print(vllm_fl.render(Settings.from_environment(), vendor), end="")
-    except OverlayError as error:
-        print(f"verl-fl dispatch render: {error}", file=sys.stderr)
-        return 2
+    print(vllm_fl.render(Settings.from_environment(), vendor), end="")
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     from verl_fl_overlay.compat import check, sources
-    from verl_fl_overlay.errors import OverlayError
 
-    try:
-        with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
-            report = check.check(tree, options.against, pinned.tree)
-    except OverlayError as error:
-        print(f"verl-fl check: {error}", file=sys.stderr)
-        return 2
+    with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
+        report = check.check(tree, options.against, pinned.tree)
     print(json.dumps(check.as_json(report), indent=1) if options.json else check.as_text(report))
     return 0 if report.holds else 1
 
 
 def _pin(options: argparse.Namespace) -> int:
     from verl_fl_overlay.compat import pinning, sources
-    from verl_fl_overlay.errors import OverlayError
 
-    try:
-        with sources.opened(options.target) as tree:
-            pins = pinning.pins_of(tree)
-    except OverlayError as error:
-        print(f"verl-fl pin: {error}", file=sys.stderr)
-        return 2
+    with sources.opened(options.target) as tree:
+        pins = pinning.pins_of(tree)
     if options.write:
         file = Path(pinning.__file__).parent / "pins" / f"{pins['verl']}.json"
         file.write_text(pinning.as_text(pins), encoding="utf-8")
@@ -183,20 +169,14 @@ def _pin(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from verl_fl_overlay import parity
-    from verl_fl_overlay.errors import OverlayError
 
     trial = parity.Trial(options.model, options.rows, options.length, options.micro_batch, options.seed)
-    try:
-        result = parity.examine(trial)
-    except OverlayError as error:
-        print(f"verl-fl parity: {error}", file=sys.stderr)
-        return 2
+    result = parity.examine(trial)
     print(json.dumps(result, indent=1) if options.json else parity.as_text(result))
     return 0 if result["same"] else 1
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from verl_fl_overlay.errors import OverlayError
     from verl_fl_overlay.flaggems import profile as profiles
 
     try:
@@ -213,9 +193,6 @@ def _tune(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"verl-fl tune: interrupted; {options.out} holds what was measured and is gone on with", file=sys.stderr)
         return 130
-    except OverlayError as error:
-        print(f"verl-fl tune: {error}", file=sys.stderr)
-        return 2
     print(profiles.as_text(profile))
     if options.plot:
         from verl_fl_overlay.flaggems.plot import plot
@@ -232,14 +209,9 @@ def _warmup(options: argparse.Namespace) -> int:
     import time
 
     from verl_fl_overlay import parity
-    from verl_fl_overlay.errors import OverlayError
 
     begun = time.perf_counter()
-    try:
-        trial = parity.Trial(options.model, options.rows, options.length, micro_batch=options.rows)
-        parity.run_trial(trial, parity.overlay_environment())
-    except OverlayError as error:
-        print(f"verl-fl warmup: {error}", file=sys.stderr)
-        return 2
+    trial = parity.Trial(options.model, options.rows, options.length, micro_batch=options.rows)
+    parity.run_trial(trial, parity.overlay_environment())
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
     return 0

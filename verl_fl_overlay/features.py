@@ -71,13 +71,13 @@ def _fused_off(settings: Settings) -> str:
 
 
 def _start_fused(settings: Settings) -> Callable[[], None]:
-    from verl_fl_overlay.flaggems import fused
+    from verl_fl_overlay import fused
 
     return fused.start(settings)
 
 
 def _describe_fused() -> dict[str, Any]:
-    from verl_fl_overlay.flaggems import fused
+    from verl_fl_overlay import fused
 
     return fused.describe()
 

@@ -16,7 +16,7 @@ import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
 from fused.stand_ins import StandIns
-from verl_fl_overlay.flaggems import fused, fused_forward
+from verl_fl_overlay import fused, fused_forward
 from verl_fl_overlay.variables import FUSED
 
 torch.set_num_threads(1)

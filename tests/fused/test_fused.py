@@ -11,8 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fused.stand_ins import StandIns  # noqa: E402
-from verl_fl_overlay import events  # noqa: E402
-from verl_fl_overlay.flaggems import fused, fused_forward  # noqa: E402
+from verl_fl_overlay import events, fused, fused_forward  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 from verl_fl_overlay.variables import FUSED  # noqa: E402
 

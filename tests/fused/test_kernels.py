@@ -15,7 +15,7 @@ from processes import output
 PROGRAM = """
 import contextlib, json, torch
 from verl_fl_overlay import logprobs_torch, logprobs_triton
-from verl_fl_overlay.flaggems import kernels
+from verl_fl_overlay import fused_triton as kernels
 
 kernels._on = logprobs_triton._on = lambda tensor: contextlib.nullcontext()  # the interpreter has no device
 kernels.NORM_PROGRAMS = 3  # so that one program takes several blocks of rows
@@ -97,7 +97,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from verl_fl_overlay import turns
-from verl_fl_overlay.flaggems.kernels import _silu_and_mul
+from verl_fl_overlay.fused_triton import _silu_and_mul
 
 hits = []
 triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])

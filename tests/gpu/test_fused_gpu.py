@@ -13,7 +13,8 @@ pytestmark = [
 
 from fused.test_fused import NORMS, make  # noqa: E402
 
-from verl_fl_overlay.flaggems import fused, fused_forward, kernels  # noqa: E402
+from verl_fl_overlay import fused, fused_forward  # noqa: E402
+from verl_fl_overlay import fused_triton as kernels  # noqa: E402
 from verl_fl_overlay.variables import FUSED  # noqa: E402
 
 

@@ -100,7 +100,8 @@ class FlagOS:
         from flaggems import stand_ins
         from fused.stand_ins import StandIns
 
-        from verl_fl_overlay.flaggems import fused, fused_forward, library
+        from verl_fl_overlay import fused, fused_forward
+        from verl_fl_overlay.flaggems import library
         from verl_fl_overlay.settings import Settings
 
         self.theirs = {"inside": 0, "outside": 0}
@@ -120,7 +121,7 @@ class FlagOS:
         """Multiply once more, outside the phase; return what was called."""
         import torch
 
-        from verl_fl_overlay.flaggems import fused
+        from verl_fl_overlay import fused
 
         inside = dict(self.routed)
         outside = self.theirs["outside"]

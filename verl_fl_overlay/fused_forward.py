@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_fl_overlay import turns
-from verl_fl_overlay.flaggems.fused import epsilon
+from verl_fl_overlay.fused import epsilon
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -40,9 +40,9 @@ def checks() -> dict[str, str]:
 
 def kernels() -> Any:
     """Return the module with the kernels; it needs Triton, so it is imported when a device's tensor is there."""
-    from verl_fl_overlay.flaggems import kernels
+    from verl_fl_overlay import fused_triton
 
-    return kernels
+    return fused_triton
 
 
 def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:

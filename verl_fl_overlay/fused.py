@@ -43,7 +43,7 @@ class FusedModules:
         Raises:
             ModuleNotFoundError: there is no Triton; what its import costs is paid here, and not in the first step.
         """
-        from verl_fl_overlay.flaggems import fused_forward
+        from verl_fl_overlay import fused_forward
 
         fused_forward.kernels()
         for model in _models(engine):
@@ -51,7 +51,7 @@ class FusedModules:
 
     def fuse(self, model: Any) -> None:
         """Replace what is recognised in ``model`` (a torch module) and was not replaced before."""
-        from verl_fl_overlay.flaggems import fused_forward
+        from verl_fl_overlay import fused_forward
 
         forwards = {"rms_norm": fused_forward.rms_norm, "gated_mlp": fused_forward.gated_mlp}
         before, name = self.counts.total(), type(model).__name__
@@ -80,7 +80,7 @@ class FusedModules:
         self.counts.clear()
 
     def _replace_rotary(self, source: ModuleType) -> None:
-        from verl_fl_overlay.flaggems import fused_forward
+        from verl_fl_overlay import fused_forward
 
         native = getattr(source, ROTARY)
         fused = fused_forward.rotary(native)
@@ -162,7 +162,7 @@ def start(settings: Settings) -> Callable[[], None]:
 
 def describe() -> dict[str, Any]:
     """Return how many modules (for rotary: model files) were given a kernel, and what each numerical check found."""
-    forwards = sys.modules.get("verl_fl_overlay.flaggems.fused_forward")
+    forwards = sys.modules.get("verl_fl_overlay.fused_forward")
     return {
         "replaced": dict(_active.counts) if _active else {},
         "checks": forwards.checks() if forwards else {},
