@@ -100,8 +100,8 @@ AXES = [
 ]
 # How to tell that a device is here.
 DEVICES = {
-    "cuda": "import torch; assert torch.cuda.is_available(), 'no CUDA device'",
-    "npu": "import torch, torch_npu; assert torch.npu.is_available(), 'no NPU'",
+    "cuda": "import torch; assert torch.cuda.is_available(), 'no CUDA device'; import pytest, verl",
+    "npu": "import torch, torch_npu; assert torch.npu.is_available(), 'no NPU'; import pytest, verl",
 }
 VERSIONS = """
 import importlib.metadata, json, platform
@@ -127,6 +127,7 @@ def installer_environment() -> dict[str, str]:
 
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
     """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together."""
+    session.env["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too, these sessions are about the CPU
     constraints = HERE / "compat" / "constraints" / f"verl-{verl}.txt"
     needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
     fresh = [] if torch else ["--upgrade"]
@@ -267,7 +268,7 @@ def record(result: Path, about: dict[str, Any]) -> None:
 
 
 @nox.session(tags=["features"])
-@nox.parametrize("verl", [nox.param("0.7.1", id="verl='0.7.1'"), nox.param("0.9.1", id="verl='0.9.1'")])
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in ("0.7.1", RELEASES[-1])])
 def features(session: nox.Session, verl: str) -> None:
     """What the matrix leaves out, on the newest release and on the last one that has legacy workers."""
     newest = verl == RELEASES[-1]
@@ -278,7 +279,7 @@ def features(session: nox.Session, verl: str) -> None:
 
 
 @nox.session(default=False)
-@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in ("0.7.1", "0.9.0", "0.9.1")])
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in ("0.7.1", "0.9.0", RELEASES[-1])])
 def ray(session: nox.Session, verl: str) -> None:
     """A cluster that was started with an empty environment, and GRPO on verl 0.9.1: minutes of both cores."""
     install(session, verl, TORCH, *(["TransferQueue", "matplotlib"] if verl == RELEASES[-1] else []))
