@@ -197,11 +197,7 @@ def _tune(options: argparse.Namespace) -> int:
     if options.plot:
         from verl_fl_overlay.flaggems.plot import plot
 
-        try:
-            plot(profile, options.plot)
-        except ImportError as error:
-            print(f"verl-fl tune: --plot needs {error.name}: pip install {error.name}", file=sys.stderr)
-            return 2
+        plot(profile, options.plot)
     return 0
 
 

@@ -106,3 +106,11 @@ def refuse_hidden_accelerator() -> None:
             f"VERL_FL_DEVICE=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s) and verl has already "
             "decided to use them. Hide them too: export CUDA_VISIBLE_DEVICES="
         )
+
+
+def chip_name() -> str:
+    """Name the current accelerator's model, in letters, digits and _: what was compiled or tuned is for that one."""
+    import torch
+
+    name = getattr(torch.get_device_module(), "get_device_name", None)
+    return "".join(c if c.isalnum() else "_" for c in str(name() if name else "chip"))

@@ -60,11 +60,6 @@ def _fused_off(settings: Settings) -> str:
         return "VERL_FL_FUSED=0"
     if settings.device == "cpu":
         return "there are no kernels for the CPU"
-    refused = settings.training_flaggems is False or (
-        settings.training_flaggems is None and "USE_FLAGGEMS" in settings.given and not settings.use_flaggems
-    )
-    if refused:
-        return "TRAINING_FL_FLAGGEMS_ENABLE or USE_FLAGGEMS asks for native training"
     if settings.fused == ("auto",) and find_spec("triton") is None:
         return "triton is not installed"
     return ""

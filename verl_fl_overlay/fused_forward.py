@@ -1,6 +1,7 @@
 """The forwards of fused modules: a kernel where it was seen to give the module's own numbers, native elsewhere.
 
-Before a kernel is used for a class and a floating type, both forwards run once on small random data, with gradients.
+Before a kernel is used for a class, the sizes that it is compiled for and a floating type, both forwards run once on
+small random data, with gradients.
 What differs, or cannot be built on this chip, stays native; that is logged once and reported.
 """
 
@@ -27,15 +28,16 @@ NATIVE_DEVICES = ("cpu", "meta")
 
 Run = Callable[..., tuple[Tensor, ...]]
 
-_checks: dict[tuple[str, Any, torch.dtype], str] = {}
+_checks: dict[tuple[str, Any, torch.dtype, tuple[int, ...]], str] = {}
 
 
 def checks() -> dict[str, str]:
-    """Return what was checked: "kind in class, type" -> "same" or why it stays native."""
-    return {
-        f"{kind} in {where.__name__}, {str(dtype).removeprefix('torch.')}": reason or "same"
-        for (kind, where, dtype), reason in _checks.items()
-    }
+    """Return what was checked: "kind in class, type" -> "same", or why it stays native in one of its sizes."""
+    told: dict[str, str] = {}
+    for (kind, where, dtype, _), reason in _checks.items():
+        name = f"{kind} in {where.__name__}, {str(dtype).removeprefix('torch.')}"
+        told[name] = reason or told.get(name, "same")
+    return told
 
 
 def kernels() -> Any:
@@ -59,7 +61,7 @@ def rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
         def run_fused(values: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
             return (kernels().rms_norm(values, scale, epsilon(self)),)
 
-        if _agree("rms_norm", type(self), hidden_states, inputs, run_native, run_fused):
+        if _agree("rms_norm", type(self), hidden_states, (weight.shape[0],), inputs, run_native, run_fused):
             return run_fused(hidden_states, weight)[0]
     return native(self, hidden_states)
 
@@ -84,7 +86,7 @@ def gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
             hidden = kernels().silu_and_mul(nn.functional.linear(values, gate), nn.functional.linear(values, up))
             return (nn.functional.linear(hidden, down),)
 
-        if _agree("gated_mlp", type(self), gate, inputs, run_native, run_fused):
+        if _agree("gated_mlp", type(self), gate, (), inputs, run_native, run_fused):
             return self.down_proj(kernels().silu_and_mul(gate, up))
     return self.down_proj(self.act_fn(gate) * up)
 
@@ -110,7 +112,7 @@ def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
             def run_fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
                 return tuple(kernels().rotate(q, k, cos.detach(), sin.detach()))
 
-            if _agree("rotary", native, q, inputs, run_native, run_fused):
+            if _agree("rotary", native, q, (q.shape[1], k.shape[1], size), inputs, run_native, run_fused):
                 return kernels().rotate(q, k, cos, sin)
         return native(q, k, cos, sin, *rest, **more)
 
@@ -131,9 +133,15 @@ def _can_run(*tensors: Tensor) -> bool:
 
 
 def _agree(
-    kind: str, where: Any, like: Tensor, inputs: Callable[[Callable[..., Tensor]], tuple[Tensor, ...]], *runs: Run
+    kind: str,
+    where: Any,
+    like: Tensor,
+    sizes: tuple[int, ...],
+    inputs: Callable[[Callable[..., Tensor]], tuple[Tensor, ...]],
+    *runs: Run,
 ) -> bool:
-    key = (kind, where, like.dtype)
+    """Whether the kernel gives native's numbers; ``sizes`` are those for which another kernel is compiled."""
+    key = (kind, where, like.dtype, sizes)
     if key not in _checks:
         try:
             _checks[key] = _difference(kind, like, inputs, *runs)

@@ -102,7 +102,7 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
         values, weight, inverse = ctx.saved_tensors
         to_values, upstream = torch.empty_like(values), upstream.contiguous()
         size, rows = weight.numel(), inverse.numel()
@@ -113,7 +113,8 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]
             _rms_norm_gradient[(programs,)](
                 values, weight, inverse, upstream, to_values, to_weight, rows, size, **blocks
             )
-        return to_values, to_weight.sum(0).to(weight.dtype), None
+        wanted = ctx.needs_input_grad[1]  # not where the norm is frozen, as with LoRA
+        return to_values, to_weight.sum(0).to(weight.dtype) if wanted else None, None
 
 
 def _norm_blocks(size: int) -> dict[str, int]:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay import compat
+from verl_fl_overlay import chips, compat
 from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings
 
 TRIAL = Path(compat.__file__).parent / "trial.py"
 NOISE = 3.0
@@ -53,21 +54,26 @@ class Trial:
 
 
 def native_environment() -> dict[str, str]:
-    """Return the environment without the overlay; where verl cannot do without it (a CPU), with no more than that."""
+    """Return the environment without the overlay; where verl cannot do without it, with no more of it than that.
+
+    That is on a CPU and on a chip that verl does not know.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG"))
         and name not in ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "RANK", "WORLD_SIZE")
     }
-    if os.environ.get("VERL_FL_DEVICE", "").lower() != "cpu":
+    settings, _ = Settings.parse()
+    if chips.without_platform(settings) is None:
         return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
     found = compat.find_verl()
     hooks = compat.select(found).hooks if found else ()
     return {
         **kept,
         "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
-        "VERL_FL_DEVICE": "cpu",
+        "VERL_FL_DEVICE": settings.device,
+        "VERL_FL_FUSED": "0",
         "VERL_FL_DISABLE": ",".join(hook.name for hook in hooks if hook.feature == "logprobs"),
     }
 

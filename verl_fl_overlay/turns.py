@@ -5,6 +5,7 @@ Without them every rank of a job compiles the same kernels, and times the same t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -16,6 +17,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_fl_overlay import devices
+
 logger = logging.getLogger("verl_fl_overlay")
 
 LONGEST_WAIT = 300.0
@@ -23,6 +26,10 @@ LONGEST_WAIT = 300.0
 
 POLL = 0.05
 """Seconds between two looks at a turn that another process has."""
+
+
+_mine: set[tuple[Path, str]] = set()
+"""The turns that this process is in; its own lock would keep it from entering one again."""
 
 
 @dataclass
@@ -37,7 +44,8 @@ def first_in(folder: Path, what: str) -> Iterator[Turn]:
     """Wait while another process does ``what``, unless one has done it before; then let this one do it.
 
     The first one may set ``left`` of what is yielded, and the others find it there.  The system takes the turn of a
-    process that ends, however it ends, and the next one is the first.  No collective may happen inside.
+    process that ends, however it ends, and the next one is the first; so it is after an exception.  What a process asks
+    for again inside its own turn it does at once.  No collective may happen inside.
 
     Args:
         folder: where the processes meet; each ``what`` has a file there.
@@ -48,14 +56,20 @@ def first_in(folder: Path, what: str) -> Iterator[Turn]:
     except OSError:  # nowhere to write: there is no cache either that others could fill
         yield Turn()
         return
+    file = (folder, what)
     try:
-        mine = _take(descriptor, what)
+        mine = file not in _mine and _take(descriptor, what)
         turn = Turn("" if mine else os.pread(descriptor, 1 << 16, 0).decode())
+        if not mine:
+            yield turn
+            return
+        _mine.add(file)
         try:
             yield turn
         finally:
-            if mine:
-                os.pwrite(descriptor, (turn.left or "done").encode(), 0)
+            _mine.remove(file)
+        with contextlib.suppress(OSError):  # a full disk: the others do it again
+            os.pwrite(descriptor, (turn.left or "done").encode(), 0)
     finally:
         os.close(descriptor)
 
@@ -65,7 +79,8 @@ def first_to_compile(kernels: str) -> AbstractContextManager[Turn]:
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     triton = getattr(sys.modules.get("triton"), "__version__", "")
-    return first_in(folder, f"compiling {kernels} with Triton {triton}")
+    chip, overlay = devices.chip_name(), sys.modules["verl_fl_overlay"].__version__
+    return first_in(folder, f"compiling {kernels} for {chip} with Triton {triton} and overlay {overlay}")
 
 
 def _open(folder: Path, what: str) -> int:

@@ -245,6 +245,25 @@ def test_a_kernel_that_cannot_be_built_leaves_the_model_native(kernels, fuse, mo
     assert fused_forward.checks()["rms_norm in Qwen2RMSNorm, float32"] == "RuntimeError: no such instruction"
 
 
+def test_each_size_that_a_kernel_is_compiled_for_is_checked(kernels, fuse, monkeypatch):
+    right, heads_size = kernels.rms_norm, []
+
+    def broken_for_heads(values, weight, epsilon):
+        if weight.shape[0] != SIZE["hidden_size"]:
+            heads_size.append(weight.shape[0])
+            raise RuntimeError("no such instruction")
+        return right(values, weight, epsilon)
+
+    monkeypatch.setattr(kernels, "rms_norm", broken_for_heads)
+    model = make("Qwen3")
+    expected = step(model)
+    fuse(model)
+    assert_same(step(model), expected)
+    assert len(heads_size) == 1, "tried once, and native from then on"
+    assert kernels.calls["rms_norm"] > 0
+    assert fused_forward.checks()["rms_norm in Qwen3RMSNorm, float32"] == "RuntimeError: no such instruction"
+
+
 def test_a_kernel_that_cuts_the_gradient_is_not_used(kernels, fuse, monkeypatch):
     right = kernels.silu_and_mul
     monkeypatch.setattr(kernels, "silu_and_mul", lambda gate, up: right(gate.detach(), up))

@@ -52,10 +52,12 @@ def test_a_file_system_without_locks_gets_a_file_by_process(tmp_path, monkeypatc
 def test_the_variable_is_there_for_the_import_only_and_a_users_own_stays(monkeypatch, tmp_path):
     monkeypatch.setattr(database, "folder", lambda: tmp_path)
     monkeypatch.delenv(database.VARIABLE, raising=False)
-    with database.own_database():
+    with database.own_database() as ours:
+        assert ours
         assert database.os.environ[database.VARIABLE].startswith(f"sqlite:///{tmp_path}")
     assert database.VARIABLE not in database.os.environ
     monkeypatch.setenv(database.VARIABLE, "sqlite:///mine.db")
-    with database.own_database():
+    with database.own_database() as ours:
+        assert not ours
         assert database.os.environ[database.VARIABLE] == "sqlite:///mine.db"
     assert database.os.environ[database.VARIABLE] == "sqlite:///mine.db"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -95,11 +96,25 @@ def test_a_wait_has_an_end_and_is_told_once(tmp_path):
     ]
 
 
-def test_an_exception_passes_and_is_not_tried_again_by_every_other_process(tmp_path):
+def test_an_exception_passes_and_the_next_one_is_the_first(tmp_path):
     with pytest.raises(ZeroDivisionError), turns.first_in(tmp_path, "x"):
         raise ZeroDivisionError
     with turns.first_in(tmp_path, "x") as turn:
+        assert turn.left == ""
+    with turns.first_in(tmp_path, "x") as turn:
         assert turn.left == "done"
+
+
+def test_a_process_does_not_wait_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "LONGEST_WAIT", 10.0)
+    with turns.first_in(tmp_path, "x") as turn:
+        begun = time.monotonic()
+        with turns.first_in(tmp_path, "x") as inner:
+            inner.left = "of the policy inside"
+        assert time.monotonic() - begun < 5
+        turn.left = "of the whole"
+    with turns.first_in(tmp_path, "x") as turn:
+        assert turn.left == "of the whole"
 
 
 def test_where_nothing_can_be_written_everybody_is_the_first(tmp_path):

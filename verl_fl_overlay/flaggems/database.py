@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from verl_fl_overlay import devices
+
 VARIABLE = "FLAGGEMS_DB_URL"
 
 _seats: list[int] = []
@@ -20,17 +22,18 @@ _seats: list[int] = []
 
 
 @contextmanager
-def own_database() -> Iterator[None]:
+def own_database() -> Iterator[bool]:
     """Let FlagGems find a database of this process's own while it is imported; a URL set by the user stays.
 
     FlagGems reads the variable once, at import.  Afterwards it is unset again, or a child process would inherit it.
+    Yields whether the database is ours.
     """
     if os.environ.get(VARIABLE):
-        yield
+        yield False
         return
     os.environ[VARIABLE] = f"sqlite:///{_claim(folder())}"
     try:
-        yield
+        yield True
     finally:
         os.environ.pop(VARIABLE, None)
 
@@ -38,7 +41,7 @@ def own_database() -> Iterator[None]:
 def folder() -> Path:
     """Return the folder, made if it is not there, of what was tuned on this chip with this Triton."""
     root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
-    made = root / "config_cache" / "verl_fl" / f"{_chip()}-triton{_triton_version()}"
+    made = root / "config_cache" / "verl_fl" / f"{devices.chip_name()}-triton{_triton_version()}"
     made.mkdir(parents=True, exist_ok=True)
     return made
 
@@ -63,14 +66,6 @@ def _claim(folder: Path) -> Path:
         _seats.append(descriptor)
         return folder / f"{name}.db"
     raise AssertionError("unreachable: count() does not end")
-
-
-def _chip() -> str:
-    """Name the chip, since what was tuned on one is wrong on another."""
-    import torch
-
-    name = getattr(torch.get_device_module(), "get_device_name", None)
-    return "".join(c if c.isalnum() else "_" for c in str(name() if name else "chip"))
 
 
 def _triton_version() -> str:

@@ -119,9 +119,10 @@ def _enabled_before() -> str:
 
 def _import() -> ModuleType:
     try:
-        with own_database():
+        with own_database() as ours:
             module = importlib.import_module("flag_gems")
-            tuner.take_turns()
+            if ours:  # a database of the user's is shared, or kept apart, by the user
+                tuner.take_turns()
             return module
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":

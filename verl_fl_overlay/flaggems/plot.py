@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems.profile import Profile
 
 
@@ -11,12 +12,15 @@ def plot(profile: Profile, file: Path) -> None:
     """Draw what a step spends in each operator, native and as chosen, as a PNG.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        OverlayError: matplotlib is not installed, or the file cannot be written.
     """
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise OverlayError("--plot needs matplotlib: pip install matplotlib") from error
 
     shown = sorted(profile.measurements, key=lambda one: -one.native_ms)[:15]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), width_ratios=(4, 1), layout="constrained")
@@ -30,5 +34,9 @@ def plot(profile: Profile, file: Path) -> None:
     right.bar(list(profile.step_ms), list(profile.step_ms.values()))
     right.set_ylabel("whole step, milliseconds")
     figure.suptitle(f"{profile.workload}\n{profile.key}", fontsize=9)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(file, dpi=120, format="png")
+    except OSError as error:
+        raise OverlayError(f"--plot {file} cannot be written: {error.strerror}") from error
+    finally:
+        pyplot.close(figure)
