@@ -21,6 +21,8 @@ def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     chip = chips.current()
+    if chip is None:  # the feature has not started yet, or was stopped
+        return str(wrapped(*args, **kwargs))
     asked = os.environ.get("VERL_PLATFORM", "").strip().lower()
     names = (asked if chips.called(asked) is chip else chip.vendor, chip.vendor, chip.device)
     for name in names:
@@ -32,17 +34,18 @@ def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
 
 def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     chip = chips.current()
-    return chip.device if chips.is_available(chip) else str(wrapped(*args, **kwargs))
+    return chip.device if chip and chips.is_available(chip) else str(wrapped(*args, **kwargs))
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    found = str(wrapped(*args, **kwargs))
-    return found if found == flagcx.BACKEND else chips.backend(chips.current())
+    chip, found = chips.current(), str(wrapped(*args, **kwargs))
+    return chips.backend(chip) if chip and found != flagcx.BACKEND else found
 
 
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    chip = chips.current()
     chosen = os.environ.get("VERL_ENGINE_DEVICE") or os.environ.get("VERL_ENGINE_VENDOR")
-    found = None if chosen else engines.class_for_cuda(instance, chips.current().device, *args, **kwargs)
+    found = engines.class_for_cuda(instance, chip.device, *args, **kwargs) if chip and not chosen else None
     return wrapped(*args, **kwargs) if found is None else found
 
 
@@ -133,6 +136,8 @@ def _of_its_own(chip: Chip) -> type[Any]:
             return {own: num_gpus} if own else {"resources": {chip.ray_resource: num_gpus}}
 
         def ray_noset_envvars(self) -> list[str]:
+            if chip is chips.CPU:
+                return []
             names = {
                 chip.visible_devices,
                 "CUDA_VISIBLE_DEVICES" if chip.ray_resource == "GPU" else chip.visible_devices,

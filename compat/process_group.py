@@ -110,7 +110,8 @@ def checkpoint_engine_hooks() -> list[Hook]:
         wrapper=_stateless_group,
         feature="flagcx",
         required=False,
-        why="Groups outside torch.distributed are vLLM's NCCL communicators; with USE_FLAGCX on they are refused.",
+        why="Groups outside torch.distributed are vLLM's communicators (NCCL, or HCCL on Ascend); with USE_FLAGCX on "
+        "they are refused.",
         upstream=f"{SOURCE}/v0.9.1/verl/utils/distributed.py#L125",
         until="verl's stateless groups communicate through the platform's backend",
     )

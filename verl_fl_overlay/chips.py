@@ -119,7 +119,7 @@ def without_platform(settings: Settings) -> Chip | None:
     return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
 
 
-_current = CPU
+_current: Chip | None = None
 
 
 def start(settings: Settings) -> Callable[[], None]:
@@ -128,11 +128,16 @@ def start(settings: Settings) -> Callable[[], None]:
     chip = without_platform(settings)
     assert chip is not None, "with verl's own platform there is nothing to start"
     _current = chip
-    return lambda: None
+    return _forget
 
 
-def current() -> Chip:
-    """Return the chip that ``start`` settled on."""
+def _forget() -> None:
+    global _current
+    _current = None
+
+
+def current() -> Chip | None:
+    """Return the chip that ``start`` settled on; None before, and after it was stopped."""
     return _current
 
 

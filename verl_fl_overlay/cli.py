@@ -135,12 +135,10 @@ def _dispatch_check(options: argparse.Namespace) -> int:
 
 
 def _dispatch_render(options: argparse.Namespace) -> int:
-    from verl_fl_overlay import chips, vllm_fl
+    from verl_fl_overlay import vllm_fl
     from verl_fl_overlay.settings import Settings
 
-    found, _ = chips.find()
-    vendor = options.vendor or (found.vendor if found else "nvidia")
-    print(vllm_fl.render(Settings.from_environment(), vendor), end="")
+    print(vllm_fl.render(Settings.from_environment(), options.vendor), end="")
     return 0
 
 

@@ -163,6 +163,14 @@ def _vllm_config(settings: Settings) -> Iterator[str]:
 def _vllm_lists(settings: Settings) -> Iterator[str]:
     if settings["VLLM_FL_FLAGOS_WHITELIST"] and settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"]:
         yield "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them"
+    if "*" in settings.disable or "rollout.lists" in settings.disable:
+        for _, name in EXCLUSIVE[1:]:
+            if settings[name]:
+                yield (
+                    f"{name} takes the place of the list in the chip's configuration, whose operators come back into "
+                    "use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the "
+                    "file of VLLM_FL_CONFIG"
+                )
 
 
 def _vllm_plugins(settings: Settings) -> Iterator[str]:

@@ -131,7 +131,7 @@ def refuse_native(engine: str) -> None:
             f"verl's checkpoint engine {engine!r} communicates through {NATIVE_ONLY[engine]}, and USE_FLAGCX=1 asks "
             "for FlagCX. Take another one (actor_rollout_ref.rollout.checkpoint_engine.backend=naive, nixl or "
             "mooncake), or leave this check out with "
-            "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class"
+            "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class,flagcx.stateless_group"
         )
 
 

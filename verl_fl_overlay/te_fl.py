@@ -5,6 +5,7 @@ Both call themselves as NVIDIA's do, and so do their versions; what only they ha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -63,8 +64,10 @@ def apply(settings: Settings) -> None:
         core = importlib.import_module(CORE)
         core.reset_global_policy()  # it was cached, if anything asked before the environment was complete
         _told["policy"] = _policy(core.get_policy())
-        _told["implementations"] = _implementations(core.get_default_manager())
-        _warn(settings)
+        try:
+            _told["implementations"] = _implementations(core)
+        finally:
+            _warn(settings)
 
 
 def _policy(policy: Any) -> dict[str, Any]:
@@ -77,19 +80,37 @@ def _policy(policy: Any) -> dict[str, Any]:
     }
 
 
-def _implementations(manager: Any) -> dict[str, int]:
-    """Return for how many operators each kind has an implementation here: {"flagos": 7, "vendor:CUDA": 109 ...}."""
-    manager.ensure_initialized()
+def _implementations(core: Any) -> dict[str, int] | None:
+    """Return for how many operators each kind has an implementation here: {"flagos": 7, "vendor:CUDA": 109 ...}.
+
+    None where this TransformerEngine-FL does not tell.
+    """
+    manager = core.get_default_manager() if hasattr(core, "get_default_manager") else None
+    snapshot = getattr(getattr(manager, "registry", None), "snapshot", None)
+    if manager is None or snapshot is None:
+        return None
+    with _own_database():
+        manager.ensure_initialized()
     counted: Counter[str] = Counter()
-    for implementations in manager.registry.snapshot().impls_by_op.values():
+    for implementations in snapshot().impls_by_op.values():
         kinds = {f"{i.kind.value}:{i.vendor}" if i.kind.value == "vendor" else i.kind.value for i in implementations}
         counted.update(kinds)
     return dict(counted)
 
 
+def _own_database() -> contextlib.AbstractContextManager[None]:
+    """Return in what TransformerEngine-FL may import FlagGems, which reads once, then, where its database is."""
+    if "flag_gems" in sys.modules or find_spec("flag_gems") is None:
+        return contextlib.nullcontext()
+    from verl_fl_overlay.flaggems.database import own_database
+
+    return own_database()
+
+
 def _warn(settings: Settings) -> None:
     prefer = _told["policy"]["prefer"]
-    here = {kind.partition(":")[0] for kind in _told["implementations"]}
+    counted = _told.get("implementations")
+    here = {prefer} if counted is None else {kind.partition(":")[0] for kind in counted}
     given = settings.given.get("TE_FL_PREFER")
     if "warned" in _told or (given is not None and settings["TE_FL_PREFER"] == "flagos" and prefer in here):
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import logging
 import os
@@ -71,7 +72,8 @@ def read(file: Path) -> dict[str, Any]:
 
     Raises:
         OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``,
-            says a key twice, or uses aliases, through which a few lines can stand for gigabytes.
+            says a key twice, holds a value that is none of its type, or uses aliases, through which a few lines can
+            stand for gigabytes.
     """
     yaml = _yaml()
 
@@ -82,15 +84,13 @@ def read(file: Path) -> dict[str, Any]:
             raise OverlayError(f"{file} is too long; a dispatch file has at most {LARGEST} bytes")
         text = content.decode("utf-8")
         _refuse_bombs(file, text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise OverlayError(f"{file} says {twice} twice, and only the last counts; keep one of them")
+        _refuse_repeats(file, yaml.compose(text, Loader=yaml.SafeLoader))
         parsed = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OverlayError(f"{file} cannot be read as YAML: {reason}") from error
+    except (ValueError, LookupError, AttributeError) as error:  # PyYAML's own slips: of a month 13, of `!!bool maybe`
+        raise OverlayError(f"{file} holds a value that is none of its type: {type(error).__name__}: {error}") from error
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
@@ -117,6 +117,21 @@ def _refuse_bombs(file: Path, text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise OverlayError(f"{file} is nested more than {DEEPEST} levels deep, which a dispatch file is not")
+
+
+def _refuse_repeats(file: Path, node: Any) -> None:
+    yaml = _yaml()
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeats(file, item)
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise OverlayError(f"{file} says {key.value} twice, and only the last counts; keep one of them")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            _refuse_repeats(file, value)
 
 
 def check(content: dict[str, Any]) -> list[str]:
@@ -209,7 +224,13 @@ def flaggems_names() -> frozenset[str]:
     spec = find_spec("flag_gems")
     if spec is None or spec.origin is None:
         return frozenset()
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return _registered(spec.origin)
+
+
+@functools.cache
+def _registered(source: str) -> frozenset[str]:
+    """Return the functions that FlagGems' ``source`` registers: thousands of lines, and asked for with every name."""
+    tree = ast.parse(Path(source).read_text(encoding="utf-8"))
     pairs = (node for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) >= 2)
     functions = (pair.elts[1] for pair in pairs if isinstance(pair.elts[0], ast.Constant))
     return frozenset(
@@ -265,23 +286,28 @@ def reason_off(settings: Settings) -> str:
 
 
 def start(settings: Settings) -> Callable[[], None]:
-    """Extend the lists whenever vLLM finds the plugin; call what is returned to stop."""
+    """Extend the lists whenever vLLM finds the plugin; call what is returned to stop.
+
+    Raises:
+        OverlayError: VERL_FL_STRICT=1, and the plugin's configuration cannot be read.  Later would be too late: vLLM
+            takes whatever a plugin raises for its absence.
+    """
+    if settings.strict:
+        _configured(settings)
     return rollout_plugin_found.subscribe(extend_lists)
 
 
 def extend_lists() -> None:
     """Add to the lists in this process's environment what the plugin's configuration leaves out on this chip.
 
-    That configuration is the file of VLLM_FL_CONFIG, or the plugin's own for the chip; so the file is the place for a
-    list that is meant exactly.  Processes started from here have the longer lists too.
+    The file of VLLM_FL_CONFIG is the place for a list that is meant exactly.  Processes started from here have the
+    longer lists too.
 
     Raises:
         OverlayError: the file cannot be read.
     """
     settings, _ = Settings.parse()
-    chip, _ = chips.find()
-    file = _given(settings) or (_configuration(chip.vendor) if chip else None)
-    content = read(file) if file else {}
+    file, content = _configured(settings)
     for name, key in LISTS.items():
         missing = [op for op in _listed(content, key) if op not in settings[name]]
         if settings[name] and missing:
@@ -295,6 +321,19 @@ def extend_lists() -> None:
             )
 
 
+def _configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:
+    """Return the file that the plugin goes by, and what it says: that of VLLM_FL_CONFIG, or its own for the chip.
+
+    Where VLLM_FL_CONFIG names no file the plugin goes by none, not by its own.
+    """
+    if settings["VLLM_FL_CONFIG"]:
+        file = _given(settings)
+    else:
+        chip, _ = chips.find()
+        file = _configuration(chip.vendor) if chip else None
+    return file, read(file) if file else {}
+
+
 def _listed(content: dict[str, Any], key: str) -> list[str]:
     """Return a list of names as the plugin reads it: what is no list is none."""
     names = content.get(key)
@@ -306,16 +345,20 @@ def describe() -> dict[str, Any]:
     return {f"added to {name}": names for name, names in _added.items()}
 
 
-def render(settings: Settings, vendor: str) -> str:
-    """Return a dispatch file that does what the environment asks for, on top of the file of VLLM_FL_CONFIG or, without
-    one, of the plugin's defaults for ``vendor``.
+def render(settings: Settings, vendor: str = "") -> str:
+    """Return a dispatch file that does what the environment asks for, on top of the plugin's defaults for ``vendor``
+    (FlagGems' name) or, where none is named, of the file of VLLM_FL_CONFIG, else of the defaults for this machine.
+
+    An empty file counts as none: the shell makes it so before ``render > $VLLM_FL_CONFIG`` starts.
 
     A blacklist extends the one in that file instead of taking its place; a whitelist stands alone.
     """
     yaml = _yaml()
 
-    given = _given(settings)
-    content, origin = (read(given), str(given)) if given else defaults(vendor)
+    given = None if vendor else _given(settings)
+    found, _ = chips.find()
+    vendor = vendor or (found.vendor if found else "nvidia")
+    content, origin = (read(given), str(given)) if given and given.stat().st_size else defaults(vendor)
     for key, name in (("prefer", "VLLM_FL_PREFER"), ("strict", "VLLM_FL_STRICT")):
         if name in settings.given:
             content[key] = settings[name] == "1" if key == "strict" else settings[name]

@@ -10,7 +10,8 @@ import textwrap
 import pytest
 from sft import without_images
 
-from verl_fl_overlay.chips import CHIPS, KNOWN_TO_VERL, find, reason_off, without_platform
+from verl_fl_overlay import chips
+from verl_fl_overlay.chips import CHIPS, CPU, KNOWN_TO_VERL, find, reason_off, without_platform
 from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
@@ -181,6 +182,32 @@ def test_every_abstract_method_is_implemented(vendor):
     platform = platform_class(CHIPS[vendor])
     assert platform.__abstractmethods__ == frozenset()
     assert platform().device_name == CHIPS[vendor].device
+
+
+@needs_platforms
+def test_on_the_cpu_ray_hides_what_it_always_hides():
+    from verl_fl_overlay.compat.chips import platform_class
+
+    assert platform_class(CPU)().ray_noset_envvars() == []
+
+
+def test_before_the_feature_has_started_verl_answers_for_itself():
+    from verl_fl_overlay.compat.chips import device_helper_hooks, platform_hooks
+
+    def verls_own(*args):
+        return "verl's own"
+
+    def answers():
+        return {
+            hook.name: hook.wrapper(verls_own, None, (), {}) for hook in (*platform_hooks(), *device_helper_hooks())
+        }
+
+    assert chips.current() is None
+    assert set(answers().values()) == {"verl's own"}
+    stop = chips.start(Settings.from_environment({"GEMS_VENDOR": "mthreads", "VERL_PLATFORM": "musa"}))
+    assert chips.current() is CHIPS["mthreads"]
+    stop()
+    assert set(answers().values()) == {"verl's own"}
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,15 @@ def test_a_list_extends_the_users_file(tmp_path):
     mine.write_text("flagos_blacklist: [mm]")
     read, _ = lists(tmp_path, VLLM_FL_CONFIG=str(mine), VLLM_FL_FLAGOS_BLACKLIST="softmax")
     assert read == {"flagos_blacklist": ["softmax", "mm"], "oot_blacklist": []}
+
+
+def test_a_file_that_cannot_be_read_stops_verl_where_that_is_asked_for(tmp_path):
+    """Raised in the plugin it would be lost in vLLM, which then goes on without the plugin."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("flagos_blacklist: [mm]\nflagos_blacklist: [sort]")
+    environment = {"VLLM_FL_CONFIG": str(mine), "VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_STRICT": "1"}
+    done = python("import verl", env={**OVERLAY, **environment})
+    assert done.returncode == 1
+    assert (
+        f"OverlayError: {mine} says flagos_blacklist twice, and only the last counts; keep one of them" in done.stderr
+    )

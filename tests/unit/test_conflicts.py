@@ -79,6 +79,18 @@ CASES = {
         {"VLLM_FL_FLAGOS_WHITELIST": "softmax", "VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"},
         "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them",
     ),
+    "_vllm_lists alone": (
+        {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init,rollout.lists"},
+        "VLLM_FL_FLAGOS_BLACKLIST takes the place of the list in the chip's configuration, whose operators come back "
+        "into use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the file of "
+        "VLLM_FL_CONFIG",
+    ),
+    "_vllm_lists alone, too": (
+        {"VLLM_FL_OOT_BLACKLIST": "rms_norm", "VERL_FL_DISABLE": "*"},
+        "VLLM_FL_OOT_BLACKLIST takes the place of the list in the chip's configuration, whose operators come back into "
+        "use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the file of "
+        "VLLM_FL_CONFIG",
+    ),
     "_vllm_plugins": (
         {"VLLM_PLUGINS": "ascend", "VLLM_FL_OOT_ENABLED": "1"},
         "VLLM_PLUGINS='ascend' leaves vllm-plugin-FL out, so nothing reads VLLM_FL_OOT_ENABLED; add fl to VLLM_PLUGINS",
@@ -116,6 +128,8 @@ def test_every_rule_has_a_case():
         {},
         {"USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "softmax"},
         {"USE_FLAGGEMS": "TRUE"},
+        {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init"},
+        {"VERL_FL_DISABLE": "*"},
         {"USE_FLAGGEMS": "no", "VLLM_FL_PREFER": "vendor"},
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "BUILT"},
         {"TE_FL_ALLOW_VENDORS": "CUDA,METAX", "TE_FL_PER_OP": "gemm=vendor:CUDA|impl:default.flagos;x=flagos"},

@@ -5,6 +5,7 @@ The real one answers the same questions in ``test_the_policy_is_what_the_environ
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from processes import output
 
 from verl_fl_overlay import te_fl
 from verl_fl_overlay.events import engine_built
+from verl_fl_overlay.flaggems import database
 from verl_fl_overlay.settings import Settings
 
 STAND_IN = Path(__file__).parents[1] / "te_fl_stand_in.py"
@@ -115,6 +117,50 @@ def test_flagos_without_its_kernels_is_told(packages, monkeypatch, caplog):
         "reference; FlagOS' need flag_gems and a device that it knows"
     ]
     assert te_fl.describe()["implementations"] == {"reference": 1}
+
+
+def test_one_that_does_not_tell_its_implementations_still_tells_its_policy(packages, caplog):
+    make_fl(packages)
+    import transformer_engine.plugin.core as core
+
+    del core.get_default_manager
+    te_fl.apply(Settings())
+    assert [record.getMessage() for record in caplog.records] == [
+        "a Megatron engine starts with TE_FL_PREFER not set, and TransformerEngine-FL takes flagos implementations "
+        "first; export TE_FL_PREFER=flagos to be sure of those of FlagOS"
+    ]
+    assert te_fl.describe()["implementations"] is None
+
+
+def test_one_that_cannot_register_its_implementations_still_tells_its_policy(packages, monkeypatch, caplog):
+    make_fl(packages)
+    import transformer_engine.plugin.core as core
+
+    def no_chip(manager):
+        raise RuntimeError("no chip")
+
+    monkeypatch.setattr(core.Manager, "ensure_initialized", no_chip)
+    with pytest.raises(RuntimeError, match="no chip"):
+        te_fl.apply(Settings())
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("users", ["", "sqlite:///mine.db"])
+def test_a_flaggems_that_it_imports_gets_a_database_of_this_process(packages, monkeypatch, users):
+    make_fl(packages)
+    (packages / "flag_gems.py").write_text("import os; URL = os.environ.get('FLAGGEMS_DB_URL')")
+    monkeypatch.setitem(sys.modules, "flag_gems", None)  # put back as it was when the test is over
+    del sys.modules["flag_gems"]
+    monkeypatch.setattr(database, "folder", lambda: packages)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv(database.VARIABLE, users)
+    import transformer_engine.plugin.core as core
+
+    monkeypatch.setattr(core.Manager, "ensure_initialized", lambda manager: importlib.import_module("flag_gems"))
+    te_fl.apply(Settings())
+    read = sys.modules["flag_gems"].URL
+    assert read == (users or f"sqlite:///{packages}/rank3.db")
+    assert os.environ.get(database.VARIABLE, "") == users
 
 
 PROBE = """

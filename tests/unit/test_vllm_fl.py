@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -88,6 +87,7 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
     assert vllm_fl.flaggems_names() == {"mm", "mm_out"}
+    (tmp_path / "flag_gems/__init__.py").write_text("")  # read once: it is long, and asked for with every name
     assert vllm_fl.check({"flagos_blacklist": ["mm_out", "mm_uot"]}) == [
         "flagos_blacklist: the FlagGems that is installed has no function mm_uot; mm_out?"
     ]
@@ -97,6 +97,7 @@ BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
 KEYS = ", ".join(vllm_fl.KEYS)
+NO_VALUE = "holds a value that is none of its type"
 TWICE = "says prefer twice, and only the last counts; keep one of them"
 
 
@@ -106,6 +107,14 @@ TWICE = "says prefer twice, and only the last counts; keep one of them"
         (BOMB.encode(), "uses YAML's aliases (*name), which a dispatch file does not need; spell them out"),
         (b"- a", f"holds a list; expected is a mapping with {KEYS}"),
         (b"prefer: vendor\nprefer: flagos", TWICE),
+        (b"op_backends: {prefer: [flagos], prefer: [vendor]}", TWICE),
+        (b"flagos_blacklist: [{prefer: 1, prefer: 2}]", TWICE),
+        (b"a: 2024-13-01", f"{NO_VALUE}: ValueError: month must be in 1..12"),
+        (b"a: !!int abc", f"{NO_VALUE}: ValueError: invalid literal for int() with base 10: 'abc'"),
+        (b"a: 0x_", f"{NO_VALUE}: ValueError: invalid literal for int() with base 16: ''"),
+        (b"a: !!bool maybe", f"{NO_VALUE}: KeyError: 'maybe'"),
+        (b"a: !!int ''", f"{NO_VALUE}: IndexError: string index out of range"),
+        (b"a: !!timestamp now", f"{NO_VALUE}: AttributeError: 'NoneType' object has no attribute 'groupdict'"),
         (b"#" * (vllm_fl.LARGEST + 1), "is too long; a dispatch file has at most 65536 bytes"),
         (b"[" * 60_000, "is nested more than 8 levels deep, which a dispatch file is not"),
         (b"a: [", "cannot be read as YAML: while parsing"),
@@ -144,7 +153,7 @@ def test_lists_that_are_none_are_rendered_as_the_plugin_reads_them(tmp_path):
         "VLLM_FL_OOT_BLACKLIST": "rms_norm",
         "VLLM_FL_PER_OP": "rms_norm=vendor",
     }
-    assert yaml.safe_load(vllm_fl.render(Settings.from_environment(environment), "nvidia")) == {
+    assert yaml.safe_load(vllm_fl.render(Settings.from_environment(environment))) == {
         "flagos_blacklist": ["softmax"],
         "oot_blacklist": ["{'a': 'b'}", "rms_norm"],
         "op_backends": {"rms_norm": ["vendor"]},
@@ -191,8 +200,21 @@ def test_the_plugins_own_configuration_goes_before_the_example(tmp_path, monkeyp
 def test_the_file_of_the_environment_goes_before_the_plugins_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("{prefer: vendor, flagos_blacklist: [mm]}")
     mine = {"VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"), "VLLM_FL_FLAGOS_BLACKLIST": "softmax,mm"}
-    content = yaml.safe_load(vllm_fl.render(Settings.from_environment(mine), "nvidia"))
+    content = yaml.safe_load(vllm_fl.render(Settings.from_environment(mine)))
     assert content == {"prefer": "vendor", "flagos_blacklist": ["mm", "softmax"]}
+
+
+@pytest.mark.parametrize(("text", "vendor"), [("", []), ("flagos_blacklist: [mm]", ["--vendor", "nvidia"])])
+def test_a_named_vendor_and_an_empty_file_of_the_environment_leave_the_defaults(
+    tmp_path, monkeypatch, capsys, text, vendor
+):
+    """Empty is what ``dispatch render > $VLLM_FL_CONFIG`` finds there: the shell has made it so."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    monkeypatch.setenv("VLLM_FL_CONFIG", str(file))
+    monkeypatch.setenv("GEMS_VENDOR", "nvidia")
+    assert main(["dispatch", "render", *vendor]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(vllm_fl.EXAMPLE.read_text())
 
 
 def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
@@ -204,26 +226,48 @@ def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
     assert vllm_fl.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(tmp_path, monkeypatch, strict):
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A file of VLLM_FL_CONFIG that cannot be read, a list beside it, and what is told of it."""
     file = tmp_path / "mine.yaml"
     file.write_bytes(BOMB.encode())
     monkeypatch.setenv("VLLM_FL_CONFIG", str(file))
     monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
+    return f"{file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
+
+
+def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(broken, monkeypatch):
     monkeypatch.setattr(events, "_failures", {})
-    monkeypatch.setattr(events, "_strict", strict)
+    monkeypatch.setattr(events, "_strict", False)
     stop = vllm_fl.start(Settings.from_environment())
     try:
-        with pytest.raises(OverlayError) if strict else contextlib.nullcontext():
-            events.rollout_plugin_found.emit()
+        events.rollout_plugin_found.emit()
     finally:
         stop()
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
-    if not strict:
-        (told,) = events.failures().values()
-        assert told == (
-            f"OverlayError: {file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
-        )
+    assert list(events.failures().values()) == [f"OverlayError: {broken}"]
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_at_the_start_where_that_is_asked_for(broken, monkeypatch):
+    """Not in the plugin, from which vLLM swallows every error: it would go on without any of FlagOS."""
+    monkeypatch.setenv("VERL_FL_STRICT", "1")
+    with pytest.raises(OverlayError) as error:
+        vllm_fl.start(Settings.from_environment())
+    assert str(error.value) == broken
+
+
+def test_where_the_environment_names_no_file_the_chips_own_is_not_read_either(tmp_path, monkeypatch):
+    """As in the plugin, and as the warning about such a VLLM_FL_CONFIG says."""
+    (tmp_path / "metax.yaml").write_text("oot_blacklist: [rotary_embedding]")
+    monkeypatch.setattr(vllm_fl, "_configuration", lambda vendor: tmp_path / f"{vendor}.yaml")
+    monkeypatch.setenv("GEMS_VENDOR", "metax")
+    monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
+    monkeypatch.setenv("VLLM_FL_CONFIG", str(tmp_path / "no.yaml"))
+    vllm_fl.extend_lists()
+    assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
+    monkeypatch.delenv("VLLM_FL_CONFIG")
+    vllm_fl.extend_lists()
+    assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm,rotary_embedding"
 
 
 def test_without_a_list_there_is_nothing_to_extend():
