@@ -98,7 +98,7 @@ def _implementations(core: Any) -> dict[str, int] | None:
     return dict(counted)
 
 
-def _own_database() -> contextlib.AbstractContextManager[None]:
+def _own_database() -> contextlib.AbstractContextManager[object]:
     """Return in what TransformerEngine-FL may import FlagGems, which reads once, then, where its database is."""
     if "flag_gems" in sys.modules or find_spec("flag_gems") is None:
         return contextlib.nullcontext()
