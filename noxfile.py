@@ -177,7 +177,7 @@ def drift(session: nox.Session) -> None:
         if not list(wheels.glob(f"verl-{release}-*.whl")):
             download = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
             session.run(sys.executable, *download, f"verl=={release}", external=True)
-    session.install(".", "pytest", "pytest-xdist")
+    session.install(".", "pytest", "pytest-xdist", "pyyaml", "cloudpickle")
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 
