@@ -155,6 +155,7 @@ def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
             + "\n".join(lines)
             + f"\n  allowed: *, {', '.join(known)}"
         )
-    off = {hook.name: reason for hook in hooks if (reason := features.reason_off(hook.feature, settings))}
+    reasons = {feature: features.reason_off(feature, settings) for feature in {hook.feature for hook in hooks}}
+    off = {hook.name: reasons[hook.feature] for hook in hooks if reasons[hook.feature]}
     by_name = known if "*" in settings.disable else settings.disable
     return {**off, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}
