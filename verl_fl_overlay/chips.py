@@ -184,10 +184,10 @@ def backend(chip: Chip) -> str:
 
 def reason_off(settings: Settings) -> str:
     """Return why verl's own platforms do, "" where training runs on a chip that needs one from here."""
-    if without_platform(settings) is not None:
-        return ""
     chip, told_by = chosen(settings)
-    return told_by if chip is None else f"verl has a platform for {chip.vendor} ({told_by})"
+    if chip is None:
+        return told_by
+    return f"verl has a platform for {chip.vendor} ({told_by})" if chip.vendor in KNOWN_TO_VERL else ""
 
 
 def describe() -> dict[str, str]:
