@@ -73,10 +73,10 @@ class Row:
         return {"verl": self.verl, "torch": self.torch or "newest", "python": self.python or "-", **named}
 
 
-ALL = (*Row.tests, "tests/flaggems", "tests/logprobs")
+ALL = (*Row.tests, *(f"tests/{folder}" for folder in ("flaggems", "logprobs", "fused", "parity", "benchmarks")))
 COMPAT = [
     *(Row(f"verl='{release}'", release) for release in RELEASES[:-1]),
-    Row(f"verl='{RELEASES[-1]}'", more=FLAGGEMS, tests=ALL),
+    Row(f"verl='{RELEASES[-1]}'", more=(*FLAGGEMS, "matplotlib"), tests=ALL),
     Row(f"verl='{RELEASES[-1]}', torch='2.11.0'", torch="2.11.0"),
 ]
 THIN = (
@@ -272,8 +272,8 @@ def record(result: Path, about: dict[str, Any]) -> None:
 def features(session: nox.Session, verl: str) -> None:
     """What the matrix leaves out, on the newest release and on the last one that has legacy workers."""
     newest = verl == RELEASES[-1]
-    install(session, verl, TORCH, *((*FLAGGEMS, "matplotlib") if newest else ()))
-    others = ("fused", "faults", "parity", "benchmarks") if newest else ("legacy", "logprobs")
+    install(session, verl, TORCH, *(FLAGGEMS if newest else ()))
+    others = ("faults",) if newest else ("legacy", "logprobs")
     for folder in ("process", "process_group", "chips", *others):
         session.run("pytest", f"tests/{folder}", *BOTH, *session.posargs)
 

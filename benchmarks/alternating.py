@@ -30,20 +30,31 @@ def rows(model: Any) -> dict[str, Callable[[], None]]:
     from verl_fl_overlay.fused import ROTARY, FusedModules
     from verl_fl_overlay.variables import FUSED
 
-    ours, rotary = transformer_impl.logprobs_from_logits, getattr(modeling_qwen2, ROTARY)
+    ours = transformer_impl.logprobs_from_logits
+    # Liger replaces these in the file too, so they are kept here, and given back, by name.
+    replaced = {name: getattr(modeling_qwen2, name) for name in ("Qwen2RMSNorm", "Qwen2MLP", ROTARY)}
+    modules = [module for module in model.modules() if type(module) in replaced.values()]
     fused = FusedModules(FUSED)
 
     def reset(logprobs: Any = ours) -> None:
         fused.remove()
-        for module in model.modules():
-            if isinstance(module, modeling_qwen2.Qwen2RMSNorm | modeling_qwen2.Qwen2MLP):
-                vars(module).pop("forward", None)
-        setattr(modeling_qwen2, ROTARY, rotary)
+        for module in modules:
+            vars(module).pop("forward", None)
+        for name, native in replaced.items():
+            setattr(modeling_qwen2, name, native)
         transformer_impl.logprobs_from_logits = logprobs
+        expect("transformers")
+
+    def expect(package: str) -> None:
+        """Check that this package's code is what the model runs on now: a row that did not apply has no time."""
+        forwards = [module.forward.__func__ for module in modules] + [getattr(modeling_qwen2, ROTARY)]
+        found = {forward.__module__.partition(".")[0] for forward in forwards}
+        assert found == {package}, f"the model runs on {sorted(found)}, expected {package}"
 
     def overlay() -> None:
         reset()
         fused.fuse(model)
+        expect("verl_fl_overlay")
 
     def liger() -> None:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -52,6 +63,7 @@ def rows(model: Any) -> dict[str, Callable[[], None]]:
         reset()
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False, swiglu=True)
         setattr(modeling_qwen2, ROTARY, liger_rotary_pos_emb)
+        expect("liger_kernel")
 
     made = {
         "verl": lambda: reset(ours.__wrapped__),
