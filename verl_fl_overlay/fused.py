@@ -11,8 +11,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import MethodType, ModuleType
+from types import CodeType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakSet
 
 from verl_fl_overlay.events import engine_initialized
 from verl_fl_overlay.settings import Settings
@@ -22,6 +23,9 @@ logger = logging.getLogger("verl_fl_overlay")
 
 ROTARY = "apply_rotary_pos_emb"
 """What Hugging Face models call the function in each model's own file."""
+
+EPSILON = ("variance_epsilon", "eps")
+"""What norms call the number that they add to the variance."""
 
 LIGER = "liger_kernel"
 """The package whose fused classes and forwards verl puts in when use_liger is set."""
@@ -33,7 +37,7 @@ class FusedModules:
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self.kinds = kinds
         self.counts: Counter[str] = Counter()
-        self._modules: list[Any] = []
+        self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
         self._functions: list[tuple[ModuleType, Any, Any]] = []
         self._left_native: set[str] = set()
 
@@ -59,7 +63,7 @@ class FusedModules:
             kind = recognise(module)
             if kind in self.kinds and _is_untouched(module):
                 module.__dict__["forward"] = MethodType(forwards[kind], module)
-                self._modules.append(module)
+                self._modules.add(module)
                 self.counts[kind] += 1
         if "rotary" in self.kinds:
             for source in _sources(model):
@@ -90,7 +94,11 @@ class FusedModules:
 
 
 def recognise(module: Any) -> str:
-    """Return "rms_norm" or "gated_mlp" for a module with that structure, "" for any other."""
+    """Return "rms_norm" or "gated_mlp" for a module with that structure, "" for any other.
+
+    Its forward may read no other state of the module: one that does, a limit or a factor, can differ between two
+    modules of a class, of which only one is checked.
+    """
     if not _takes_one_input(type(module).forward):
         return ""
     children = dict(module.named_children())
@@ -98,16 +106,42 @@ def recognise(module: Any) -> str:
         weight = getattr(module, "weight", None)  # FSDP1 keeps it as a plain tensor, not as a parameter
         others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name != "weight"]
         one_dimensional = getattr(weight, "ndim", 0) == 1 and not others and getattr(module, "bias", None) is None
-        return "rms_norm" if one_dimensional and epsilon(module) is not None else ""
+        usual = epsilon(module) is not None and _reads(module) <= {"weight", *EPSILON, "normalized_shape"}
+        return "rms_norm" if one_dimensional and usual else ""
     projections = {"gate_proj", "up_proj", "down_proj"}
-    if projections <= set(children) <= {*projections, "act_fn"} and callable(getattr(module, "act_fn", None)):
-        return "gated_mlp"
+    activation = getattr(module, "act_fn", None)
+    if projections <= set(children) <= {*projections, "act_fn"} and callable(activation):
+        own = "act_fn" not in children or _reads(activation) <= {"inplace"}
+        return "gated_mlp" if own and _reads(module) <= {*projections, "act_fn"} else ""
     return ""
 
 
+def _reads(module: Any) -> set[str]:
+    """Return the names of the module's state that its forward, and the methods which that calls, may read."""
+    from torch import nn
+
+    classes = [cls for cls in type(module).__mro__ if cls not in (nn.Module, object)]
+    names, unread = set(), {"forward"}
+    while unread:
+        names |= unread
+        defined = [vars(cls)[name] for cls in classes for name in unread if name in vars(cls)]
+        unread = {name for each in defined for name in _names(each)} - names
+    return names & {*vars(module), *module._parameters, *module._buffers, *module._modules}
+
+
+def _names(defined: Any) -> Iterator[str]:
+    """Yield every name in the code of a method, or of a property, and of the functions inside it."""
+    code = getattr(inspect.unwrap(getattr(defined, "fget", defined)), "__code__", defined)
+    if isinstance(code, CodeType):
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names(constant)
+
+
 def epsilon(module: Any) -> float | None:
-    """Return what a norm adds to the variance, under either of its usual names; None if it has neither."""
-    for name in ("variance_epsilon", "eps"):
+    """Return what a norm adds to the variance, under one of its usual names; None if it has none."""
+    for name in EPSILON:
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
@@ -115,7 +149,7 @@ def epsilon(module: Any) -> float | None:
 
 
 def _takes_one_input(forward: Callable[..., Any]) -> bool:
-    parameters = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty]
+    parameters = inspect.signature(forward).parameters.values()
     return len(parameters) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 

@@ -7,6 +7,7 @@ to give the right numbers there), elsewhere torch's own operators.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, in_place: bool = False) ->
 
     Raises:
         LogprobsInputError: wrong types or sizes, or, on the CPU, a label outside the vocabulary.  On other devices a
-            label is checked without waiting for it: torch raises a device-side assertion, as its ``gather`` does.
+            label is checked without waiting for it, where torch can: it raises a device-side assertion, as its
+            ``gather`` does.
     """
     _refuse_misfits(logits, labels)
     result: Tensor = _TokenLogprobs.apply(logits, labels, in_place)
@@ -70,7 +72,8 @@ def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
         raise LogprobsInputError(f"logits {tuple(logits.shape)} have no vocabulary")
     inside = ((labels >= 0) & (labels < vocabulary)).all()
     if labels.device.type != "cpu":
-        torch._assert_async(inside, f"a label is outside the vocabulary [0, {vocabulary})")
+        with contextlib.suppress(NotImplementedError):  # a chip whose torch has no such assertion
+            torch._assert_async(inside, f"a label is outside the vocabulary [0, {vocabulary})")
     elif not inside:
         raise LogprobsInputError(
             f"labels must be in [0, {vocabulary}), found {int(labels.min())} to {int(labels.max())}: "
@@ -81,7 +84,7 @@ def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
 class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, in_place: bool) -> Tensor:
-        labels = labels.reshape(-1)
+        labels = labels.reshape(-1).contiguous()  # a column of a matrix keeps its stride otherwise
         accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
         result = torch.empty(labels.numel(), dtype=accumulator, device=logits.device)
         normalizer = torch.empty_like(result)

@@ -191,6 +191,7 @@ def test_on_the_cpu_ray_hides_what_it_always_hides():
     assert platform_class(CPU)().ray_noset_envvars() == []
 
 
+@needs_platforms
 def test_before_the_feature_has_started_verl_answers_for_itself():
     from verl_fl_overlay.compat.chips import device_helper_hooks, platform_hooks
 

@@ -14,7 +14,7 @@ from processes import output
 
 PROGRAM = """
 import contextlib, json, torch
-from verl_fl_overlay import logprobs_torch, logprobs_triton
+from verl_fl_overlay import logprobs, logprobs_torch, logprobs_triton
 from verl_fl_overlay import fused_triton as kernels
 
 kernels._on = logprobs_triton._on = lambda tensor: contextlib.nullcontext()  # the interpreter has no device
@@ -81,6 +81,14 @@ told["NaN"] = [torch.isnan(result).tolist(), torch.isnan(gradient).any(-1).tolis
 good = [0, 2]
 told["log-probs"] = float((result - exact)[good].norm() / exact[good].norm())
 told["gradient"] = float((gradient - exact_gradient)[good].norm() / exact_gradient[good].norm())
+
+logprobs._kernels = lambda device, dtype: logprobs_triton if dtype == torch.float32 else logprobs_torch
+for name, labels in (("a column", torch.randint(0, 50, (4, 6))[:, -1:]), ("every third", torch.arange(12)[::3])):
+    told[f"log-probs of {name} of labels"] = off(
+        lambda values: logprobs.token_logprobs(values, labels),
+        lambda values: values.log_softmax(-1).gather(-1, labels.reshape(-1, 1))[:, 0],
+        torch.randn(4, 50) * 4,
+    )
 print(json.dumps(told))
 """
 
@@ -89,7 +97,7 @@ def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
     assert told.pop("NaN in a norm") == [False, True, False]
     assert told.pop("NaN") == [[False, True, False], [False, True, False]]
-    assert len(told) == 10
+    assert len(told) == 12
     assert all(value < 2e-5 for value in told.values()), told
 
 

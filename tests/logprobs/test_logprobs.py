@@ -146,3 +146,12 @@ def test_misfits_are_refused_with_what_was_found():
 def test_who_computed_is_told():
     run(*random_case((2, 8), torch.bfloat16))
     assert kernels_used()["cpu, bfloat16"] == "torch"
+
+
+def test_a_chip_whose_torch_cannot_assert_computes_all_the_same(monkeypatch):
+    def missing(*args):
+        raise NotImplementedError("_assert_async for this chip")
+
+    monkeypatch.setattr(torch, "_assert_async", missing)
+    logits, labels = torch.empty(4, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    assert token_logprobs(logits, labels).shape == (4,)
