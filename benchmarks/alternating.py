@@ -117,6 +117,12 @@ def main() -> None:
                     times.setdefault(row, []).append(1000 * (time.perf_counter() - begun))
             if device == "cuda":
                 peaks[row] = torch.cuda.max_memory_allocated() / 1e9
+    if device == "cuda":
+        from verl_fl_overlay.fused_forward import checks
+        from verl_fl_overlay.logprobs import kernels_used
+
+        found = {**checks(), **kernels_used()}
+        assert set(found.values()) == {"same", "triton"}, f"not every kernel was used: {found}"
     medians = {row: statistics.median(found) for row, found in times.items()}
     print(f"model {options.model}")
     print(f"{'row':16}{'median ms':>10}{'least ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}")

@@ -246,6 +246,9 @@ def child(model: Path, folder: Path, routed: bool) -> None:
         "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
         "VERL_FL_STRICT": "1",
         "HF_HUB_OFFLINE": "1",
+        # Triton kernels of the overlay's own would be counted as FlagGems'.
+        "VERL_FL_FUSED": "0",
+        "VERL_FL_DISABLE": "logprobs.fsdp",
         "USE_FLAGGEMS": "1" if routed else "0",
         "FLAGGEMS_CACHE_DIR": str(folder / "flaggems"),
     }

@@ -9,6 +9,7 @@ On a CPU (or with --tiny) a tiny model runs, so that this file cannot rot; its t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -185,6 +186,7 @@ def run_row(row: str, names: list[str], models: Path, steps: int) -> dict[str, A
             "steps": outputs,
         }
         del made
+        gc.collect()  # an engine refers to itself, and the next model's peak is not to hold this one
         if device == "cuda":
             torch.cuda.empty_cache()
     if "verl_fl_overlay" in sys.modules:

@@ -189,7 +189,8 @@ def _tune(options: argparse.Namespace) -> int:
             shape = {"rows": options.rows, "length": options.length, "micro_batch": options.micro_batch}
             profile = tune.tune_model(options.model, options.out, **shape, skip=options.skip.split(","))
     except KeyboardInterrupt:
-        print(f"verl-fl tune: interrupted; {options.out} holds what was measured and is gone on with", file=sys.stderr)
+        left = f"{options.out} holds what was measured and is gone on with"
+        print(f"verl-fl tune: interrupted; {left if options.out.exists() else 'nothing was measured'}", file=sys.stderr)
         return 130
     print(profiles.as_text(profile))
     if options.plot:
@@ -206,6 +207,8 @@ def _warmup(options: argparse.Namespace) -> int:
 
     begun = time.perf_counter()
     trial = parity.Trial(options.model, options.rows, options.length, micro_batch=options.rows)
-    parity.run_trial(trial, parity.overlay_environment())
+    used = parity.kernels_of(parity.run_with_overlay(trial))
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
+    print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")
+    print(f"  fused modules: {used['fused'].get('checks', {}) if 'fused' in used else 'off'}")
     return 0

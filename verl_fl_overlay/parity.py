@@ -19,6 +19,7 @@ from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
 
 TRIAL = Path(compat.__file__).parent / "trial.py"
+MODULES, PLUGINS = "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"
 NOISE = 3.0
 """A difference is also allowed if it is at most so many times that between two native runs."""
 
@@ -56,22 +57,24 @@ class Trial:
 def native_environment() -> dict[str, str]:
     """Return the environment without the overlay; where verl cannot do without it, with no more of it than that.
 
-    That is on a CPU and on a chip that verl does not know.
+    That is on a CPU and on a chip that verl does not know.  Other modules that verl loads stay, so that what they do
+    is on both sides; other plugins are off where none is named, since nothing else keeps the overlay's out.
     """
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG"))
-        and name not in ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "RANK", "WORLD_SIZE")
+        if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG")) and name not in ("RANK", "WORLD_SIZE")
     }
+    others = {name: _without_overlay(kept.pop(name, "")) for name in (MODULES, PLUGINS)}
     settings, _ = Settings.parse()
     if chips.without_platform(settings) is None:
-        return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+        plugins = others[PLUGINS] if others[PLUGINS] not in ("", "auto") else "none"
+        return {**kept, MODULES: others[MODULES], PLUGINS: plugins}
     found = compat.find_verl()
     hooks = compat.select(found).hooks if found else ()
     return {
         **kept,
-        "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
+        MODULES: ",".join(filter(None, ("verl_fl_overlay", others[MODULES]))),
         "VERL_FL_DEVICE": settings.device,
         "VERL_FL_FUSED": "0",
         "VERL_FL_DISABLE": ",".join(hook.name for hook in hooks if hook.feature == "logprobs"),
@@ -80,8 +83,11 @@ def native_environment() -> dict[str, str]:
 
 def overlay_environment() -> dict[str, str]:
     """Return this process's environment, with the overlay named in it."""
-    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "verl_fl_overlay")
-    return {**os.environ, "VERL_USE_EXTERNAL_MODULES": modules}
+    return {**os.environ, MODULES: os.environ.get(MODULES, "verl_fl_overlay")}
+
+
+def _without_overlay(names: str) -> str:
+    return ",".join(name for name in names.split(",") if name.strip() != "verl_fl_overlay")
 
 
 def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
@@ -110,6 +116,24 @@ def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
             )
         loaded: dict[str, Any] = torch.load(result, weights_only=True)
         return loaded
+
+
+def run_with_overlay(trial: Trial) -> dict[str, Any]:
+    """Run ``trial`` in this process's environment.
+
+    Raises:
+        TrialError: it failed, or ran without the overlay.
+    """
+    result = run_trial(trial, overlay_environment())
+    if not result["overlay"]:
+        raise TrialError(f"the overlay was not loaded: {MODULES} has to name verl_fl_overlay")
+    return result
+
+
+def kernels_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the features that compute say of a trial with the overlay: which kernels they used, and why not."""
+    told = result["overlay"]["features"]
+    return {name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]}
 
 
 def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any]) -> list[Line]:
@@ -167,19 +191,14 @@ def examine(trial: Trial) -> dict[str, Any]:
     """Run all three and compare; return the lines, the verdict and which kernels the overlay used."""
     native = run_trial(trial, native_environment())
     again = run_trial(trial, native_environment())
-    ours = run_trial(trial, overlay_environment())
-    if not ours["overlay"]:
-        raise TrialError("the overlay was not loaded: VERL_USE_EXTERNAL_MODULES has to name verl_fl_overlay")
+    ours = run_with_overlay(trial)
     lines = compare(native, again, ours)
-    told = ours["overlay"]["features"]
     return {
         **asdict(trial),
         "tokens": native["tokens"],
         "verl": ours["overlay"]["verl"]["version"],
         "device": ours["overlay"]["device"],
-        "overlay": {
-            name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]
-        },
+        "overlay": kernels_of(ours),
         "lines": [{**asdict(line), "holds": line.holds} for line in lines],
         "same": all(line.holds for line in lines),
     }

@@ -55,6 +55,18 @@ def test_warmup_runs_one_step_of_the_model_with_the_overlay(tmp_path):
     done = run(*command, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(reports)}, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the kernels it needs are in the caches" in done.stdout
+    assert "log-probs: {'cpu, bfloat16': 'torch'}" in done.stdout
     told = [json.loads(file.read_text()) for file in reports.iterdir()]
     called = {hook["name"] for report in told for hook in report["hooks"] if hook["calls"]}
     assert {"engine.train_batch", "logprobs.fsdp"} <= called
+
+
+def test_warmup_without_the_overlay_is_an_error(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path / "model")
+    command = ("-m", "verl_fl_overlay", "warmup", tmp_path / "model", "--rows", "2", "--length", "16")
+    done = run(*command, env={"VERL_USE_EXTERNAL_MODULES": "math", "VERL_USE_EXTERNAL_PLUGINS": "none"}, timeout=280)
+    assert done.returncode == 2
+    assert "in the caches" not in done.stdout

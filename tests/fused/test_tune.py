@@ -11,7 +11,7 @@ numpy = pytest.importorskip("numpy")
 
 from verl_fl_overlay.flaggems import plot, tune  # noqa: E402
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel  # noqa: E402
-from verl_fl_overlay.flaggems.profile import Key, Profile, load  # noqa: E402
+from verl_fl_overlay.flaggems.profile import Key, Profile, ProfileError, load  # noqa: E402
 
 KEY = Key("a CPU", "x", "x", "x")
 
@@ -112,11 +112,27 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert tune.tune(make_step(), both, KEY, "w", file, say=lambda line: None).measurements == measured
 
 
-def test_another_workload_starts_anew(tmp_path):
+def test_a_profile_of_another_workload_is_not_overwritten(tmp_path):
     file = tmp_path / "p.json"
-    Profile(KEY, "another").save(file)
-    made = tune.tune(make_step(), gems(mm=named("mm", product)), KEY, "w", file, say=lambda line: None)
-    assert made.workload == "w"
+    Profile(KEY, "another", chosen=("mm",)).save(file)
+    before = file.read_text()
+    with pytest.raises(ProfileError, match=r"not overwritten(.|\n)*another\n(.|\n)*; w"):
+        tune.tune(make_step(), gems(mm=named("mm", product)), KEY, "w", file, say=lambda line: None)
+    assert file.read_text() == before
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    with pytest.raises(ProfileError, match="cannot be written"):
+        tune.tune(None, gems(), KEY, "w", tmp_path / "nowhere" / "p.json")
+
+
+def test_what_was_skipped_is_measured_when_it_is_not_skipped_any_more(tmp_path):
+    file, kernels = tmp_path / "p.json", gems(mm=named("mm", product))
+    (one,) = tune.tune(make_step(), kernels, KEY, "w", file, skip=["mm"], say=lambda line: None).measurements
+    assert one.note == "not measured: skipped"
+    (one,) = tune.tune(make_step(), kernels, KEY, "w", file, say=lambda line: None).measurements
+    assert one.native_ms > 0
+    assert not one.note
 
 
 def test_a_kernel_that_fails_is_noted(tmp_path):

@@ -54,7 +54,10 @@ def by_list(settings: Settings, gems: FlagGems) -> Choice | None:
 def by_profile(settings: Settings, gems: FlagGems) -> Choice | None:
     """Return what was measured to be faster here, by the user's profile or by one shipped for this chip."""
     found = profile.find(settings.profile)
-    return Choice(found[0].chosen, found[1], may_be_empty=True) if found else None
+    if found is None:
+        return None
+    names.check(found[0].chosen, found[1], gems)
+    return Choice(found[0].chosen, found[1], may_be_empty=True)
 
 
 def everything(settings: Settings, gems: FlagGems) -> Choice:

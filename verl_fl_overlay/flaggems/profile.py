@@ -84,7 +84,14 @@ def load(file: Path) -> Profile:
         if data.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         key, measurements = Key(**data.pop("key")), tuple(Measurement(**each) for each in data.pop("measurements"))
-        return Profile(key=key, measurements=measurements, **{**data, "chosen": tuple(data["chosen"])})
+        profile = Profile(key=key, measurements=measurements, **{**data, "chosen": tuple(data["chosen"])})
+        if not isinstance(data["chosen"], list) or not all(isinstance(name, str) for name in profile.chosen):
+            raise ValueError(f"chosen is not a list of names: {data['chosen']!r}")
+        times = [time for one in measurements for time in (one.calls, one.native_ms, one.flaggems_ms)]
+        for time in (*times, *profile.step_ms.values()):
+            if not isinstance(time, int | float):
+                raise ValueError(f"{time!r} is no number")
+        return profile
     except OSError as error:
         raise ProfileError(f"the profile {file} cannot be read: {error}. verl-fl tune MODEL --out {file}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:

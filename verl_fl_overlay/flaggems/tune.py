@@ -25,7 +25,7 @@ from verl_fl_overlay.compat import trial
 from verl_fl_overlay.flaggems import safety
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 from verl_fl_overlay.flaggems.library import load as load_flag_gems
-from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, key_here, load
+from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, key_here, load
 from verl_fl_overlay.flaggems.routing import Router
 
 SHAPES = 3
@@ -203,7 +203,7 @@ def tune_model(
 
     Raises:
         FlagGemsError: FlagGems cannot be used here.
-        ProfileError: ``file`` is there and damaged.
+        ProfileError: ``file`` is there and damaged or another's, or cannot be written.
     """
     for name in ("USE_FLAGGEMS", "TRAINING_FL_FLAGGEMS_ENABLE"):
         os.environ.pop(name, None)
@@ -214,11 +214,22 @@ def tune_model(
 
 
 def _begun(file: Path, key: Key, workload: str) -> Profile:
+    """Return what is to be gone on with, written down: that it cannot be is better known now than after measuring."""
+    profile = Profile(key, workload)
     if file.exists():
         profile = load(file)
-        if profile.key == key and profile.workload == workload:
-            return replace(profile, chosen=(), step_ms={})
-    return Profile(key, workload)
+        if (profile.key, profile.workload) != (key, workload):
+            raise ProfileError(
+                f"{file} holds another profile and is not overwritten; take another --out, or remove it.\n"
+                f"  it holds: {profile.key}; {profile.workload}\n  this is:  {key}; {workload}"
+            )
+        measured = tuple(one for one in profile.measurements if not one.note)
+        profile = replace(profile, measurements=measured, chosen=(), step_ms={})
+    try:
+        profile.save(file)
+    except OSError as error:
+        raise ProfileError(f"the profile {file} cannot be written: {error.strerror}") from error
+    return profile
 
 
 def _decide(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
