@@ -187,7 +187,8 @@ def _tune(options: argparse.Namespace) -> int:
             from verl_fl_overlay.flaggems import tune
 
             shape = {"rows": options.rows, "length": options.length, "micro_batch": options.micro_batch}
-            profile = tune.tune_model(options.model, options.out, **shape, skip=options.skip.split(","))
+            skip = [name.strip() for name in options.skip.split(",") if name.strip()]
+            profile = tune.tune_model(options.model, options.out, **shape, skip=skip)
     except KeyboardInterrupt:
         left = f"{options.out} holds what was measured and is gone on with"
         print(f"verl-fl tune: interrupted; {left if options.out.exists() else 'nothing was measured'}", file=sys.stderr)

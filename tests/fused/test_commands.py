@@ -45,6 +45,51 @@ def test_tune_without_a_model_or_a_profile_says_so(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
+TUNE = """
+import sys, time, torch
+from verl_fl_overlay.cli import main
+from verl_fl_overlay.flaggems import tune
+from verl_fl_overlay.flaggems.library import FlagGems, Kernel
+
+def silu(x):
+    time.sleep(0.05)
+    return x * torch.sigmoid(x)
+
+def embedding(weight, indices, *rest):
+    return weight[indices]
+
+kernels = (Kernel("silu", silu, ("CPU",)), Kernel("embedding", embedding, ("CPU",)))
+tune.load_flag_gems = lambda: FlagGems("5", "x", kernels)
+sys.exit(main(["tune", *sys.argv[1:]]))
+"""
+
+
+def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path / "model")
+    file = tmp_path / "profile.json"
+    batch = ("--rows", "4", "--length", "16", "--micro-batch", "2", "--out", file)
+    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=OVERLAY, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = load(file)
+    layers = json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"]
+    rows = {one.key: one for one in made.measurements}
+    assert rows["silu"].calls == 2 * layers
+    assert rows["silu"].flaggems_ms >= 2 * layers * 50
+    assert rows["silu"].flaggems_ms > 10 * rows["silu"].native_ms > 0
+    assert (rows["embedding"].calls, rows["embedding"].note) == (2, "not measured: skipped")
+    assert made.chosen == ()
+    assert "nothing is routed; whole step" in done.stdout
+
+    done = run("-c", TUNE, tmp_path / "model", "--out", file, "--skip", "silo", env=OVERLAY, timeout=280)
+    assert done.returncode == 2
+    assert "--skip names operators that FlagGems 5 does not offer here:\n  'silo': " in done.stderr
+    assert "silu" in done.stderr
+    assert load(file) == made
+
+
 def test_warmup_runs_one_step_of_the_model_with_the_overlay(tmp_path):
     pytest.importorskip("verl")
     from arithmetic import write_model

@@ -38,7 +38,8 @@ class Key:
 class Measurement:
     """One aten key in one step: how often it is called, and what a step spends in it, in milliseconds.
 
-    A time is the larger of what the device needs and what the host needs to start it.
+    A time is the larger of what the device needs and what the host needs to start it; of many shapes the largest and
+    the most frequent are timed, and the others count as the nearest of these.
     """
 
     key: str

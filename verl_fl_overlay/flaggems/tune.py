@@ -10,157 +10,83 @@ import contextlib
 import math
 import os
 import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from verl_fl_overlay.compat import trial
-from verl_fl_overlay.flaggems import safety
+from verl_fl_overlay.flaggems import names, safety
+from verl_fl_overlay.flaggems.calls import Call, Step, record
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 from verl_fl_overlay.flaggems.library import load as load_flag_gems
 from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, key_here, load
 from verl_fl_overlay.flaggems.routing import Router
+from verl_fl_overlay.flaggems.timing import call_ms, step_ms
 
-SHAPES = 3
-"""Of an operator's different calls, so many are timed: those with the most elements in total."""
+LARGEST, MOST_FREQUENT = 3, 3
+"""Of an operator's different calls, so many are timed: the device's time is in the former, the host's in the latter."""
 
-Step = Callable[[], None]
+ROUNDS = 5
+"""Native and routed steps take so many turns; chance alone makes one side faster in all of them once in 32 times."""
+
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A tensor's description, from which a like one is made."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    def make(self) -> torch.Tensor:
-        """Return a tensor of this shape: small random numbers, zeros for indices and masks."""
-        expanded = tuple(1 if stride == 0 else size for size, stride in zip(self.size, self.stride, strict=True))
-        tensor = torch.empty_strided(expanded, self.stride, dtype=self.dtype, device=self.device)
-        tensor = tensor.normal_().mul_(0.1) if self.dtype.is_floating_point else tensor.zero_()
-        return tensor.expand(self.size)
-
-
-Call = tuple[tuple[Any, ...], Any]
-"""The flattened arguments, tensors as ``Shape``, and how they were nested."""
-
-
-class Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the calls of some operators, with their arguments."""
-
-    def __init__(self, kernels: Iterable[Kernel]) -> None:
-        super().__init__()
-        self._on_cpu = {kernel.key: "CPU" in kernel.dispatch_keys for kernel in kernels}
-        self.calls: dict[str, Counter[Call]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented  # DTensor and the like take themselves apart; their parts come back here
-        key = func._schema.name.removeprefix("aten::")
-        key += f".{func._overloadname}" if func._overloadname != "default" else ""
-        leaves, tree = tree_flatten((args, kwargs))
-        if key in self._on_cpu and (self._on_cpu[key] or "cpu" not in _devices(leaves)):
-            call = (tuple(_described(leaf) for leaf in leaves), tree)
-            with contextlib.suppress(TypeError):  # an argument that cannot be a key, such as a generator
-                self.calls.setdefault(key, Counter())[call] += 1
-        return func(*args, **kwargs)
-
-
-def _devices(leaves: Iterable[Any]) -> set[str]:
-    found = (leaf.device if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    return {device.type for device in found if isinstance(device, torch.device)}
-
-
-def _described(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return Shape(tuple(value.shape), tuple(value.stride()), value.dtype, str(value.device))
-
-
-def record(step: Step, gems: FlagGems) -> dict[str, Counter[Call]]:
-    """Return, for each aten key that FlagGems has, the calls of one step."""
-    recorder = Recorder(gems.kernels)
-    with recorder:
-        step()
-    return recorder.calls
-
-
 def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
-    """Time the kernel against torch's own at the shapes of ``calls``."""
+    """Time the kernel against torch's own at the shapes of ``calls``, both through torch's dispatcher."""
     reason = safety.why_unsafe(kernel)
-    total = calls.total()
+    native, routed = 0.0, 0.0
+    if not reason:
+        try:
+            native = _spent(kernel.key, calls)
+            with _routed([kernel]) as router:
+                holder = router.held.get(kernel.key)
+                reason = router.failed.get(kernel.key) or (f"held by {holder}" if holder else "")
+                routed = _spent(kernel.key, calls)
+        except Exception as error:  # whatever a kernel raises at a shape it does not support
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
     if reason:
-        return Measurement(kernel.key, kernel.name, total, 0.0, 0.0, reason)
-    name, _, overload = kernel.key.partition(".")
-    native = getattr(getattr(torch.ops.aten, name), overload or "default")
-    largest = sorted(calls, key=lambda call: -calls[call] * _elements(call))[:SHAPES]
-    covered = sum(calls[call] for call in largest)
-    times = [0.0, 0.0]
+        native, routed = 0.0, 0.0
+    return Measurement(kernel.key, kernel.name, calls.total(), native, routed, reason)
+
+
+def _spent(key: str, calls: Counter[Call]) -> float:
+    """Return what all ``calls`` of an operator take, milliseconds: one that is not timed, as much as the nearest."""
+    name, _, overload = key.partition(".")
+    operator = getattr(getattr(torch.ops.aten, name), overload or "default")
+    timed: dict[Call, float] = {}
+    for call in _representative(calls):
+        args, kwargs = call.arguments()
+        timed[call] = call_ms(lambda a=args, k=kwargs: operator(*a, **k))  # type: ignore[misc]
+
+    def of(call: Call) -> float:
+        return timed.get(call) or timed[min(timed, key=lambda one: abs(math.log(one.elements / call.elements)))]
+
+    return sum(count * of(call) for call, count in calls.items())
+
+
+def _representative(calls: Counter[Call]) -> Iterable[Call]:
+    largest = sorted(calls, key=lambda call: -calls[call] * call.elements)[:LARGEST]
+    frequent = (call for call, _ in calls.most_common(MOST_FREQUENT))
+    return dict.fromkeys((*largest, *frequent))
+
+
+@contextlib.contextmanager
+def _routed(kernels: Iterable[Kernel]) -> Iterator[Router]:
+    """Have ``kernels`` answer their operators, as training would have them."""
+    router = Router([safety.seen_by_autograd(kernel) for kernel in kernels])
+    router.enter()
     try:
-        for call in largest:
-            args, kwargs = tree_unflatten(
-                [leaf.make() if isinstance(leaf, Shape) else leaf for leaf in call[0]], call[1]
-            )
-            for side, function in enumerate((native, kernel.function)):
-                times[side] += calls[call] * milliseconds(lambda f=function, a=args, k=kwargs: f(*a, **k))  # type: ignore[misc]
-    except Exception as error:  # whatever a kernel raises at a shape it does not support
-        return Measurement(kernel.key, kernel.name, total, 0.0, 0.0, f"{type(error).__name__}: {str(error)[:80]}")
-    rest = total / covered
-    return Measurement(kernel.key, kernel.name, total, times[0] * rest, times[1] * rest)
-
-
-def _elements(call: Call) -> int:
-    return sum(math.prod(leaf.size) for leaf in call[0] if isinstance(leaf, Shape)) + 1
-
-
-def milliseconds(run: Callable[[], Any], repeats: int = 9) -> float:
-    """Return the median time of ``run``: of the device, or of the host if that is longer."""
-    device = torch.cuda.is_available()
-    times = []
-    for number in range(repeats + 2):
-        begun = time.perf_counter()
-        if device:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-        run()
-        host = 1000 * (time.perf_counter() - begun)
-        if device:
-            end.record()
-            end.synchronize()
-            host = max(host, start.elapsed_time(end))
-        if number >= 2:
-            times.append(host)
-    return statistics.median(times)
-
-
-def whole_step(step: Step, repeats: int = 7) -> float:
-    """Return the median time of a step, milliseconds, after two that are not counted."""
-    times = []
-    for _ in range(repeats + 2):
-        begun = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begun))
-    return statistics.median(times[2:])
+        yield router
+    finally:
+        router.leave()
 
 
 def tune(
-    step: Step, gems: FlagGems, key: Key, workload: str, file: Path, *, skip: Iterable[str] = (), say: Say = print
+    step: Step, gems: FlagGems, key: Key, workload: str, file: Path, *, skip: Collection[str] = (), say: Say = print
 ) -> Profile:
     """Measure and write ``file`` after every operator; a file of the same key and workload is gone on with.
 
@@ -175,7 +101,7 @@ def tune(
     """
     profile = _begun(file, key, workload)
     step()
-    calls = record(step, gems)
+    calls = record(step, gems.kernels)
     done = {one.key for one in profile.measurements}
     for number, (name, counted) in enumerate(sorted(calls.items(), key=lambda item: -item[1].total()), 1):
         kernel = next(kernel for kernel in gems.kernels if kernel.key == name)
@@ -195,7 +121,7 @@ def tune(
 
 
 def tune_model(
-    model: str, file: Path, *, rows: int, length: int, micro_batch: int, skip: Iterable[str] = (), say: Say = print
+    model: str, file: Path, *, rows: int, length: int, micro_batch: int, skip: Collection[str] = (), say: Say = print
 ) -> Profile:
     """Tune for a model's folder: ``rows`` sequences of at most ``length`` tokens a step, in verl's FSDP2 engine.
 
@@ -204,10 +130,12 @@ def tune_model(
     Raises:
         FlagGemsError: FlagGems cannot be used here.
         ProfileError: ``file`` is there and damaged or another's, or cannot be written.
+        SettingsError: ``skip`` names what FlagGems does not have.
     """
-    for name in ("USE_FLAGGEMS", "TRAINING_FL_FLAGGEMS_ENABLE"):
-        os.environ.pop(name, None)
+    for variable in ("USE_FLAGGEMS", "TRAINING_FL_FLAGGEMS_ENABLE"):
+        os.environ.pop(variable, None)
     gems = load_flag_gems()
+    names.check(skip, "--skip", gems)
     step = trial.steps(model, rows, length, micro_batch)
     workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
     return tune(step, gems, key_here(), workload, file, skip=skip, say=say)
@@ -233,21 +161,32 @@ def _begun(file: Path, key: Key, workload: str) -> Profile:
 
 
 def _decide(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
-    """Route the functions all of whose keys are faster; keep them if whole steps get faster by it."""
+    """Route the functions all of whose keys are faster if whole steps get faster by it; if not, try the better half."""
     by_name: dict[str, list[Measurement]] = {}
     for one in profile.measurements:
         by_name.setdefault(one.name, []).append(one)
-    wins = tuple(sorted(name for name, ones in by_name.items() if all(one.faster for one in ones)))
-    times = {"native": whole_step(step)}
-    if wins:
-        router = Router(
-            [safety.seen_by_autograd(k) for k in gems.kernels if k.name in wins and not safety.why_unsafe(k)]
-        )
-        router.enter()
-        try:
-            times["chosen"] = whole_step(step)
-        finally:
-            router.leave()
-    kept = wins if times.get("chosen", times["native"]) < times["native"] else ()
-    say(f"whole step: {times}; routed: {', '.join(kept) or 'nothing'}")
-    return replace(profile, chosen=kept, step_ms=times)
+    saved = {name: sum(one.native_ms - one.flaggems_ms for one in ones) for name, ones in by_name.items()}
+    tried = [name for name in sorted(saved, key=lambda n: -saved[n]) if all(one.faster for one in by_name[name])]
+    native: list[float] = []
+    while tried:
+        native, routed = _in_turns(step, [k for k in gems.kernels if k.name in tried and not safety.why_unsafe(k)])
+        times = {"native": statistics.median(native), "chosen": statistics.median(routed)}
+        wins = sum(b < a for a, b in zip(native, routed, strict=True))
+        found = f"native {times['native']:.1f}, routed {times['chosen']:.1f} ms, faster in {wins} of {ROUNDS} rounds"
+        say(f"whole step with {', '.join(tried)}: {found}")
+        if wins == ROUNDS:
+            return replace(profile, chosen=tuple(sorted(tried)), step_ms=times)
+        tried = tried[: len(tried) // 2]
+    times = {"native": statistics.median(native) if native else step_ms(step)}
+    say(f"nothing is routed; whole step: {times['native']:.1f} ms")
+    return replace(profile, chosen=(), step_ms=times)
+
+
+def _in_turns(step: Step, kernels: list[Kernel]) -> tuple[list[float], list[float]]:
+    """Return the times of a step without and with ``kernels``, a pair a round, milliseconds."""
+    native, routed = [], []
+    for _ in range(ROUNDS):
+        native.append(step_ms(step))
+        with _routed(kernels):
+            routed.append(step_ms(step))
+    return native, routed
