@@ -112,17 +112,16 @@ print(json.dumps({**found, "python": platform.python_version()}))
 
 
 def installer_environment() -> dict[str, str]:
-    """Return pip's own search places for uv, which does not read pip's settings."""
-    links = os.environ.get("PIP_FIND_LINKS")
-    if links is None:
-        asked = subprocess.run(
-            [sys.executable, "-m", "pip", "config", "get", "global.find-links"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        links = asked.stdout.strip()
-    return {"UV_FIND_LINKS": ",".join(links.split())} if links else {}
+    """Return pip's own index and search places for uv, which does not read pip's settings; uv's own go first."""
+    found = {}
+    for setting, variable in {"index-url": "UV_DEFAULT_INDEX", "find-links": "UV_FIND_LINKS"}.items():
+        value = os.environ.get("PIP_" + setting.replace("-", "_").upper())
+        if value is None:
+            ask = [sys.executable, "-m", "pip", "config", "get", f"global.{setting}"]
+            value = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+        if value.strip() and variable not in os.environ:
+            found[variable] = ",".join(value.split())
+    return found
 
 
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
@@ -314,7 +313,7 @@ def devices(session: nox.Session) -> None:
         if asked.returncode:
             said = (asked.stderr.strip().splitlines() or ["no answer"])[-1].rpartition("Error: ")[2]
             nothing = dict.fromkeys(("verl", "torch", "python", "flag_gems", "wrapt"), "-")
-            record(result, {**nothing, "device": device, "not run": said})
+            record(result, {**nothing, "device": device, "not run": f"in the Python that runs nox: {said}"})
             continue
         record(result, {**json.loads(asked.stdout.splitlines()[-1]), "device": device})
         tests = ("-m", "gpu", "tests/gpu", f"--junitxml={result}.xml")
