@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,12 @@ def test_half_a_file_and_no_file_are_refused(tmp_path):
 def test_a_profile_of_another_chip_is_refused_with_both_keys(here):
     Profile(Key("Chip 2", "2.11.0", "3.6.0", "5.0.0"), "a model").save(here / "p.json")
     with pytest.raises(ProfileError, match=r"(?s)holds for: Chip 2, .*this is: +Chip 1, .*verl-fl tune"):
+        profile.find(str(here / "p.json"))
+
+
+def test_a_profile_that_was_not_finished_does_not_stand_for_routing_nothing(here):
+    replace(MEASURED, chosen=(), step_ms={}).save(here / "p.json")
+    with pytest.raises(ProfileError, match=r"p\.json is not finished.*verl-fl tune MODEL --out .*p\.json"):
         profile.find(str(here / "p.json"))
 
 
