@@ -71,7 +71,8 @@ def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
     write_model(tmp_path / "model")
     file = tmp_path / "profile.json"
     batch = ("--rows", "4", "--length", "16", "--micro-batch", "2", "--out", file)
-    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=OVERLAY, timeout=280)
+    routed = {**OVERLAY, "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGGEMS_ENABLE": "1"}  # as the job will have it
+    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=routed, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     made = load(file)
     layers = json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"]
