@@ -358,11 +358,14 @@ def test_indices_are_those_of_the_step_and_calls_are_told_apart_by_shape():
             torch.embedding(table, torch.tensor(indices))
 
     kernels = [Kernel(key, named(key, None), ("CPU",)) for key in ("embedding", "as_strided")]
-    (found,) = calls.record(step, kernels).values()  # and not what the description of a tensor calls
+    recorded = calls.record(step, kernels)
+    found = recorded["embedding"]
     assert sorted(found.values()) == [1, 2]
     (repeated,) = (call for call, count in found.items() if count == 2)
     (_, indices, *_), _ = repeated.arguments()
     assert indices.tolist() == [3, 3, 9]
+    described = [call.leaves[0].dtype for call in recorded.get("as_strided", ())]
+    assert torch.int64 not in described  # what describing the indices calls is no call of the step's
 
 
 def test_what_an_operator_calls_itself_is_recorded_too_and_computed_by_torch():
