@@ -15,6 +15,7 @@ from typing import Any
 from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.stack import VENDOR_NAMES
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ def find(
 ) -> tuple[Chip | None, str]:
     """Return the chip of this machine and what told it; (None, ...) where nothing does.
 
-    No vendor's package is imported: what counts is GEMS_VENDOR, then an installed package, then a vendor's tool.
+    No vendor's package is imported: what counts is GEMS_VENDOR by any of its names, then an installed package, then a
+    vendor's tool.
     """
     environment = os.environ if environment is None else environment
-    named = environment.get("GEMS_VENDOR", "").strip().lower()
-    if named in CHIPS:
-        return CHIPS[named], f"GEMS_VENDOR={named}"
+    for variable in VENDOR_NAMES:
+        named = environment.get(variable, "").strip().lower()
+        if named in CHIPS:
+            return CHIPS[named], f"{variable}={named}"
     for chip in CHIPS.values():
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"

@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,14 @@ def _policy(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(vendors, str | list):
             yield f"{key}: a {type(vendors).__name__} is ignored; write a list"
             continue
-        for vendor in vendors.split(",") if isinstance(vendors, str) else vendors:
-            if str(vendor) != str(vendor).lower():
-                yield f"{key}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
+        yield from vendor_faults(key, vendors.split(",") if isinstance(vendors, str) else vendors)
+
+
+def vendor_faults(where: str, vendors: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with a list of vendors; ``where`` it stands begins each text."""
+    for vendor in vendors:
+        if str(vendor) != str(vendor).lower():
+            yield f"{where}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
 
 
 def _op_backends(content: dict[str, Any]) -> Iterator[str]:
@@ -174,12 +179,17 @@ def _op_backends(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(tokens, list):
             yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
             continue
-        for token in (str(token).strip() for token in tokens):
-            kind, _, name = token.partition(":")
-            if token not in PREFER and not (kind in ("vendor", "impl") and name):
-                yield f"op_backends: {op}: {token!r} matches nothing{_near(token, PREFER)}"
-            elif kind == "vendor" and name != name.lower():
-                yield f"op_backends: {op}: {token!r} matches no vendor; write vendor:{name.lower()}"
+        yield from token_faults(f"op_backends: {op}", tokens)
+
+
+def token_faults(where: str, tokens: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with an operator's order of implementations; ``where`` it stands begins each text."""
+    for token in (str(token).strip() for token in tokens):
+        kind, _, name = token.partition(":")
+        if token not in PREFER and not (kind in ("vendor", "impl") and name):
+            yield f"{where}: {token!r} matches nothing{_near(token, PREFER)}"
+        elif kind == "vendor" and name != name.lower():
+            yield f"{where}: {token!r} matches no vendor; write vendor:{name.lower()}"
 
 
 def _lists(content: dict[str, Any]) -> Iterator[str]:
