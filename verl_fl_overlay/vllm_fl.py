@@ -318,6 +318,8 @@ def extend_lists() -> None:
     """
     settings, _ = Settings.parse()
     file, content = _configured(settings)
+    if file is None and not settings["VLLM_FL_CONFIG"]:
+        _warn_of_no_configuration()
     for name, key in LISTS.items():
         missing = [op for op in _listed(content, key) if op not in settings[name]]
         if settings[name] and missing:
@@ -329,6 +331,18 @@ def extend_lists() -> None:
                 ", ".join(missing),
                 file,
             )
+
+
+@functools.cache
+def _warn_of_no_configuration() -> None:
+    """Warn once: vLLM asks the plugin several times."""
+    chip, told_by = chips.find()
+    logger.warning(
+        "rollout's lists stay as they were set: vllm-plugin-FL has no configuration for %s here (%s), so nothing of "
+        "the chip's own is added; if that is not the chip, export GEMS_VENDOR=<its vendor>",
+        chip.vendor if chip else "an unknown chip",
+        told_by,
+    )
 
 
 def _configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:

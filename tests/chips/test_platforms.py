@@ -237,6 +237,8 @@ def test_the_chip_is_chosen(environment, device, reason):
         ({"GEMS_VENDOR": "Hygon "}, ["torch_musa"], [], "hygon", "GEMS_VENDOR=hygon"),
         ({}, ["torch+xpu"], ["xpu-smi"], "intel", "torch+xpu is installed"),
         ({}, [], ["xpu-smi"], "kunlunxin", "xpu-smi is there"),
+        ({}, [], ["nvidia-smi", "xpu-smi"], "nvidia", "nvidia-smi is there"),
+        ({"GEMS_BACKEND": "metax"}, [], ["nvidia-smi"], "metax", "GEMS_BACKEND=metax"),
         ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], "ascend", "torch_npu is installed"),
     ],
 )
