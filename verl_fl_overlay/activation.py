@@ -11,7 +11,7 @@ from types import ModuleType
 
 import wrapt
 
-from verl_fl_overlay import chips, compat, devices, environment, events, features, report
+from verl_fl_overlay import chips, compat, devices, environment, events, features, flagcx, report
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
@@ -129,17 +129,22 @@ def deactivate() -> None:
 
 
 def _too_late(settings: Settings) -> Iterator[str]:
-    """Tell when verl chose its device before it could be told of ours; where it loads us first that cannot be."""
+    """Tell what verl chose before it could be told of ours; where it loads us first that cannot be."""
     listed = settings.given.get(environment.LOADED_BY, "").split(",")
-    chip = chips.without_platform(settings)
-    if listed[0] == environment.OVERLAY or chip is None or not compat.device_chosen():
+    if listed[0] == environment.OVERLAY:
         return
+    from verl_fl_overlay.compat import process_group  # the shim's hooks are made by now, and have brought it
+
+    late = []
+    chip = chips.without_platform(settings)
+    if chip is not None and compat.device_chosen():
+        asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"
+        late.append(f"{asked} comes too late: verl had chosen its device")
+    if not flagcx.reason_off(settings) and process_group.backend_bound():
+        late.append("USE_FLAGCX=1 comes too late: verl had taken the name of its collectives")
     others = [module for module in listed if module and module != environment.OVERLAY]
-    asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"
-    yield (
-        f"{asked} comes too late: verl had chosen its device before verl-fl-overlay was loaded. List the overlay "
-        f"first: {environment.LOADED_BY}={','.join([environment.OVERLAY, *others])}"
-    )
+    first = f"List the overlay first: {environment.LOADED_BY}={','.join([environment.OVERLAY, *others])}"
+    yield from (f"{text} before verl-fl-overlay was loaded. {first}" for text in late)
 
 
 def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
