@@ -39,7 +39,11 @@ def _enter(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
     try:
         training.enter(instance.mode)
     except BaseException:
-        instance.__exit__(*sys.exc_info())  # the with statement does not leave what it did not enter
+        from verl.workers.engine.base import BaseEngineCtx
+
+        # The with statement does not leave what it did not enter.  The base's leaving alone: an engine's own would undo
+        # what its entering has not done yet.
+        BaseEngineCtx.__exit__(instance, *sys.exc_info())
         raise
     return result
 

@@ -117,6 +117,25 @@ def test_a_feature_that_fails_strictly_leaves_verl_clean():
     assert output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"}) == "0 None"
 
 
+def test_a_feature_that_fails_in_verls_own_modes_leaves_its_error_and_verl_clean():
+    program = """
+    import verl
+    from verl.workers.engine.fsdp.transformer_impl import EngineEvalModeCtx, EngineTrainModeCtx, FSDPEngine
+    from verl_fl_overlay import phase
+
+    def fails(): raise ValueError("feature")
+    phase.training.entered.subscribe(fails)
+    engine, seen = object.__new__(FSDPEngine), []
+    for mode in (EngineEvalModeCtx, EngineTrainModeCtx):
+        try:
+            with mode(engine, disable_auto_offload=True):
+                raise SystemExit("the body ran")
+        except ValueError as error:
+            seen.append((str(error), phase.training.depth, engine.mode))
+    print(seen)"""
+    assert output(program, env={**OVERLAY, "VERL_FL_STRICT": "1"}) == str([("feature", 0, None)] * 2)
+
+
 ORDERS = {
     "verl, then engines": "import verl; from verl.workers.engine.base import BaseEngine",
     "engines at once": "from verl.workers.engine.base import BaseEngine",
