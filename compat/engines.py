@@ -99,6 +99,7 @@ def base_hooks() -> list[Hook]:
             upstream=f"{UPSTREAM}/base.py#L330",
             until="verl has callbacks for entering and leaving an engine's mode",
             relies_on=(f"{BASE}:BaseEngineCtx.mode",),
+            pair="engine.exit",
         ),
         Hook(
             name="engine.exit",
@@ -110,6 +111,7 @@ def base_hooks() -> list[Hook]:
             why="verl leaves the mode here, also after an exception; the training phase goes one level out.",
             upstream=f"{UPSTREAM}/base.py#L334",
             until="verl has callbacks for entering and leaving an engine's mode",
+            pair="engine.enter",
         ),
         Hook(
             name="engine.train_batch",

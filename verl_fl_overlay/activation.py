@@ -158,4 +158,5 @@ def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
     reasons = {feature: features.reason_off(feature, settings) for feature in {hook.feature for hook in hooks}}
     off = {hook.name: reasons[hook.feature] for hook in hooks if reasons[hook.feature]}
     by_name = known if "*" in settings.disable else settings.disable
-    return {**off, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}
+    with_it = {h.name: f"left out with {h.pair}, which VERL_FL_DISABLE names" for h in hooks if h.pair in by_name}
+    return {**off, **with_it, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}

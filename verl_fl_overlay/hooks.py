@@ -34,7 +34,8 @@ class Hook:
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
     the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
     which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
-    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.
+    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the hook that
+    undoes what this one does, or does what this one undoes: left out by name, it takes this one with it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Hook:
     until: str
     needs: str = ""
     relies_on: tuple[str, ...] = ()
+    pair: str = ""
 
     @property
     def target(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -130,3 +131,27 @@ def test_deactivated_and_activated_anew(verl):
     os.environ["VERL_FL_DISABLE"] = "*"
     print({s.state.value for s in activation.activate().hooks.report()})"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "{'disabled'}"
+
+
+def test_features_whose_hooks_are_all_left_out_are_off(verl):
+    program = """
+    import verl
+    from verl_fl_overlay import report
+    print([name for name, feature in report.build()["features"].items() if feature["on"]])"""
+    asked = {**verl("0.9.1"), **NAMED, "USE_FLAGGEMS": "1", "VERL_FL_DEVICE": "cpu"}
+    assert "'flaggems'" in output(program, env=asked)
+    assert output(program, env={**asked, "VERL_FL_DISABLE": "*"}) == "[]"
+
+
+@pytest.mark.parametrize(("named", "taken"), [("engine.enter", "engine.exit"), ("engine.exit", "engine.enter")])
+def test_entering_and_leaving_are_left_out_together(verl, named, taken):
+    program = """
+    import verl
+    from verl_fl_overlay import activation
+    hooks = activation.active().hooks.report()
+    print({s.hook.name: s.detail for s in hooks if s.hook.feature == "phase" and s.state.value == "disabled"})"""
+    told = ast.literal_eval(output(program, env={**verl("0.9.1"), **NAMED, "VERL_FL_DISABLE": named}))
+    assert told == {
+        named: "left out by VERL_FL_DISABLE",
+        taken: f"left out with {named}, which VERL_FL_DISABLE names",
+    }
