@@ -6,10 +6,10 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from verl_fl_overlay import chips, flagcx, te_fl, vllm_fl
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
 
 
@@ -61,7 +61,7 @@ def _fused_off(settings: Settings) -> str:
         return "VERL_FL_FUSED=0"
     if settings.device == "cpu":
         return "there are no kernels for the CPU"
-    if settings.fused == ("auto",) and find_spec("triton") is None:
+    if settings.fused == ("auto",) and not installed("triton"):
         return "triton is not installed"
     return ""
 

@@ -155,3 +155,15 @@ def test_entering_and_leaving_are_left_out_together(verl, named, taken):
         named: "left out by VERL_FL_DISABLE",
         taken: f"left out with {named}, which VERL_FL_DISABLE names",
     }
+
+
+def test_packages_made_by_hand_do_not_stop_verl(verl):
+    program = """
+    import sys, types
+    for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
+        sys.modules[name] = types.ModuleType(name)
+    import verl
+    from verl_fl_overlay import chips, report
+    features = report.build()["features"]
+    print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
+    assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
