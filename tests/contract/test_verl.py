@@ -216,11 +216,14 @@ def test_disabled_hook_has_no_effect():
 
 
 def test_leaving_left_out_leaves_no_phase_on():
-    program = STUB + """
+    program = (
+        STUB
+        + """
     engine = EngineRegistry.new("stub", "stub")
     with engine.train_mode():
         engine.train_batch({}, lambda: None)
     print(seen[-1], phase.training.depth)"""
+    )
     environment = {**OVERLAY, "VERL_FL_DISABLE": "engine.exit"}
     assert output("import verl\n" + program.replace("\n    ", "\n"), env=environment) == "left 0"
 

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from processes import output, python, run
 
+from verl_fl_overlay import compat
+
 INIT = """
 import importlib, os
 __version__ = {version!r}
-for name in filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")):
+modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
+for name in modules.split(",") if modules else ():
     importlib.import_module(name)
 """
+HOOKED = {
+    hook.module
+    for hook in compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")).hooks
+    if hook.module.startswith("verl.")
+}
 NAMED = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
 
 
 @pytest.fixture
 def verl(tmp_path: Path):
-    """Return a function that makes an importable package ``verl`` of any version and gives its environment."""
+    """Return a function that makes a package ``verl`` of any version, with empty modules, and gives its environment."""
 
-    def make(version: str) -> dict[str, str]:
+    def make(version: str, modules: Iterable[str] = ()) -> dict[str, str]:
         (tmp_path / "verl" / "version").mkdir(parents=True)
         (tmp_path / "verl" / "version" / "version").write_text(version)
         (tmp_path / "verl" / "__init__.py").write_text(INIT.format(version=version))
+        for module in modules:
+            file = tmp_path / f"{module.replace('.', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         return {"PYTHONPATH": str(tmp_path)}
 
     return make
@@ -55,16 +68,11 @@ def test_no_verl_at_all(tmp_path):
     assert python("import verl_fl_overlay", env={}).returncode == 0, "importing it alone does nothing"
 
 
-def test_found_by_entry_point_it_says_why_it_stays_off(verl):
-    program = """
-    import verl
-    try:
-        import verl_fl_overlay
-    except RuntimeError:
-        pass  # as verl does with what plugins raise
-    """
-    done = python(program, env=verl("0.6.1"))
-    assert done.returncode == 0
+def test_found_by_entry_point_it_says_why_it_stays_off(verl, tmp_path):
+    # As verl does with what plugins raise.
+    (tmp_path / "plugins.py").write_text("try:\n    import verl_fl_overlay\nexcept Exception:\n    pass")
+    done = python("import verl", env={**verl("0.6.1"), "VERL_USE_EXTERNAL_MODULES": "plugins"})
+    assert done.returncode == 0, done.stderr
     assert "verl-fl-overlay is installed and stays off: verl 0.6.1 is here" in done.stderr
 
 
@@ -72,9 +80,78 @@ def test_newer_verl_is_warned_about_once(verl):
     program = (
         "import verl, verl_fl_overlay; from verl_fl_overlay import activation as a; print(a.activate() is a.active())"
     )
-    done = python(program, env={**verl("0.11.0"), **NAMED})
+    done = python(program, env={**verl("0.11.0", HOOKED), **NAMED})
     assert done.stdout.strip() == "True", done.stderr
     assert done.stderr.count("newer than any release") == 1
+
+
+def test_newer_verl_without_a_required_hooks_module_is_refused(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.base"}), **NAMED}
+    done = python("import verl", env=env)
+    assert done.returncode == 1
+    said = "on verl.workers.engine.base:EngineRegistry.new: verl 0.11.0 has no module verl.workers.engine.base."
+    assert f"HookError: hook 'engine.new' cannot be put {said}" in done.stderr
+    asked = "engine.new,engine.enter,engine.exit,engine.train_batch,engine.infer_batch"
+    assert python("import verl", env={**env, "VERL_FL_DISABLE": asked}).returncode == 0
+
+
+def test_newer_verl_without_an_optional_hooks_module_is_warned_about_or_strictly_refused(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.utils.model"}), **NAMED}
+    done = python("import verl", env=env)
+    assert done.returncode == 0
+    assert done.stderr.count("verl 0.11.0 has no module verl.utils.model") == 1
+    strict = python("import verl", env={**env, "VERL_FL_STRICT": "1"})
+    assert strict.returncode == 1
+    assert "HookError: hook 'attention.value_model' cannot be put on" in strict.stderr
+
+
+def test_newer_verl_without_a_module_that_could_not_be_imported_anyway(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.automodel.transformer_impl"}), **NAMED}
+    done = python("import verl", env={**env, "VERL_FL_STRICT": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_refused_settings_refuse_every_import_until_they_are_mended(verl):
+    program = """
+    import os, verl_fl_overlay
+    from verl_fl_overlay import activation
+    for _ in range(2):
+        try:
+            import verl
+        except verl_fl_overlay.SettingsError:
+            assert activation.active() is None
+        else:
+            raise SystemExit("imported")
+    del os.environ["VERL_FL_SCOPE"]
+    import verl
+    print(activation.active() is not None)"""
+    assert output(program, env={**verl("0.9.1"), "VERL_FL_SCOPE": "bogus"}) == "True"
+
+
+def test_a_refusal_is_over_when_its_advice_was_followed(verl):
+    program = """
+    import os, verl, verl.workers.engine.fsdp.transformer_impl
+    try:
+        import verl_fl_overlay
+    except RuntimeError as error:
+        assert "VERL_FL_DISABLE=engine.initialize.fsdp" in str(error)
+    os.environ["VERL_FL_DISABLE"] = "*"
+    from verl_fl_overlay import activation
+    import verl.workers.engine.base
+    print(activation.active() is not None)"""
+    assert output(program, env=verl("0.9.1", HOOKED)) == "True"
+
+
+def test_packages_made_by_hand_do_not_stop_verl(verl):
+    program = """
+    import sys, types
+    for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
+        sys.modules[name] = types.ModuleType(name)
+    import verl
+    from verl_fl_overlay import chips, report
+    features = report.build()["features"]
+    print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
+    assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
 
 
 def test_misspelt_variable_is_warned_about(verl):
@@ -155,15 +232,3 @@ def test_entering_and_leaving_are_left_out_together(verl, named, taken):
         named: "left out by VERL_FL_DISABLE",
         taken: f"left out with {named}, which VERL_FL_DISABLE names",
     }
-
-
-def test_packages_made_by_hand_do_not_stop_verl(verl):
-    program = """
-    import sys, types
-    for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
-        sys.modules[name] = types.ModuleType(name)
-    import verl
-    from verl_fl_overlay import chips, report
-    features = report.build()["features"]
-    print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
-    assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
