@@ -78,6 +78,14 @@ def _version_file(folder: str) -> str:
         return ""
 
 
+def finds_plugin(version: str, name: str) -> bool:
+    """Return whether verl ``version`` loads the entry point ``name`` by itself: none before 0.9 looks for any."""
+    allowed = [part.strip() for part in os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower().split(",")]
+    if Version(version) < Version("0.9.dev0") or (allowed != ["auto"] and name not in allowed):
+        return False
+    return bool(importlib.metadata.entry_points(group="verl.plugins", name=name))
+
+
 def device_chosen() -> bool:
     """Return whether verl settled on a device in this process, so that a hook can no longer say another."""
     manager = sys.modules.get("verl.plugin.platform.platform_manager")

@@ -59,6 +59,12 @@ def test_too_old_verl_in_doctor(verl):
     assert not any(hook["state"] == "installed" for hook in report["hooks"])
 
 
+def test_unreadable_version_in_doctor(verl):
+    done = run("-m", "verl_fl_overlay", "doctor", env=verl("banana"))
+    assert done.returncode == 1
+    assert "verl says its version is 'banana'" in done.stdout, done.stderr
+
+
 def test_no_verl_at_all(tmp_path):
     (tmp_path / "verl.py").write_text("raise ModuleNotFoundError(\"No module named 'verl'\", name='verl')")
     done = run("-m", "verl_fl_overlay", "doctor", env={"PYTHONPATH": str(tmp_path)})
@@ -152,6 +158,41 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
     features = report.build()["features"]
     print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        (",verl_fl_overlay", "verl cannot be imported: ValueError: Empty module name."),
+        (" json,verl_fl_overlay", "verl cannot be imported: ModuleNotFoundError: No module named ' json'."),
+    ],
+)
+def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, said):
+    env = {**verl("0.9.1"), "VERL_USE_EXTERNAL_MODULES": listed, "USE_FLAGCX": "maybe", "VERL_FL_STRCT": "1"}
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
+    assert done.returncode == 1, done.stderr
+    problems = json.loads(done.stdout)["problems"]
+    assert problems[0] == said
+    named = ["USE_FLAGCX", "VERL_FL_STRCT", "VERL_USE_EXTERNAL_MODULES"]
+    assert [problem.split(" ")[0].split("=")[0] for problem in problems[1:]] == named
+
+
+@pytest.mark.parametrize(
+    ("version", "environment", "loaded"),
+    [
+        ("0.8.0", {}, False),
+        ("0.8.0", NAMED, True),
+        ("0.9.1", {}, True),
+        ("0.9.1", {"VERL_USE_EXTERNAL_PLUGINS": "None"}, False),
+        ("0.9.1", {"VERL_USE_EXTERNAL_PLUGINS": "other, verl_fl_overlay"}, True),
+    ],
+)
+def test_doctor_says_where_verl_would_not_load_the_overlay(verl, version, environment, loaded):
+    env = {**verl(version), **environment, "VERL_FL_DISABLE": "*"}
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
+    said = f"verl {version} does not load the overlay in training: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay"
+    assert json.loads(done.stdout)["problems"] == ([] if loaded else [said])
+    assert done.returncode == int(not loaded)
 
 
 def test_misspelt_variable_is_warned_about(verl):
