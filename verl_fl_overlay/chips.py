@@ -9,9 +9,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
@@ -72,7 +72,7 @@ KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
 
 def _installed(package: str) -> bool:
     name, _, build = package.partition("+")
-    return _build(name) == build if build else find_spec(name) is not None
+    return _build(name) == build if build else packages.installed(name)
 
 
 @functools.cache
