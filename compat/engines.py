@@ -140,7 +140,7 @@ def base_hooks() -> list[Hook]:
 
 ENGINES = {
     "fsdp": ("FSDPEngine", ""),
-    "megatron": ("MegatronEngine", "megatron"),
+    "megatron": ("MegatronEngine", "megatron.core"),  # other packages are of that namespace too
     "veomni": ("VeOmniEngine", "veomni"),
     "torchtitan": ("TorchTitanEngine", "torchtitan"),
     "automodel": ("AutomodelEngine", "nemo_automodel"),

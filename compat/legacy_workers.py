@@ -53,7 +53,7 @@ BUILDERS = {
 
 
 def _needs(module: str) -> str:
-    return "megatron" if "megatron" in module else ""
+    return "megatron.core" if "megatron" in module else ""
 
 
 def hooks() -> list[Hook]:

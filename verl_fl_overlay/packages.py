@@ -9,6 +9,8 @@ def installed(name: str) -> bool:
     """Return whether ``name`` can be imported, or was made by hand and stands in ``sys.modules``."""
     try:
         return find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
     except ValueError:  # it is in sys.modules without a spec
         return True
 

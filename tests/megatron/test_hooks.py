@@ -24,7 +24,7 @@ def wrapped(hook):
     for name in hook.attribute.split("."):
         found = found.__dict__[name]
     return isinstance(found, wrapt.FunctionWrapper)
-hooks = [s.hook for s in activation.active().hooks.report() if s.hook.needs == "megatron"]
+hooks = [s.hook for s in activation.active().hooks.report() if s.hook.needs == "megatron.core"]
 hooks = [hook for hook in hooks if hook.module in {modules}]
 from {engine} import MegatronEngine, MegatronEngineWithLMHead, MegatronEngineWithValueHead
 from verl.workers.engine.base import EngineRegistry

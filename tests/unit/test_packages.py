@@ -1,0 +1,30 @@
+"""What is installed, told without importing it."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from verl_fl_overlay import packages
+
+
+@pytest.mark.parametrize(
+    ("made", "there"), [(["other"], False), (["core"], True), ([], False)], ids=["another_part", "it", "nothing"]
+)
+def test_a_part_of_a_namespace_is_not_the_whole(tmp_path, monkeypatch, request, made, there):
+    """megatron.energon is a package of its own: where it is, megatron.core need not be."""
+    space = f"space_of_{request.node.callspec.id}"
+    for part in made:
+        folder = tmp_path / space / part
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.installed(f"{space}.core") is there
+
+
+def test_a_module_made_by_hand_is_there_and_has_no_folders(monkeypatch):
+    monkeypatch.setitem(sys.modules, "made_by_hand", types.ModuleType("made_by_hand"))
+    assert packages.installed("made_by_hand")
+    assert packages.folders("made_by_hand") == []
