@@ -87,6 +87,16 @@ def test_a_kernel_in_place_of_a_decomposition_is_left_out(real_gems, key):
     assert key in {k.key for k in select(Settings(unsafe_ops=(f"aten::{key}",)), real_gems).kernels}
 
 
+@pytest.mark.parametrize("key", ["native_layer_norm", "native_layer_norm_backward"])
+def test_what_is_known_to_be_wrong_is_left_out_too(real_gems, key):
+    kernel = next(kernel for kernel in real_gems.kernels if kernel.key == key)
+    assert not safety.differentiated_by_decomposition(key)
+    selection = select(Settings(), real_gems)
+    assert "FlagGems/issues/5392" in selection.left_out[key]
+    assert key not in {k.key for k in selection.kernels}
+    assert kernel in select(Settings(unsafe_ops=(key,)), real_gems).kernels
+
+
 def test_the_names_in_the_stacks_own_documents_are_explained(real_gems):
     with pytest.raises(SettingsError) as error:
         names.check(["rmsnorm", "layernorm", "softmax"], "TRAINING_FL_FLAGOS_WHITELIST", real_gems)
