@@ -130,8 +130,9 @@ def _dispatch_check(options: argparse.Namespace) -> int:
         findings = vllm_fl.check(vllm_fl.read(options.file))
     except OverlayError as error:
         findings = [str(error)]
-    print("\n".join(findings) if findings else f"{options.file}: no faults")
-    return 1 if findings else 0
+    faults = [finding for finding in findings if not finding.startswith(vllm_fl.NOTE)]
+    print("\n".join([*findings, *([] if faults else [f"{options.file}: no faults"])]))
+    return 1 if faults else 0
 
 
 def _dispatch_render(options: argparse.Namespace) -> int:

@@ -203,6 +203,22 @@ def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypa
     assert main(["ops", "nothing*like*it"]) == 1
 
 
+def test_the_dispatch_file_that_is_written_passes_its_own_check(real_gems, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    from verl_fl_overlay.cli import main
+
+    assert main(["dispatch", "render", "--vendor", "nvidia"]) == 0
+    file = tmp_path / "rendered.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert main(["dispatch", "check", str(file)]) == 0
+    *notes, last = capsys.readouterr().out.splitlines()
+    assert last == f"{file}: no faults"
+    assert "note: flagos_blacklist: the FlagGems that is installed has no function mhc_pre" in notes
+    file.write_text("flagos_whitelist: [mm, mhc_pre]")
+    assert main(["dispatch", "check", str(file)]) == 1
+    assert capsys.readouterr().out == "flagos_whitelist: the FlagGems that is installed has no function mhc_pre\n"
+
+
 TUNE = """
 import os, time
 from types import SimpleNamespace
