@@ -82,6 +82,24 @@ def test_phase_follows_the_engine():
     assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY).startswith("True")
 
 
+def test_weights_are_moved_to_the_device_and_back_outside_the_phase():
+    code = (
+        STUB
+        + """
+    class Offloaded(Stub):
+        is_param_offload_enabled = is_optimizer_offload_enabled = True
+        def to(self, **kwargs): seen.append(f"moved at depth {phase.training.depth}")
+
+    for mode in (Offloaded().train_mode, Offloaded().eval_mode):
+        with mode():
+            pass
+    print(*seen, sep=", ")
+    """
+    )
+    once = "moved at depth 0, entered, left, moved at depth 0"
+    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY) == f"{once}, {once}"
+
+
 @pytest.mark.parametrize("error", ["RuntimeError('CUDA out of memory')", "FloatingPointError()", "KeyboardInterrupt()"])
 def test_a_step_that_raises_leaves_the_phase_and_its_error_alone(error):
     code = (
