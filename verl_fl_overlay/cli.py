@@ -155,10 +155,13 @@ def _check(options: argparse.Namespace) -> int:
 def _pin(options: argparse.Namespace) -> int:
     from verl_fl_overlay.compat import pinning, sources
 
+    folder = Path(pinning.__file__).resolve().parent  # verl_fl_overlay/compat of a checkout is a link
+    if options.write and not (folder.parent / "pyproject.toml").is_file():
+        raise OverlayError(f"--write is for a checkout, and {folder} is in none; there: pip install -e .")
     with sources.opened(options.target) as tree:
         pins = pinning.pins_of(tree)
     if options.write:
-        file = Path(pinning.__file__).parent / "pins" / f"{pins['verl']}.json"
+        file = folder / "pins" / f"{pins['verl']}.json"
         file.write_text(pinning.as_text(pins), encoding="utf-8")
         print(file)
     else:

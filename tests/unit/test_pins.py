@@ -55,10 +55,14 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert f"against verl {compat.RELEASES[-1]}" in before
     assert "+    return (engine_cls)(*args, **kwargs, new=1)" in before
 
-    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "pinning.py"))
-    (tmp_path / "pins").mkdir()
+    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "compat" / "pinning.py"))
+    (tmp_path / "compat" / "pins").mkdir(parents=True)
+    assert cli.main(["pin", str(tmp_path), "--write"]) == 2, "an installed overlay is left as it is"
+    assert capsys.readouterr().err.startswith("verl-fl pin: --write is for a checkout")
+    assert not list((tmp_path / "compat" / "pins").iterdir())
+    (tmp_path / "pyproject.toml").touch()
     assert cli.main(["pin", str(tmp_path), "--write"]) == 0
-    written = json.loads((tmp_path / "pins/99.1.0.json").read_text())
+    written = json.loads((tmp_path / "compat/pins/99.1.0.json").read_text())
     assert written["verl"] == "99.1.0"
     assert cli.main(["pin", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2]) == written
