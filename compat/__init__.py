@@ -23,12 +23,16 @@ RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
 
 @dataclass(frozen=True)
 class Selection:
-    """What the gate decided: the version found, the shim's name, its hooks, and a warning if it had to guess."""
+    """What the gate decided: the version found, the shim's name, its hooks, and a warning if it had to guess.
+
+    ``absent`` are the hooks' modules that a verl which was never tested does not have.
+    """
 
     version: str
     shim: str
     hooks: tuple[Hook, ...]
     warning: str = ""
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class InstalledVerl:
     def has(self, path: str) -> bool:
         """Say whether its package has a file ``path``."""
         return os.path.isfile(os.path.join(self.folder, path))
+
+    def has_module(self, name: str) -> bool:
+        """Say whether it has a module or package ``name`` (``verl.workers.engine``)."""
+        path = name.removeprefix("verl.").replace(".", "/")
+        return self.has(f"{path}.py") or self.has(f"{path}/__init__.py")
 
 
 def find_verl() -> InstalledVerl | None:
@@ -67,6 +76,14 @@ def _version_file(folder: str) -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def finds_plugin(version: str, name: str) -> bool:
+    """Return whether verl ``version`` loads the entry point ``name`` by itself: none before 0.9 looks for any."""
+    allowed = [part.strip() for part in os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower().split(",")]
+    if Version(version) < Version("0.9.dev0") or (allowed != ["auto"] and name not in allowed):
+        return False
+    return bool(importlib.metadata.entry_points(group="verl.plugins", name=name))
 
 
 def device_chosen() -> bool:
@@ -99,10 +116,19 @@ def select(verl: InstalledVerl) -> Selection:
             f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
             "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
-    shim = _shim_by_probe(verl) if version.is_devrelease else None
+    # What the probe looks for may itself have moved in what comes after the newest release.
+    shim = _shim_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None
     if shim is None:
         shim = _shim_by_version(base)
-    return Selection(verl.version, shim, _hooks(shim, base), _warning(version, base, shim))
+    hooks, warning = _hooks(shim, base), _warning(version, base, shim)
+    return Selection(verl.version, shim, hooks, warning, _absent(verl, hooks) if warning else frozenset())
+
+
+def _absent(verl: InstalledVerl, hooks: tuple[Hook, ...]) -> frozenset[str]:
+    if not os.path.isdir(verl.folder):  # not known, or in a zip
+        return frozenset()
+    modules = {hook.module for hook in hooks if hook.module.startswith("verl.")}
+    return frozenset(module for module in modules if not verl.has_module(module))
 
 
 def _shim_by_version(base: Version) -> str:
@@ -133,5 +159,5 @@ def _warning(version: Version, base: Version, shim: str) -> str:
     return (
         f"verl {version} is {'newer than any' if newer else 'no'} release that verl-fl-overlay was tested with "
         f"({', '.join(RELEASES)}); using the hooks of {shim}. Each hook's target is checked for its parameters when it "
-        "is installed, and a required one that differs is refused."
+        "is installed, and a required one that is gone or differs is refused."
     )

@@ -26,7 +26,14 @@ def _without_flash_attn(
 
 
 def _value_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return wrapped(*args, **kwargs) if flash_attn_imports() else _load(*args, **kwargs)
+    from verl.utils.device import get_device_name
+
+    if flash_attn_imports() or get_device_name() == "npu":  # there transformers has flash_attention_2 without it
+        return wrapped(*args, **kwargs)
+    try:
+        return _load(*args, **kwargs)
+    except Exception:  # whatever verl's own way is then, a model of trl's for one
+        return wrapped(*args, **kwargs)
 
 
 def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
@@ -54,6 +61,7 @@ def value_model_hook() -> Hook:
         "configured attention is taken.",
         upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/model.py#L642",
         until="verl passes the configured attn_implementation to the value model",
+        relies_on=("verl.utils.device:get_device_name",),
     )
 
 

@@ -117,7 +117,8 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
         group = [h for h in selection.hooks if (h.feature, h.module) == (hook.feature, hook.module)]
         fatal = hook.name in broken and any(h.required for h in group)  # one of a group that fails takes all with it
         reliances = tuple(of(target) for target in hook.relies_on)
-        findings.append(Finding(hook, of(hook.target), reliances, fatal, _meaning(hook, hook.name in broken, fatal)))
+        meaning = _meaning(hook, hook.name in broken, fatal, gone=not _module_exists(tree, hook.module))
+        findings.append(Finding(hook, of(hook.target), reliances, fatal, meaning))
     return Report(tree.version, tree.origin, selection.shim, tuple(findings))
 
 
@@ -137,7 +138,7 @@ def _compare(tree: Tree, target: str, releases: list[str], source_of: SourceOf) 
         if places := elsewhere(tree, pin):
             return Comparison(target, Status.MOVED, against, f"{pin.at} -> {' or '.join(places)}", True)
         module = target.partition(":")[0]
-        gone = "" if _module_exists(tree, module) else f"the module {module} is gone; nothing would say so at run time"
+        gone = "" if _module_exists(tree, module) else f"the module {module} is gone"
         return Comparison(target, Status.MISSING, against, gone, True)
     if found.kind == "import" != pin.kind:
         detail = f"{pin.at} -> {found.at}, outside verl; its parameters are compared only when the hook is installed"
@@ -179,15 +180,15 @@ def _diff(target: str, found: Fingerprint, against: str, tree: Tree, source_of: 
     return tuple(difflib.unified_diff(old.source, found.source, *names, lineterm="", n=2))
 
 
-def _meaning(hook: Hook, broken: bool, fatal: bool) -> str:
+def _meaning(hook: Hook, broken: bool, fatal: bool, gone: bool) -> str:
     if not broken:
         return ""
     feature = features.FEATURES[hook.feature]
     if not fatal:
         return f"{feature.name} goes on without it: {hook.why}"
     unasked = feature.reason_off(Settings())
-    when = f"when {hook.module} is imported" + (f", unless {unasked}" if unasked else "")
-    where = f" (only with {hook.needs} is it ever imported)" if hook.needs else ""
+    when = f"when {'verl' if gone else hook.module} is imported" + (f", unless {unasked}" if unasked else "")
+    where = f" (only where {hook.needs} is installed)" if hook.needs else ""
     return f"{feature.name} ({feature.summary}): the overlay refuses {when}{where}"
 
 

@@ -39,7 +39,11 @@ def _enter(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
     try:
         training.enter(instance.mode)
     except BaseException:
-        instance.__exit__(*sys.exc_info())  # the with statement does not leave what it did not enter
+        from verl.workers.engine.base import BaseEngineCtx
+
+        # The with statement does not leave what it did not enter.  The base's leaving alone: an engine's own would undo
+        # what its entering has not done yet.
+        BaseEngineCtx.__exit__(instance, *sys.exc_info())
         raise
     return result
 
@@ -95,6 +99,7 @@ def base_hooks() -> list[Hook]:
             upstream=f"{UPSTREAM}/base.py#L330",
             until="verl has callbacks for entering and leaving an engine's mode",
             relies_on=(f"{BASE}:BaseEngineCtx.mode",),
+            pair="engine.exit",
         ),
         Hook(
             name="engine.exit",
@@ -106,6 +111,7 @@ def base_hooks() -> list[Hook]:
             why="verl leaves the mode here, also after an exception; the training phase goes one level out.",
             upstream=f"{UPSTREAM}/base.py#L334",
             until="verl has callbacks for entering and leaving an engine's mode",
+            pair="engine.enter",
         ),
         Hook(
             name="engine.train_batch",

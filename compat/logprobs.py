@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.hooks import Hook, Wrapper
+
+logger = logging.getLogger("verl_fl_overlay")
+
+FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
+"""What verl's function goes by (the first is spelt so): whether flash-attn's kernel is there, and torch_npu's."""
 
 CONSUMERS = {
     "fsdp": ("verl.workers.engine.fsdp.transformer_impl", True, ""),
@@ -43,13 +50,20 @@ def _logprobs(
 
 
 def _verl_has_a_kernel() -> bool:
-    """Whether verl computes them by flash-attn or torch_npu, and not one row after the other."""
+    """Whether verl computes them by flash-attn or torch_npu, and not one row after the other, or does not tell."""
     from verl.utils import torch_functional
 
-    flash_attn = torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE
-    if flash_attn and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1":
+    try:
+        flash_attn, npu = (getattr(torch_functional, flag) for flag in FLAGS)
+    except AttributeError as error:
+        _warn_once(str(error))
         return True
-    return bool(torch_functional.NPU_CROSS_ENTROPY_LOSS_AVAILABLE)
+    return bool(npu or (flash_attn and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"))
+
+
+@functools.cache
+def _warn_once(missing: str) -> None:
+    logger.warning("log-probs are computed by verl: %s, by which it told whether it has a kernel of its own", missing)
 
 
 def logprobs_hook(consumer: str) -> Hook:
@@ -67,4 +81,5 @@ def logprobs_hook(consumer: str) -> Hook:
         upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/torch_functional.py#L73",
         until="verl computes log-probs in fp32 without a loop where flash-attn is missing",
         needs=needs,
+        relies_on=tuple(f"verl.utils.torch_functional:{flag}" for flag in FLAGS),
     )

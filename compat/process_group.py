@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,11 @@ def flagcx_hooks() -> list[Hook]:
             until="verl imports flagcx where its platform asks for it, and gives both backends everywhere",
         )
     ]
+
+
+def backend_bound() -> bool:
+    """Return whether verl's groups keep the function that said nccl when they were imported (0.7, 0.8)."""
+    return "verl.utils.distributed" in sys.modules and "verl.plugin.platform.platform_manager" not in sys.modules
 
 
 def backend_name_hook() -> Hook:

@@ -43,8 +43,16 @@ def _of_running_job() -> dict[str, str]:
     return (ray.get_runtime_context().runtime_env or {}).get("env_vars") or {} if ray.is_initialized() else {}
 
 
+def _of_job_config(job_config: Any) -> Any:
+    """Return the runtime environment in ``ray.init``'s job_config; None where Ray takes a submitted job's instead."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    return None if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else getattr(job_config, "runtime_env", None)
+
+
 def _ray_init(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return wrapped(*args, **{**kwargs, "runtime_env": _with_overlay(kwargs.get("runtime_env"), _of_submitted_job())})
+    given = kwargs.get("runtime_env") or _of_job_config(kwargs.get("job_config"))
+    return wrapped(*args, **{**kwargs, "runtime_env": _with_overlay(given, _of_submitted_job())})
 
 
 def _ppo_runtime_env(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

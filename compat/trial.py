@@ -107,12 +107,7 @@ def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict
     log_probs = output["model_output"]["log_probs"].values().float().cpu()
     with engine.train_mode():
         output = engine.train_batch(data, loss_function=partial(sft_loss, config=None))
-        groups: dict[str, float] = {}
-        for name, parameter in engine.module.named_parameters():
-            if parameter.grad is not None:
-                gradient = getattr(parameter.grad, "to_local", lambda p=parameter: p.grad)()
-                group = ".".join("*" if part.isdigit() else part for part in name.split("."))
-                groups[group] = groups.get(group, 0.0) + float(gradient.double().pow(2).sum())
+        norms = {name: _norm(parameter.grad) for name, parameter in engine.module.named_parameters()}
     overlay = None
     if "verl_fl_overlay" in sys.modules:
         from verl_fl_overlay.report import build as report
@@ -122,10 +117,17 @@ def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict
         "log_probs": log_probs,
         "loss": float(sum(output["loss"])),
         "grad_norm": float(output["metrics"]["grad_norm"]),
-        "grad_norms": {group: total**0.5 for group, total in groups.items()},
+        "grad_norms": norms,
         "tokens": log_probs.numel(),
         "overlay": json.loads(json.dumps(overlay)),
     }
+
+
+def _norm(gradient: Any) -> float:
+    """Return the 2-norm of a parameter's gradient, 0 if it has none."""
+    if gradient is None:
+        return 0.0
+    return float(getattr(gradient, "to_local", lambda: gradient)().double().norm())
 
 
 def steps(model: str, rows: int, length: int, micro_batch: int, seed: int = 0) -> Any:

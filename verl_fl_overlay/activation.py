@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 
 import wrapt
 
-from verl_fl_overlay import chips, compat, devices, environment, events, features, report
+from verl_fl_overlay import chips, compat, devices, environment, events, features, flagcx, report
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.conflicts import conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
-from verl_fl_overlay.hooks import Hook, HookSet
+from verl_fl_overlay.hooks import Hook, HookSet, call_again_on_import
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings, misspelt
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -28,13 +30,19 @@ class Overlay:
         self.settings = settings
         self.conflicts = conflicts
         self.selection = selection
-        self.hooks = HookSet(selection.hooks, disabled=_disabled(settings, selection.hooks), verify=pins.verify)
+        self.hooks = HookSet(
+            selection.hooks,
+            disabled=_disabled(settings, selection.hooks),
+            absent=_absent(selection),
+            strict=settings.strict,
+            verify=pins.verify,
+        )
         self._stop_features: Callable[[], None] | None = None
 
     def start(self) -> None:
         """Install the hooks and start the features; all of it or nothing."""
-        self.hooks.install()
         try:
+            self.hooks.install()
             self._stop_features = features.start(self.settings)
         except BaseException:
             self.hooks.remove()
@@ -59,10 +67,21 @@ def active() -> Overlay | None:
 
 def activate_with_verl() -> None:
     """Activate now if verl is being imported (it loads us by name), else as soon as it is."""
-    wrapt.when_imported("verl")(_verl_imported)
+    if "verl" in sys.modules:
+        _activate_or_say_why()
+    else:
+        wrapt.when_imported("verl")(_verl_imported)
 
 
 def _verl_imported(module: ModuleType) -> None:
+    try:
+        _activate_or_say_why()
+    except Exception:
+        call_again_on_import(module, _verl_imported)
+        raise
+
+
+def _activate_or_say_why() -> None:
     try:
         activate()
     except OverlayError as error:
@@ -129,17 +148,30 @@ def deactivate() -> None:
 
 
 def _too_late(settings: Settings) -> Iterator[str]:
-    """Tell when verl chose its device before it could be told of ours; where it loads us first that cannot be."""
+    """Tell what verl chose before it could be told of ours; where it loads us first that cannot be."""
     listed = settings.given.get(environment.LOADED_BY, "").split(",")
-    chip = chips.without_platform(settings)
-    if listed[0] == environment.OVERLAY or chip is None or not compat.device_chosen():
+    if listed[0] == environment.OVERLAY:
         return
+    from verl_fl_overlay.compat import process_group  # the shim's hooks are made by now, and have brought it
+
+    late = []
+    chip = chips.without_platform(settings)
+    if chip is not None and compat.device_chosen():
+        asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"
+        late.append(f"{asked} comes too late: verl had chosen its device")
+    if not flagcx.reason_off(settings) and process_group.backend_bound():
+        late.append("USE_FLAGCX=1 comes too late: verl had taken the name of its collectives")
     others = [module for module in listed if module and module != environment.OVERLAY]
-    asked = "VERL_FL_DEVICE=cpu" if chip is chips.CPU else f"the overlay's platform for {chip.vendor}"
-    yield (
-        f"{asked} comes too late: verl had chosen its device before verl-fl-overlay was loaded. List the overlay "
-        f"first: {environment.LOADED_BY}={','.join([environment.OVERLAY, *others])}"
-    )
+    first = f"List the overlay first: {environment.LOADED_BY}={','.join([environment.OVERLAY, *others])}"
+    yield from (f"{text} before verl-fl-overlay was loaded. {first}" for text in late)
+
+
+def _absent(selection: compat.Selection) -> dict[str, str]:
+    return {
+        hook.name: f"verl {selection.version} has no module {hook.module}"
+        for hook in selection.hooks
+        if hook.module in selection.absent and (not hook.needs or installed(hook.needs))
+    }
 
 
 def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
@@ -158,4 +190,5 @@ def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
     reasons = {feature: features.reason_off(feature, settings) for feature in {hook.feature for hook in hooks}}
     off = {hook.name: reasons[hook.feature] for hook in hooks if reasons[hook.feature]}
     by_name = known if "*" in settings.disable else settings.disable
-    return {**off, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}
+    with_it = {h.name: f"left out with {h.pair}, which VERL_FL_DISABLE names" for h in hooks if h.pair in by_name}
+    return {**off, **with_it, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}

@@ -9,12 +9,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.devices import cpu_module
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.stack import VENDOR_NAMES
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ CHIPS = {
         Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "mx-smi"),
         Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "ixsmi"),
         Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "hy-smi"),
-        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "xpu-smi"),
         Chip("amd", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "rocm-smi"),
         Chip("nvidia", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "nvidia-smi"),
+        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "xpu-smi"),
     )
 }
-"""FlagGems' name of the vendor -> its chip.  Those whose package or tool nobody else has come first."""
+"""FlagGems' name of the vendor -> its chip.
+
+Those whose package or tool nobody else has come first; Kunlunxin's tool has the name of Intel's, which may lie on an
+NVIDIA machine too.
+"""
 
 
 CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
@@ -67,7 +72,7 @@ KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
 
 def _installed(package: str) -> bool:
     name, _, build = package.partition("+")
-    return _build(name) == build if build else find_spec(name) is not None
+    return _build(name) == build if build else packages.installed(name)
 
 
 @functools.cache
@@ -87,12 +92,14 @@ def find(
 ) -> tuple[Chip | None, str]:
     """Return the chip of this machine and what told it; (None, ...) where nothing does.
 
-    No vendor's package is imported: what counts is GEMS_VENDOR, then an installed package, then a vendor's tool.
+    No vendor's package is imported: what counts is GEMS_VENDOR by any of its names, then an installed package, then a
+    vendor's tool.
     """
     environment = os.environ if environment is None else environment
-    named = environment.get("GEMS_VENDOR", "").strip().lower()
-    if named in CHIPS:
-        return CHIPS[named], f"GEMS_VENDOR={named}"
+    for variable in VENDOR_NAMES:
+        named = environment.get(variable, "").strip().lower()
+        if named in CHIPS:
+            return CHIPS[named], f"{variable}={named}"
     for chip in CHIPS.values():
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"

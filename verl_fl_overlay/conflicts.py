@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from verl_fl_overlay import vllm_fl
 from verl_fl_overlay.stack import PREFER
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _te_fl_tokens(settings: Settings) -> Iterator[str]:
     for op, tokens in settings["TE_FL_PER_OP"].items():
         for token in tokens:
             kind, _, name = token.partition(":")
-            if kind == "vendor" and name and name != name.upper():
+            if kind == "vendor" and name and (name != name.upper() or name == "NVIDIA"):
                 yield f"TE_FL_PER_OP: {op}={token} matches no implementation; {_vendor(name)}"
             elif token not in PREFER and not (kind in ("vendor", "impl") and name):
                 yield (
@@ -131,7 +132,8 @@ def _te_fl_tokens(settings: Settings) -> Iterator[str]:
 
 
 def _te_fl_strict(settings: Settings) -> Iterator[str]:
-    if "TE_FL_STRICT" in settings.given:
+    # Either value is a conflict: as an error it would leave no way to set it.
+    if "TE_FL_STRICT" in settings.given and not settings.strict:
         value = settings["TE_FL_STRICT"]
         does = "does not try" if value == "0" else "tries"
         yield (
@@ -158,6 +160,18 @@ def _vllm_config(settings: Settings) -> Iterator[str]:
     for name in ("PREFER", "STRICT", "PER_OP", "ALLOW_VENDORS", "DENY_VENDORS"):
         if f"VLLM_FL_{name}" in settings.given:
             yield f"VLLM_FL_{name} is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into {file}"
+
+
+def _vllm_policy(settings: Settings) -> Iterator[str]:
+    for name in ("VLLM_FL_ALLOW_VENDORS", "VLLM_FL_DENY_VENDORS"):
+        yield from vllm_fl.vendor_faults(name, settings[name])
+    for op, tokens in settings["VLLM_FL_PER_OP"].items():
+        yield from vllm_fl.token_faults(f"VLLM_FL_PER_OP: {op}", tokens)
+
+
+def _oplist_path(settings: Settings) -> Iterator[str]:
+    if "ROLLOUT_FLAGGEMS_PATH" in settings.given:
+        yield "ROLLOUT_FLAGGEMS_PATH is read by nothing; rollout reads FLAGGEMS_ENABLE_OPLIST_PATH"
 
 
 def _vllm_lists(settings: Settings) -> Iterator[str]:
@@ -201,6 +215,8 @@ RULES: tuple[Rule, ...] = (
     _te_fl_strict,
     _te_fl_prefer,
     _vllm_config,
+    _vllm_policy,
+    _oplist_path,
     _vllm_lists,
     _vllm_plugins,
     _external_modules,

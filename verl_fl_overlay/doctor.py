@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay import activation, compat, report
+from verl_fl_overlay import activation, compat, environment, report
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.fingerprint import fingerprint
 from verl_fl_overlay.compat.sources import Tree
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
 
 
@@ -22,30 +22,52 @@ def examine() -> tuple[dict[str, Any], bool]:
     refusals: list[str] = []
     notes: dict[str, str] = {}
     try:
-        importlib.import_module("verl")
+        _import_verl()
         for status in activation.activate().hooks.report():
             fault = _import_target(status)
-            if fault and status.hook.needs and not find_spec(status.hook.needs):
+            if fault and status.hook.needs and not installed(status.hook.needs):
                 notes[status.hook.name] = f"not needed here: {status.hook.needs} is not installed"
             elif fault:
                 notes[status.hook.name] = fault
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
-    except ImportError as error:
-        refusals.append(f"verl cannot be imported: {error}. Needed is verl >= {compat.OLDEST}: pip install verl")
     result = report.build()
     active = activation.active()
     by_name = {status.hook.name: status.hook for status in active.hooks.report()} if active else {}
     for hook in result["hooks"]:
         hook["pinned"] = _pinned(by_name[hook["name"]])
         hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
+    unloaded = _unloaded(active.selection.version) if active else []
+    result["problems"] += unloaded
     if refusals:
         result["verl"]["supported"] = False
         inactive = "the overlay is not active"
-        others = [p for p in result["problems"] if p not in refusals and not p.startswith(inactive)]
-        result["problems"] = refusals + others
-    return result, bool(result["verl"]["supported"])
+        checked = environment.examine(os.environ)  # nobody reads the environment where verl cannot be imported
+        others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
+        told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
+        result["problems"] = refusals + told
+    return result, bool(result["verl"]["supported"]) and not unloaded
+
+
+def _import_verl() -> None:
+    try:
+        importlib.import_module("verl")
+    except OverlayError:
+        raise
+    except Exception as error:  # whatever verl raises, or another module that VERL_USE_EXTERNAL_MODULES names
+        missing = isinstance(error, ImportError) and error.name == "verl"
+        advice = f" Needed is verl >= {compat.OLDEST}: pip install verl" if missing else ""
+        raise UnsupportedVerlError(f"verl cannot be imported: {type(error).__name__}: {error}.{advice}") from error
+
+
+def _unloaded(version: str) -> list[str]:
+    """Say what to export where verl loads the overlay in no process but this one, which did so itself."""
+    listed = os.environ.get(environment.LOADED_BY, "").split(",")
+    if environment.OVERLAY in listed or compat.finds_plugin(version, environment.OVERLAY):
+        return []
+    needed = environment.forwarded(os.environ)[environment.LOADED_BY]
+    return [f"verl {version} does not load the overlay in training: export {environment.LOADED_BY}={needed}"]
 
 
 def _import_target(status: HookStatus) -> str:

@@ -77,9 +77,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def as_exports(environment: Mapping[str, str], phase: str = "") -> str:
     """Return shell lines that give another process the variables that are set here, and the overlay with them."""
-    set_here = forwarded(environment)
-    wanted = [variable.name for variable in of_phase(phase) if variable.name in set_here]
-    return "\n".join(f"export {name}={shlex.quote(set_here[name])}" for name in wanted)
+    of_other_phases = every_variable().keys() - {variable.name for variable in of_phase(phase)}
+    wanted = {name: text for name, text in forwarded(environment).items() if name not in of_other_phases}
+    return "\n".join(f"export {name}={shlex.quote(text)}" for name, text in wanted.items())
 
 
 def summary(settings: Settings) -> str:
@@ -102,10 +102,12 @@ def as_json(result: dict[str, Any]) -> str:
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables another process of the same run needs: the table's that are set, and what loads the overlay.
 
-    Nothing else of the environment is copied, and no value that carries a password.
+    FlagCX has dozens more than the table, so whatever begins as its own do goes along.  Nothing else of the
+    environment is copied, and no value that carries a password.
     """
     settings, _ = Settings.parse(environment)
-    given = {name: text for name, text in settings.given.items() if "://***@" not in shown(name, text)}
+    flagcx = {name: text for name, text in environment.items() if name.startswith("FLAGCX_")}
+    given = {name: text for name, text in {**settings.given, **flagcx}.items() if "://***@" not in shown(name, text)}
     modules = [module for module in given.get(LOADED_BY, "").split(",") if module.strip()]
     if OVERLAY not in modules:
         modules.append(OVERLAY)

@@ -6,10 +6,10 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from verl_fl_overlay import chips, flagcx, te_fl, vllm_fl
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
 
 
@@ -19,7 +19,7 @@ class Feature:
 
     ``start`` subscribes the feature to the events it acts on and returns what takes that back; ``describe`` tells the
     report, in JSON's types, what the feature did.  Both import the feature's module themselves, so that a feature that
-    is off costs nothing at load.
+    is off costs nothing at load.  ``fed_by`` names the feature whose hooks it lives on where that is not itself.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Feature:
     reason_off: Callable[[Settings], str] = lambda settings: ""
     start: Callable[[Settings], Callable[[], None]] | None = None
     describe: Callable[[], dict[str, Any]] | None = None
+    fed_by: str = ""
 
 
 def _describe_logprobs() -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _fused_off(settings: Settings) -> str:
         return "VERL_FL_FUSED=0"
     if settings.device == "cpu":
         return "there are no kernels for the CPU"
-    if settings.fused == ("auto",) and find_spec("triton") is None:
+    if settings.fused == ("auto",) and not installed("triton"):
         return "triton is not installed"
     return ""
 
@@ -104,6 +105,7 @@ FEATURES = {
             te_fl.reason_off,
             start=te_fl.start,
             describe=te_fl.describe,
+            fed_by="phase",
         ),
         Feature(
             "logprobs",
@@ -121,6 +123,7 @@ FEATURES = {
             _flaggems_off,
             start=_start_flaggems,
             describe=_describe_flaggems,
+            fed_by="phase",
         ),
         Feature(
             "fused",
@@ -128,6 +131,7 @@ FEATURES = {
             _fused_off,
             start=_start_fused,
             describe=_describe_fused,
+            fed_by="phase",
         ),
     )
 }

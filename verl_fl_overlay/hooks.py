@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import wrapt
 
 from verl_fl_overlay.errors import HookError
+
+logger = logging.getLogger("verl_fl_overlay")
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called in place of the target with (wrapped, instance, args, kwargs); returns what the caller gets."""
@@ -34,7 +37,8 @@ class Hook:
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
     the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
     which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
-    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.
+    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the hook that
+    undoes what this one does, or does what this one undoes: left out by name, it takes this one with it.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Hook:
     until: str
     needs: str = ""
     relies_on: tuple[str, ...] = ()
+    pair: str = ""
 
     @property
     def target(self) -> str:
@@ -90,6 +95,17 @@ class _Installed:
     handle: Any = None
     live: bool = True
 
+    def lost(self, hook: Hook) -> bool:
+        """Tell whether the module was executed anew, and what it defines now is without the wrapper."""
+        try:
+            parent, _, found = wrapt.resolve_path(sys.modules[hook.module], hook.attribute)
+        except (KeyError, wrapt.PathResolutionError):
+            return False  # nobody can get it
+        if parent is not self.parent:
+            return True
+        # A reloaded module stays the same object.  Anything but the bare function may be a wrapper on top of ours.
+        return type(found) is FunctionType and found.__code__ == getattr(self.handle, "__code__", None)
+
 
 class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -110,22 +126,45 @@ def _being_imported(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
+def call_again_on_import(module: ModuleType, callback: Callable[[ModuleType], None]) -> None:
+    """Register for ``module`` once more: the import system forgets it when we raise, and a retry must raise too."""
+    if not _being_imported(module):
+        return
+    name = module.__name__
+    sys.modules.pop(name, None)  # wrapt calls back at once, and not later, for a module that is there
+    try:
+        wrapt.when_imported(name)(callback)
+    finally:
+        sys.modules[name] = module
+
+
 class HookSet:
     """Installs hooks lazily, a group at a time, and takes them back.
 
     The hooks of one feature in one module are a group: all of them are installed or none.  If a required hook fails,
-    the whole set is removed and ``HookError`` is raised out of the import that brought the module, then and on every
-    later try, so that nobody trains on half an overlay.
+    or under ``strict`` any hook, the whole set is taken off and ``HookError`` is raised out of the import that brought
+    the module, then and on every later try until ``remove``, so that nobody trains on half an overlay.
     """
 
     def __init__(
-        self, hooks: Iterable[Hook], *, disabled: Mapping[str, str] | None = None, verify: Verify | None = None
+        self,
+        hooks: Iterable[Hook],
+        *,
+        disabled: Mapping[str, str] | None = None,
+        absent: Mapping[str, str] | None = None,
+        strict: bool = False,
+        verify: Verify | None = None,
     ) -> None:
-        """Take the hooks; ``disabled`` maps the names of those to leave out to the reason."""
+        """Take the hooks; ``disabled`` maps the names of those to leave out to the reason.
+
+        ``absent`` maps the names of those whose module is known never to come to what says so.
+        """
         self._status = {hook.name: HookStatus(hook) for hook in hooks}
         for name, reason in (disabled or {}).items():
             self._status[name].state = State.DISABLED
             self._status[name].detail = reason
+        self._absent = absent or {}
+        self._strict = strict
         self._verify = verify
         self._installed: dict[str, _Installed] = {}
         self._registered: set[str] = set()
@@ -135,24 +174,33 @@ class HookSet:
 
     @property
     def refusal(self) -> HookError | None:
-        """The failure of a required hook, if there was one."""
+        """The failure that took the whole set off, if there was one."""
         return self._refusal
 
     def report(self) -> list[HookStatus]:
         """Return the status of every hook, in the order given."""
-        return list(self._status.values())
+        return [self._as_it_is(status) for status in self._status.values()]
+
+    def _as_it_is(self, status: HookStatus) -> HookStatus:
+        place = self._installed.get(status.hook.name)
+        if place is None or not place.lost(status.hook):
+            return status
+        return replace(status, state=State.FAILED, detail="its module was imported anew since, and is without the hook")
 
     def install(self) -> None:
         """Install every hook whose module is there and register the others; doing it again changes nothing.
 
         Raises:
-            HookError: a required hook does not fit its target; nothing is left installed.
+            HookError: a required hook does not fit its target, or its module is absent; nothing is left installed.
         """
         with self._lock:
             self._active = True
             for status in self._status.values():
                 if status.state is State.REMOVED:
                     status.state, status.detail = State.WAITING, ""
+            for name, reason in self._absent.items():
+                if self._status[name].state is State.WAITING:
+                    self._fail([self._status[name]], self._status[name], HookError(reason))
             waiting = dict.fromkeys(s.hook.module for s in self._status.values() if s.state is State.WAITING)
             registered = [module for module in waiting if module not in self._registered]
             present = [module for module in waiting if module in self._registered]
@@ -170,36 +218,40 @@ class HookSet:
         """Take every hook off its target again, also from under wrappers that others put on top of it."""
         with self._lock:
             self._active = False
-            for status in reversed(self._status.values()):
-                if status.state is State.INSTALLED:
-                    self._unwrap(status)
-                if status.state in (State.INSTALLED, State.WAITING):
-                    status.state, status.detail = State.REMOVED, ""
+            self._take_off()
+
+    def _take_off(self) -> None:
+        for status in reversed(self._status.values()):
+            if status.state is State.INSTALLED:
+                self._unwrap(status)
+            if status.state in (State.INSTALLED, State.WAITING):
+                status.state, status.detail = State.REMOVED, ""
 
     def _module_imported(self, module: ModuleType) -> None:
         if _being_imported(module):
             importlib.import_module(module.__name__)  # waits, if another thread is still executing the module
         with self._lock:
-            if self._refusal is not None:
-                self._raise_again_on_import(module)
-                raise self._refusal
             if not self._active:
-                return
+                return  # removed: another set may be there by now
             groups: dict[str, list[HookStatus]] = {}
             for status in self._status.values():
                 if status.hook.module == module.__name__ and status.state is State.WAITING:
                     groups.setdefault(status.hook.feature, []).append(status)
-            for group in groups.values():
-                self._install_group(group, module)
+            try:
+                if self._refusal is not None:
+                    raise self._refusal
+                for group in groups.values():
+                    self._install_group(group, module)
+            except HookError:
+                call_again_on_import(module, self._module_imported)
+                raise
 
     def _install_group(self, group: list[HookStatus], module: ModuleType) -> None:
         for status in group:
             try:
                 self._wrap(status, module)
             except Exception as error:
-                self._roll_back(group, status, error)
-                if any(member.hook.required for member in group):
-                    self._refuse(status, module, error)
+                self._fail(group, status, error)
                 return
 
     def _wrap(self, status: HookStatus, module: ModuleType) -> None:
@@ -229,31 +281,21 @@ class HookSet:
         with contextlib.suppress(wrapt.WrapperNotOutermostError):
             wrapt.unwrap_object(place.parent, place.name, place.handle, missing_ok=True)
 
-    def _roll_back(self, group: list[HookStatus], failed: HookStatus, error: Exception) -> None:
+    def _fail(self, group: list[HookStatus], failed: HookStatus, error: Exception) -> None:
         for status in reversed(group):
             if status.state is State.INSTALLED:
                 self._unwrap(status)
             status.state = State.FAILED
             status.detail = f"{error}" if status is failed else f"taken back: {failed.hook.name} failed"
+        if self._strict or any(member.hook.required for member in group):
+            self._refuse(failed.hook, error)
+        logger.warning("hook %s cannot be put on %s and is left out: %s", failed.hook.name, failed.hook.target, error)
 
-    def _refuse(self, status: HookStatus, module: ModuleType, error: Exception) -> None:
-        hook = status.hook
+    def _refuse(self, hook: Hook, error: Exception) -> None:
         self._refusal = HookError(
             f"hook {hook.name!r} cannot be put on {hook.target}: {error}.\n"
             f"Without it: {hook.why}\n"
             f"Nothing was left installed. VERL_FL_DISABLE={hook.name} goes on without it."
         )
-        self.remove()
-        self._raise_again_on_import(module)
+        self._take_off()
         raise self._refusal from error
-
-    def _raise_again_on_import(self, module: ModuleType) -> None:
-        """Register for ``module`` once more: the import system forgets it when we raise, and a retry must raise too."""
-        if not _being_imported(module):
-            return
-        name = module.__name__
-        sys.modules.pop(name, None)  # wrapt calls back at once, and not later, for a module that is there
-        try:
-            wrapt.when_imported(name)(self._module_imported)
-        finally:
-            sys.modules[name] = module

@@ -1,6 +1,6 @@
 """Log-probabilities of tokens in fp32, vectorised, in chunks, forward and backward, on any device.
 
-``token_logprobs`` needs no second copy of the logits: forward keeps one number a token, and backward, where it is
+``token_logprobs`` needs no second copy of 16-bit logits: forward keeps one number a token, and backward, where it is
 allowed to, writes the gradient over the logits.  On a device with Triton its kernels do the work (once they were seen
 to give the right numbers there), elsewhere torch's own operators.
 """
@@ -34,8 +34,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, in_place: bool = False) ->
     Args:
         logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides.
         labels: token ids, one for each row of ``logits``; int32 or int64, each in [0, vocabulary).
-        in_place: let backward write the gradient over ``logits``.  Whoever else has saved them for a backward of
-            its own then gets torch's error about a tensor modified in place, never a wrong gradient.
+        in_place: let backward write the gradient over 16-bit ``logits``.  Whoever else has saved them for a backward
+            of its own then gets torch's error about a tensor modified in place, never a wrong gradient.
 
     Returns:
         Log-probs of shape ``logits.shape[:-1]``: fp32, or fp64 for fp64 logits.  NaN in a row gives NaN.
@@ -46,7 +46,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, in_place: bool = False) ->
             ``gather`` does.
     """
     _refuse_misfits(logits, labels)
-    result: Tensor = _TokenLogprobs.apply(logits, labels, in_place)
+    # Who computes in fp32 too, as verl's distillation does, saves a copy of 16-bit logits and wider ones themselves.
+    result: Tensor = _TokenLogprobs.apply(logits, labels, in_place and logits.element_size() == 2)
     return result
 
 

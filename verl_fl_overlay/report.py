@@ -51,7 +51,7 @@ def build() -> dict[str, Any]:
         "hooks": [_hook(status) for status in hooks],
         "settings": _settings(overlay.settings) if overlay else {},
         "environment": {n: shown(n, t) for n, t in overlay.settings.given.items()} if overlay else {},
-        "features": _features(),
+        "features": _features(hooks),
         "problems": problems(hooks),
     }
 
@@ -108,13 +108,16 @@ def _hook(status: HookStatus) -> dict[str, Any]:
     }
 
 
-def _features() -> dict[str, dict[str, Any]]:
+def _features(hooks: list[HookStatus]) -> dict[str, dict[str, Any]]:
     from verl_fl_overlay import activation
 
     overlay = activation.active()
     reported: dict[str, dict[str, Any]] = {}
     for feature in features.FEATURES.values():
         reason = feature.reason_off(overlay.settings) if overlay else "the overlay is not active"
+        states = {status.state for status in hooks if status.hook.feature == (feature.fed_by or feature.name)}
+        if not reason and states == {State.DISABLED}:
+            reason = "every hook that it acts on is left out"
         reported[feature.name] = {"on": not reason, "reason": reason, "summary": feature.summary}
         if feature.describe and not reason:
             reported[feature.name]["detail"] = feature.describe()

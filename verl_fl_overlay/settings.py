@@ -15,6 +15,7 @@ from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.stack import PREFIXES, STACK
 from verl_fl_overlay.variables import (
     FUSED,
+    BlankError,
     MalformedError,
     Variable,
     choice,
@@ -205,6 +206,8 @@ class Settings:
             given[variable.name] = text
             try:
                 parsed[variable.name] = variable.read(text)
+            except BlankError:
+                del given[variable.name]
             except MalformedError as error:
                 problems.append(f"{variable.name}={shown(variable.name, text)!r}: allowed is {error}{_quoted(text)}")
         own = {attribute: parsed[v.name] for attribute, v in VARIABLES.items() if v.name in parsed}

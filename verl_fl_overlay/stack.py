@@ -16,7 +16,6 @@ from verl_fl_overlay.variables import (
     integer,
     json_file,
     names,
-    path,
     words,
 )
 
@@ -26,15 +25,29 @@ CSV = "names, comma-separated"
 PER_OP = "op=token|token;op=token, tokens: flagos, reference, vendor, vendor:<NAME>, impl:<id>"
 LEVELS = ("debug", "info", "warning", "error", "critical")
 ONE_TRUE = ("1", "true")
+VENDOR_NAMES = ("GEMS_VENDOR", "FLAGGEMS_VENDOR", "GEMS_BACKEND", "FLAGGEMS_BACKEND")
+"""FlagGems' names of one variable, in the order in which it asks for them; it knows the last three since 5.3.0."""
 
 
 def _flaggems() -> list[Variable[Any]]:
     component = "FlagGems"
     return [
         Variable("GEMS_VENDOR", words, "", "a vendor's name", "The chip's vendor, instead of finding it.", component),
-        Variable("USE_C_EXTENSION", flag, False, FLAG, "FlagGems' operators in C++, where built.", component),
+        *(
+            Variable(name, words, "", "a vendor's name", "Another name of GEMS_VENDOR.", component, since="5.3.0")
+            for name in VENDOR_NAMES[1:]
+        ),
+        Variable(
+            "USE_C_EXTENSION",
+            flag,
+            False,
+            FLAG,
+            "FlagGems' operators in C++, where built.",
+            component,
+            truths=("1",),
+        ),
         Variable("ARCH", words, "", "an architecture's name", "The chip's architecture within its vendor.", component),
-        Variable("FLAGGEMS_CACHE_DIR", path, "~/.flaggems", "a directory", "Generated code and tuning.", component),
+        Variable("FLAGGEMS_CACHE_DIR", words, "~/.flaggems", "a directory", "Generated code and tuning.", component),
         Variable("FLAGGEMS_DB_URL", words, "", "an SQLAlchemy URL", "Where tuning results are kept.", component),
         Variable("USE_FLAGTUNE", flag, False, FLAG, "FlagGems' wider search for tile sizes.", component, since="5.3.0"),
     ]
@@ -101,7 +114,7 @@ def _vllm_fl() -> list[Variable[Any]]:
         row("VLLM_FL_PLUGIN_MODULES", names, (), CSV, "Modules that register further implementations."),
         row("VLLM_FL_LOG_LEVEL", choice(*LEVELS), "info", ", ".join(LEVELS), "What the plugin logs."),
         row("VLLM_FL_DISPATCH_DEBUG", flag, False, FLAG, "Log every choice of an implementation.", ONE_TRUE),
-        row("VLLM_FL_CONFIG", path, "", "a YAML file", "The dispatch policy as a file; lists given here go first."),
+        row("VLLM_FL_CONFIG", words, "", "a YAML file", "The dispatch policy as a file; lists given here go first."),
         row("VLLM_FL_PLATFORM", words, "", "a platform's name", "The chip, instead of finding it."),
         row("VLLM_FL_OP_CONFIG", json_file, "", "a JSON file, op: backend", "As VLLM_FL_PER_OP, and before it."),
         row("VLLM_FL_FLAGOS_WHITELIST", names, (), CSV, "The only FlagGems operators that rollout uses."),
@@ -124,12 +137,12 @@ def _vllm_fl() -> list[Variable[Any]]:
         row("VLLM_FL_IO_DUMP_TORCH_FUNCS", words, "", "1 or names", "Write torch's functions too."),
         row(
             "FLAGGEMS_ENABLE_OPLIST_PATH",
-            path,
+            words,
             "/tmp/flaggems_enable_oplist.txt",
             "a file",
             "Where rollout records its FlagGems operators.",
         ),
-        row("ROLLOUT_FLAGGEMS_PATH", path, "", "a file", "Older name of FLAGGEMS_ENABLE_OPLIST_PATH."),
+        row("ROLLOUT_FLAGGEMS_PATH", words, "", "a file", "Older name of FLAGGEMS_ENABLE_OPLIST_PATH, read no more."),
     ]
 
 

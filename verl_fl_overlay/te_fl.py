@@ -12,9 +12,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.events import engine_built
 from verl_fl_overlay.settings import Settings
 
@@ -34,9 +34,7 @@ def installed() -> dict[str, bool]:
 
 
 def _has(package: str, *inside: str) -> bool:
-    spec = find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    return any(os.path.isfile(os.path.join(folder, *inside)) for folder in folders or ())
+    return any(os.path.isfile(os.path.join(folder, *inside)) for folder in packages.folders(package))
 
 
 def reason_off(settings: Settings) -> str:
@@ -100,7 +98,7 @@ def _implementations(core: Any) -> dict[str, int] | None:
 
 def _own_database() -> contextlib.AbstractContextManager[object]:
     """Return in what TransformerEngine-FL may import FlagGems, which reads once, then, where its database is."""
-    if "flag_gems" in sys.modules or find_spec("flag_gems") is None:
+    if "flag_gems" in sys.modules or not packages.installed("flag_gems"):
         return contextlib.nullcontext()
     from verl_fl_overlay.flaggems.database import own_database
 

@@ -15,6 +15,10 @@ class MalformedError(ValueError):
     """A value that its variable does not allow; the text says what is allowed."""
 
 
+class BlankError(ValueError):
+    """A blank text where its reader takes that for not set."""
+
+
 def flag(text: str) -> bool:
     """Read 1/true/yes/on or 0/false/no/off, in any case."""
     lowered = text.strip().lower()
@@ -31,10 +35,12 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
-    """Read one of ``allowed``, in any case."""
+    """Read one of ``allowed``, in any case; blank is as good as not set."""
 
     def read(text: str) -> str:
         lowered = text.strip().lower()
+        if not lowered:
+            raise BlankError
         if lowered not in allowed:
             raise MalformedError("one of " + ", ".join(repr(a) for a in allowed))
         return lowered
@@ -43,7 +49,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def path(text: str) -> str:
-    """Read a file system path; ``~`` is expanded."""
+    """Read a file system path of the overlay's own; ``~`` is expanded, which other components do not do with theirs."""
     return os.path.expanduser(text.strip())
 
 
@@ -103,7 +109,7 @@ def fused(text: str) -> tuple[str, ...]:
 
 def directory(text: str) -> str:
     """Read the path of a directory, which need not be on this machine; something else in its place is refused."""
-    found = path(text)
+    found = text.strip()
     if os.path.exists(found) and not os.path.isdir(found):
         raise MalformedError("a directory; this is a file")
     return found
@@ -136,7 +142,7 @@ def choices_per_op(text: str) -> dict[str, tuple[str, ...]]:
 
 def json_file(text: str) -> str:
     """Read the path of a file that holds a JSON object of texts; it must be on this machine, as its reader demands."""
-    found = path(text)
+    found = text.strip()
     if not found:
         return found
     try:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,14 @@ def _policy(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(vendors, str | list):
             yield f"{key}: a {type(vendors).__name__} is ignored; write a list"
             continue
-        for vendor in vendors.split(",") if isinstance(vendors, str) else vendors:
-            if str(vendor) != str(vendor).lower():
-                yield f"{key}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
+        yield from vendor_faults(key, vendors.split(",") if isinstance(vendors, str) else vendors)
+
+
+def vendor_faults(where: str, vendors: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with a list of vendors; ``where`` it stands begins each text."""
+    for vendor in vendors:
+        if str(vendor) != str(vendor).lower():
+            yield f"{where}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
 
 
 def _op_backends(content: dict[str, Any]) -> Iterator[str]:
@@ -181,12 +186,17 @@ def _op_backends(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(tokens, list):
             yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
             continue
-        for token in (str(token).strip() for token in tokens):
-            kind, _, name = token.partition(":")
-            if token not in PREFER and not (kind in ("vendor", "impl") and name):
-                yield f"op_backends: {op}: {token!r} matches nothing{_near(token, PREFER)}"
-            elif kind == "vendor" and name != name.lower():
-                yield f"op_backends: {op}: {token!r} matches no vendor; write vendor:{name.lower()}"
+        yield from token_faults(f"op_backends: {op}", tokens)
+
+
+def token_faults(where: str, tokens: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with an operator's order of implementations; ``where`` it stands begins each text."""
+    for token in (str(token).strip() for token in tokens):
+        kind, _, name = token.partition(":")
+        if token not in PREFER and not (kind in ("vendor", "impl") and name):
+            yield f"{where}: {token!r} matches nothing{_near(token, PREFER)}"
+        elif kind == "vendor" and name != name.lower():
+            yield f"{where}: {token!r} matches no vendor; write vendor:{name.lower()}"
 
 
 def _lists(content: dict[str, Any]) -> Iterator[str]:
@@ -316,6 +326,8 @@ def extend_lists() -> None:
     """
     settings, _ = Settings.parse()
     file, content = _configured(settings)
+    if file is None and not settings["VLLM_FL_CONFIG"]:
+        _warn_of_no_configuration()
     for name, key in LISTS.items():
         missing = [op for op in _listed(content, key) if op not in settings[name]]
         if settings[name] and missing:
@@ -327,6 +339,18 @@ def extend_lists() -> None:
                 ", ".join(missing),
                 file,
             )
+
+
+@functools.cache
+def _warn_of_no_configuration() -> None:
+    """Warn once: vLLM asks the plugin several times."""
+    chip, told_by = chips.find()
+    logger.warning(
+        "rollout's lists stay as they were set: vllm-plugin-FL has no configuration for %s here (%s), so nothing of "
+        "the chip's own is added; if that is not the chip, export GEMS_VENDOR=<its vendor>",
+        chip.vendor if chip else "an unknown chip",
+        told_by,
+    )
 
 
 def _configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 
 import pytest
 from sft import without_images
 
 from verl_fl_overlay import chips
 from verl_fl_overlay.chips import CHIPS, CPU, KNOWN_TO_VERL, find, reason_off, without_platform
+from verl_fl_overlay.compat.attention import value_model_hook
 from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
@@ -237,9 +239,40 @@ def test_the_chip_is_chosen(environment, device, reason):
         ({"GEMS_VENDOR": "Hygon "}, ["torch_musa"], [], "hygon", "GEMS_VENDOR=hygon"),
         ({}, ["torch+xpu"], ["xpu-smi"], "intel", "torch+xpu is installed"),
         ({}, [], ["xpu-smi"], "kunlunxin", "xpu-smi is there"),
+        ({}, [], ["nvidia-smi", "xpu-smi"], "nvidia", "nvidia-smi is there"),
+        ({"GEMS_BACKEND": "metax"}, [], ["nvidia-smi"], "metax", "GEMS_BACKEND=metax"),
         ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], "ascend", "torch_npu is installed"),
     ],
 )
 def test_the_chip_is_found_without_importing_anything(environment, packages, commands, vendor, told_by):
     chip, reason = find(environment, installed=packages.__contains__, command=lambda c: c if c in commands else None)
     assert (chip.vendor if chip else None, reason) == (vendor, told_by)
+
+
+@pytest.fixture
+def load_value_model(tmp_path, monkeypatch):
+    """Return verl's function as it is with the hook, for a device and a configuration, where flash-attn is missing."""
+    transformers = pytest.importorskip("transformers")
+    device, model = pytest.importorskip("verl.utils.device"), pytest.importorskip("verl.utils.model")
+    monkeypatch.setattr("verl_fl_overlay.compat.attention.flash_attn_imports", lambda: False)
+
+    def load(name: str, config: str):
+        monkeypatch.setattr(device, "get_device_name", lambda: name)
+        arguments = str(tmp_path), None, getattr(transformers, config)(), False
+        return value_model_hook().wrapper(model.load_valuehead_model, None, arguments, {})
+
+    return load
+
+
+@pytest.mark.parametrize(("device", "attention"), [("cuda", "sdpa"), ("npu", "flash_attention_2")])
+def test_an_npu_s_value_model_keeps_verls_attention(load_value_model, monkeypatch, device, attention):
+    from transformers import AutoModelForTokenClassification
+
+    monkeypatch.setattr(AutoModelForTokenClassification, "from_pretrained", lambda **asked: asked)
+    assert load_value_model(device, "Qwen2Config")["attn_implementation"] == attention
+
+
+@pytest.mark.skipif(find_spec("trl") is not None, reason="with trl verl goes on to load the model")
+def test_a_model_without_token_classification_is_left_to_verl(load_value_model):
+    with pytest.raises(RuntimeError, match="is not a value head model, please install trl"):
+        load_value_model("cuda", "Qwen2VLConfig")

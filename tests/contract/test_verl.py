@@ -135,6 +135,25 @@ def test_a_feature_that_fails_strictly_leaves_verl_clean():
     assert output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"}) == "0 None"
 
 
+def test_a_feature_that_fails_in_verls_own_modes_leaves_its_error_and_verl_clean():
+    program = """
+    import verl
+    from verl.workers.engine.fsdp.transformer_impl import EngineEvalModeCtx, EngineTrainModeCtx, FSDPEngine
+    from verl_fl_overlay import phase
+
+    def fails(): raise ValueError("feature")
+    phase.training.entered.subscribe(fails)
+    engine, seen = object.__new__(FSDPEngine), []
+    for mode in (EngineEvalModeCtx, EngineTrainModeCtx):
+        try:
+            with mode(engine, disable_auto_offload=True):
+                raise SystemExit("the body ran")
+        except ValueError as error:
+            seen.append((str(error), phase.training.depth, engine.mode))
+    print(seen)"""
+    assert output(program, env={**OVERLAY, "VERL_FL_STRICT": "1"}) == str([("feature", 0, None)] * 2)
+
+
 ORDERS = {
     "verl, then engines": "import verl; from verl.workers.engine.base import BaseEngine",
     "engines at once": "from verl.workers.engine.base import BaseEngine",
@@ -212,6 +231,19 @@ def test_disabled_hook_has_no_effect():
     print(E().infer_batch({}))"""
     assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "engine.infer_batch"}) == "0"
     assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "*"}) == "0"
+
+
+def test_leaving_left_out_leaves_no_phase_on():
+    program = (
+        STUB
+        + """
+    engine = EngineRegistry.new("stub", "stub")
+    with engine.train_mode():
+        engine.train_batch({}, lambda: None)
+    print(seen[-1], phase.training.depth)"""
+    )
+    environment = {**OVERLAY, "VERL_FL_DISABLE": "engine.exit"}
+    assert output("import verl\n" + program.replace("\n    ", "\n"), env=environment) == "left 0"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ from verl_fl_overlay.flaggems import tune
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 
 def silu(x):
-    time.sleep(0.05)
+    time.sleep(0.01)
     return x * torch.sigmoid(x)
 
 def embedding(weight, indices, *rest):
@@ -71,17 +71,18 @@ def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
     write_model(tmp_path / "model")
     file = tmp_path / "profile.json"
     batch = ("--rows", "4", "--length", "16", "--micro-batch", "2", "--out", file)
-    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=OVERLAY, timeout=280)
+    routed = {**OVERLAY, "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGGEMS_ENABLE": "1"}  # as the job will have it
+    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=routed, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     made = load(file)
     layers = json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"]
     rows = {one.key: one for one in made.measurements}
     assert rows["silu"].calls == 2 * layers
-    assert rows["silu"].flaggems_ms >= 2 * layers * 50
-    assert rows["silu"].flaggems_ms > 10 * rows["silu"].native_ms > 0
+    assert rows["silu"].flaggems_ms >= 2 * layers * 10
+    assert rows["silu"].flaggems_ms > 3 * rows["silu"].native_ms > 0
     assert (rows["embedding"].calls, rows["embedding"].note) == (2, "not measured: skipped")
     assert made.chosen == ()
-    assert "nothing is routed; whole step" in done.stdout
+    assert "nothing is routed: nothing made whole steps faster" in done.stdout
 
     done = run("-c", TUNE, tmp_path / "model", "--out", file, "--skip", "silo", env=OVERLAY, timeout=280)
     assert done.returncode == 2

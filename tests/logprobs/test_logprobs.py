@@ -113,7 +113,7 @@ def test_in_place_writes_the_gradient_over_the_logits():
 
 
 def test_someone_else_who_saved_the_logits_gets_an_error_and_no_wrong_gradient():
-    logits, labels, _ = random_case((5, 40), torch.float32)
+    logits, labels, _ = random_case((5, 40), torch.bfloat16)
     inner = logits.clone().requires_grad_() * 1
     squares = inner.square().sum()  # saves the logits
     token_logprobs(inner, labels, in_place=True).sum().backward(retain_graph=True)

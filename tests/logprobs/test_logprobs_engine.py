@@ -12,6 +12,8 @@ pytest.importorskip("verl")
 
 from processes import OVERLAY, run
 
+from verl_fl_overlay.compat.logprobs import FLAGS, logprobs_hook
+
 BF16 = 2**-7
 """What verl's own path may be off by, relative (seen: 0.0057): on a CPU its log-probs are bf16 here, ours fp32."""
 
@@ -39,6 +41,53 @@ def test_engine_trains_without_the_row_by_row_path_and_gets_its_numbers(tmp_path
     for before, after in zip(native["steps"], ours["steps"], strict=True):
         print({name: (value, after[name]) for name, value in before.items()})
         assert after == pytest.approx(before, rel=BF16)
+
+
+def called(logits, labels):
+    """Return what the hook gives the FSDP engine, which allows it to write in place, and whether verl computed it."""
+    import verl.utils.torch_functional as verl_functional
+
+    native = []
+
+    def wrapped(logits, labels, inplace_backward):
+        native.append(verl_functional.logprobs_from_logits_v2(logits, labels))
+        return native[0]
+
+    arguments = {"logits": logits, "labels": labels, "inplace_backward": True}
+    return logprobs_hook("fsdp").wrapper(wrapped, None, (), arguments), bool(native)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_verl_that_does_not_tell_of_its_kernels_computes_itself(monkeypatch, caplog, flag):
+    import torch
+    import verl.utils.torch_functional as verl_functional
+
+    monkeypatch.delattr(verl_functional, flag)
+    logits, labels = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    for _ in range(2):
+        log_probs, by_verl = called(logits, labels)
+        assert by_verl
+        torch.testing.assert_close(log_probs, logits.log_softmax(-1)[torch.arange(3), labels])
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert flag in told
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verls_chunked_distillation_from_the_same_logits(dtype):
+    import torch
+
+    losses = pytest.importorskip("verl.trainer.distillation.fsdp.losses", reason="this verl has no distillation")
+    if not hasattr(losses, "_chunked_topk_log_probs"):
+        pytest.skip("this verl's distillation has no chunks")
+    leaf = torch.randn(5, 40, dtype=getattr(torch, dtype), requires_grad=True)
+    labels, top = torch.arange(5), torch.arange(15).view(1, 5, 3)
+    gradients = []
+    for ours in (True, False):
+        logits = leaf * 1
+        distilled = losses._chunked_topk_log_probs(logits.unsqueeze(0), top).sum()
+        log_probs = called(logits, labels)[0] if ours else logits.float().log_softmax(-1)[labels, labels]
+        gradients.append(torch.autograd.grad(distilled + log_probs.sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_legacy_actor_s_log_probs_and_gradients_beside_an_entropy_from_the_same_logits(tmp_path):

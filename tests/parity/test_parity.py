@@ -13,12 +13,19 @@ from processes import OVERLAY, run  # noqa: E402
 from verl_fl_overlay import parity  # noqa: E402
 
 LARGEST = "log-prob, largest difference in bf16 units"
+GROUP = "grad_norm of a.*.w, relative"
+ONE = "grad_norm of one parameter at most ({}), relative"
+MEAN = "log-prob, mean difference in bf16 units"
 KL = "KL(native, overlay), estimated by k3"
 
 
 def a_run(shift=0.0, **changes):
     log_probs = torch.linspace(-9, -1, 100) + shift
-    return {"log_probs": log_probs, "loss": 2.0, "grad_norm": 3.0, "grad_norms": {"a.*.w": 1.0, "b": 0.0}, **changes}
+    return {"log_probs": log_probs, "loss": 2.0, "grad_norm": 3.0, "grad_norms": norms(), **changes}
+
+
+def norms(layers=(1.0,) * 24, b=0.0):
+    return {**{f"a.{number}.w": norm for number, norm in enumerate(layers)}, "b": b}
 
 
 def verdicts(ours, again=None):
@@ -33,11 +40,13 @@ def test_equal_runs_hold_everywhere():
     ("ours", "failing"),
     [
         (a_run(loss=2.1), {"loss, relative"}),
-        (a_run(grad_norms={"a.*.w": 1.1, "b": 0.0}), {"grad_norm of a.*.w, relative"}),
-        (a_run(grad_norms={"b": 0.0}), {"grad_norm of a.*.w, relative"}),  # a gradient was cut
-        (a_run(grad_norms={"a.*.w": 1.0, "b": 0.5}), {"grad_norm of b, relative"}),
-        (a_run(shift=0.05), {LARGEST, "log-prob, mean difference in bf16 units", KL}),
+        (a_run(grad_norms=norms([1.1] * 24)), {GROUP}),
+        # Cut in one layer of 24: a fiftieth of the group's norm.
+        (a_run(grad_norms=norms([1.0] * 7 + [0.0] + [1.0] * 16)), {ONE.format("a.7.w")}),
+        (a_run(grad_norms=norms(b=0.6)), {"grad_norm of b, relative", ONE.format("b")}),
+        (a_run(shift=0.05), {LARGEST, MEAN, KL}),
         (a_run(shift=0.1 * (torch.arange(100) == 99)), {LARGEST}),  # one token
+        (a_run(shift=0.6 * parity._unit(torch.linspace(-9, -1, 100))), {MEAN}),  # every token, by a little
         (a_run(grad_norm=float("nan")), {"grad_norm, relative"}),
     ],
 )
@@ -56,6 +65,7 @@ def test_what_verl_s_own_rounding_explains_is_allowed_for_tokens_of_any_probabil
 def test_native_s_own_noise_is_allowed_for():
     assert not verdicts(a_run(loss=2.1))["loss, relative"]
     assert verdicts(a_run(loss=2.1), again=a_run(loss=2.05))["loss, relative"]
+    assert not verdicts(a_run(loss=2.1), again=a_run(loss=2.03))["loss, relative"]
 
 
 def test_k3_is_the_divergence_of_ratios():
@@ -81,6 +91,7 @@ def test_the_command_compares_verl_s_real_engine_with_itself_and_the_overlay(tmp
     assert lines[LARGEST]["noise"] == 0
     assert lines[LARGEST]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
     assert "grad_norm of model.layers.*.mlp.gate_proj.weight, relative" in lines
+    assert any(name.startswith(ONE.partition("(")[0]) and "model.layers." in name for name in lines)
 
 
 def test_a_model_that_is_not_there_is_an_error_and_no_verdict(tmp_path):

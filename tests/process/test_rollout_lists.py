@@ -64,6 +64,13 @@ def test_a_list_extends_the_users_file(tmp_path):
     assert read == {"flagos_blacklist": ["softmax", "mm"], "oot_blacklist": []}
 
 
+def test_lists_to_which_nothing_of_a_chip_is_added_are_told_once(tmp_path):
+    vllm_plugin.write(tmp_path)
+    environment = {"GEMS_VENDOR": "hygon", "VLLM_FL_FLAGOS_BLACKLIST": "softmax", "PYTHONPATH": str(tmp_path)}
+    done = python(SERVER, env={**OVERLAY, **environment})
+    assert done.stderr.count("has no configuration for hygon here (GEMS_VENDOR=hygon)") == 1, done.stderr[-3000:]
+
+
 def test_a_file_that_cannot_be_read_stops_verl_where_that_is_asked_for(tmp_path):
     """Raised in the plugin it would be lost in vLLM, which then goes on without the plugin."""
     mine = tmp_path / "mine.yaml"

@@ -109,6 +109,23 @@ def test_without_use_flagcx_nothing_of_it_is_touched(flagcx):
     assert run(body, FLAGCX_PATH=str(flagcx)) == ["OK nccl False"]
 
 
+@pytest.mark.parametrize("order", ["verl_fl_overlay,another", "another,verl_fl_overlay"])
+def test_a_plugin_that_had_verl_take_its_backend_first_is_told(tmp_path, order):
+    (tmp_path / "another.py").write_text("import verl.utils.distributed")
+    body = """
+        from verl.utils.distributed import get_nccl_backend
+        from verl_fl_overlay.activation import active
+        print("OK", get_nccl_backend(), *(text for text in active().conflicts if "too late" in text))
+"""
+    late = (
+        "nccl USE_FLAGCX=1 comes too late: verl had taken the name of its collectives before verl-fl-overlay was "
+        "loaded. List the overlay first: VERL_USE_EXTERNAL_MODULES=verl_fl_overlay,another"
+    )
+    told = late if order.startswith("another") and verl.__version__ < "0.9" else "flagcx"
+    found = run(body, USE_FLAGCX="1", PYTHONPATH=str(tmp_path), VERL_USE_EXTERNAL_MODULES=order)
+    assert found == [f"OK {told}"]
+
+
 THROUGH = {
     "nccl": "NCCL (HCCL on Ascend)",
     "kimi_ckpt_engine": "vLLM's own communicator",

@@ -196,6 +196,27 @@ def run_plain(environment, tmp_path, code):
     return json.loads(next(line for line in out.splitlines() if line.startswith("TOLD ")).removeprefix("TOLD "))
 
 
+@pytest.mark.parametrize("submitted", [False, True])
+def test_the_runtime_environment_of_a_job_config_goes_first_too(cluster, tmp_path, submitted):
+    """A submitted job's takes its place, with Ray alone and with the overlay."""
+    environment = driver_environment(cluster, tmp_path / "reports")
+    if submitted:
+        environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"env_vars": {"MINE": "job"}}})
+    task = run_plain(
+        environment,
+        tmp_path,
+        """
+        import json, os, ray, verl
+        ray.init(job_config=ray.job_config.JobConfig(
+            runtime_env={"env_vars": {"MINE": "driver", "TEFL_LOG_LEVEL": "ERROR"}}
+        ))
+        print("TOLD " + json.dumps(ray.get(ray.remote(lambda: dict(os.environ)).remote())))
+        """,
+    )
+    assert [task["MINE"], task["TEFL_LOG_LEVEL"]] == (["job", "WARNING"] if submitted else ["driver", "ERROR"])
+    assert task["VERL_USE_EXTERNAL_MODULES"] == "verl_fl_overlay"
+
+
 def test_a_submitted_job_keeps_its_own_variables(cluster, tmp_path):
     """Ray refuses a driver that names a variable which `ray job submit` was given."""
     environment = driver_environment(cluster, tmp_path / "reports")

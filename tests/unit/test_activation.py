@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from processes import output, python, run
 
+from verl_fl_overlay import compat
+
 INIT = """
 import importlib, os
 __version__ = {version!r}
-for name in filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",")):
+modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
+for name in modules.split(",") if modules else ():
     importlib.import_module(name)
 """
+HOOKED = {
+    hook.module
+    for hook in compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")).hooks
+    if hook.module.startswith("verl.")
+}
 NAMED = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
 
 
 @pytest.fixture
 def verl(tmp_path: Path):
-    """Return a function that makes an importable package ``verl`` of any version and gives its environment."""
+    """Return a function that makes a package ``verl`` of any version, with empty modules, and gives its environment."""
 
-    def make(version: str) -> dict[str, str]:
+    def make(version: str, modules: Iterable[str] = ()) -> dict[str, str]:
         (tmp_path / "verl" / "version").mkdir(parents=True)
         (tmp_path / "verl" / "version" / "version").write_text(version)
         (tmp_path / "verl" / "__init__.py").write_text(INIT.format(version=version))
+        for module in modules:
+            file = tmp_path / f"{module.replace('.', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
         return {"PYTHONPATH": str(tmp_path)}
 
     return make
@@ -45,6 +59,12 @@ def test_too_old_verl_in_doctor(verl):
     assert not any(hook["state"] == "installed" for hook in report["hooks"])
 
 
+def test_unreadable_version_in_doctor(verl):
+    done = run("-m", "verl_fl_overlay", "doctor", env=verl("banana"))
+    assert done.returncode == 1
+    assert "verl says its version is 'banana'" in done.stdout, done.stderr
+
+
 def test_no_verl_at_all(tmp_path):
     (tmp_path / "verl.py").write_text("raise ModuleNotFoundError(\"No module named 'verl'\", name='verl')")
     done = run("-m", "verl_fl_overlay", "doctor", env={"PYTHONPATH": str(tmp_path)})
@@ -54,16 +74,11 @@ def test_no_verl_at_all(tmp_path):
     assert python("import verl_fl_overlay", env={}).returncode == 0, "importing it alone does nothing"
 
 
-def test_found_by_entry_point_it_says_why_it_stays_off(verl):
-    program = """
-    import verl
-    try:
-        import verl_fl_overlay
-    except RuntimeError:
-        pass  # as verl does with what plugins raise
-    """
-    done = python(program, env=verl("0.6.1"))
-    assert done.returncode == 0
+def test_found_by_entry_point_it_says_why_it_stays_off(verl, tmp_path):
+    # As verl does with what plugins raise.
+    (tmp_path / "plugins.py").write_text("try:\n    import verl_fl_overlay\nexcept Exception:\n    pass")
+    done = python("import verl", env={**verl("0.6.1"), "VERL_USE_EXTERNAL_MODULES": "plugins"})
+    assert done.returncode == 0, done.stderr
     assert "verl-fl-overlay is installed and stays off: verl 0.6.1 is here" in done.stderr
 
 
@@ -71,9 +86,113 @@ def test_newer_verl_is_warned_about_once(verl):
     program = (
         "import verl, verl_fl_overlay; from verl_fl_overlay import activation as a; print(a.activate() is a.active())"
     )
-    done = python(program, env={**verl("0.11.0"), **NAMED})
+    done = python(program, env={**verl("0.11.0", HOOKED), **NAMED})
     assert done.stdout.strip() == "True", done.stderr
     assert done.stderr.count("newer than any release") == 1
+
+
+def test_newer_verl_without_a_required_hooks_module_is_refused(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.base"}), **NAMED}
+    done = python("import verl", env=env)
+    assert done.returncode == 1
+    said = "on verl.workers.engine.base:EngineRegistry.new: verl 0.11.0 has no module verl.workers.engine.base."
+    assert f"HookError: hook 'engine.new' cannot be put {said}" in done.stderr
+    asked = "engine.new,engine.enter,engine.exit,engine.train_batch,engine.infer_batch"
+    assert python("import verl", env={**env, "VERL_FL_DISABLE": asked}).returncode == 0
+
+
+def test_newer_verl_without_an_optional_hooks_module_is_warned_about_or_strictly_refused(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.utils.model"}), **NAMED}
+    done = python("import verl", env=env)
+    assert done.returncode == 0
+    assert done.stderr.count("verl 0.11.0 has no module verl.utils.model") == 1
+    strict = python("import verl", env={**env, "VERL_FL_STRICT": "1"})
+    assert strict.returncode == 1
+    assert "HookError: hook 'attention.value_model' cannot be put on" in strict.stderr
+
+
+def test_newer_verl_without_a_module_that_could_not_be_imported_anyway(verl):
+    env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.automodel.transformer_impl"}), **NAMED}
+    done = python("import verl", env={**env, "VERL_FL_STRICT": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_refused_settings_refuse_every_import_until_they_are_mended(verl):
+    program = """
+    import os, verl_fl_overlay
+    from verl_fl_overlay import activation
+    for _ in range(2):
+        try:
+            import verl
+        except verl_fl_overlay.SettingsError:
+            assert activation.active() is None
+        else:
+            raise SystemExit("imported")
+    del os.environ["VERL_FL_SCOPE"]
+    import verl
+    print(activation.active() is not None)"""
+    assert output(program, env={**verl("0.9.1"), "VERL_FL_SCOPE": "bogus"}) == "True"
+
+
+def test_a_refusal_is_over_when_its_advice_was_followed(verl):
+    program = """
+    import os, verl, verl.workers.engine.fsdp.transformer_impl
+    try:
+        import verl_fl_overlay
+    except RuntimeError as error:
+        assert "VERL_FL_DISABLE=engine.initialize.fsdp" in str(error)
+    os.environ["VERL_FL_DISABLE"] = "*"
+    from verl_fl_overlay import activation
+    import verl.workers.engine.base
+    print(activation.active() is not None)"""
+    assert output(program, env=verl("0.9.1", HOOKED)) == "True"
+
+
+def test_packages_made_by_hand_do_not_stop_verl(verl):
+    program = """
+    import sys, types
+    for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
+        sys.modules[name] = types.ModuleType(name)
+    import verl
+    from verl_fl_overlay import chips, report
+    features = report.build()["features"]
+    print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
+    assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        (",verl_fl_overlay", "verl cannot be imported: ValueError: Empty module name."),
+        (" json,verl_fl_overlay", "verl cannot be imported: ModuleNotFoundError: No module named ' json'."),
+    ],
+)
+def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, said):
+    env = {**verl("0.9.1"), "VERL_USE_EXTERNAL_MODULES": listed, "USE_FLAGCX": "maybe", "VERL_FL_STRCT": "1"}
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
+    assert done.returncode == 1, done.stderr
+    problems = json.loads(done.stdout)["problems"]
+    assert problems[0] == said
+    named = ["USE_FLAGCX", "VERL_FL_STRCT", "VERL_USE_EXTERNAL_MODULES"]
+    assert [problem.split(" ")[0].split("=")[0] for problem in problems[1:]] == named
+
+
+@pytest.mark.parametrize(
+    ("version", "environment", "loaded"),
+    [
+        ("0.8.0", {}, False),
+        ("0.8.0", NAMED, True),
+        ("0.9.1", {}, True),
+        ("0.9.1", {"VERL_USE_EXTERNAL_PLUGINS": "None"}, False),
+        ("0.9.1", {"VERL_USE_EXTERNAL_PLUGINS": "other, verl_fl_overlay"}, True),
+    ],
+)
+def test_doctor_says_where_verl_would_not_load_the_overlay(verl, version, environment, loaded):
+    env = {**verl(version), **environment, "VERL_FL_DISABLE": "*"}
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
+    said = f"verl {version} does not load the overlay in training: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay"
+    assert json.loads(done.stdout)["problems"] == ([] if loaded else [said])
+    assert done.returncode == int(not loaded)
 
 
 def test_misspelt_variable_is_warned_about(verl):
@@ -144,3 +263,27 @@ def test_deactivated_and_activated_anew(verl):
     os.environ["VERL_FL_DISABLE"] = "*"
     print({s.state.value for s in activation.activate().hooks.report()})"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "{'disabled'}"
+
+
+def test_features_whose_hooks_are_all_left_out_are_off(verl):
+    program = """
+    import verl
+    from verl_fl_overlay import report
+    print([name for name, feature in report.build()["features"].items() if feature["on"]])"""
+    asked = {**verl("0.9.1"), **NAMED, "USE_FLAGGEMS": "1", "VERL_FL_DEVICE": "cpu"}
+    assert "'flaggems'" in output(program, env=asked)
+    assert output(program, env={**asked, "VERL_FL_DISABLE": "*"}) == "[]"
+
+
+@pytest.mark.parametrize(("named", "taken"), [("engine.enter", "engine.exit"), ("engine.exit", "engine.enter")])
+def test_entering_and_leaving_are_left_out_together(verl, named, taken):
+    program = """
+    import verl
+    from verl_fl_overlay import activation
+    hooks = activation.active().hooks.report()
+    print({s.hook.name: s.detail for s in hooks if s.hook.feature == "phase" and s.state.value == "disabled"})"""
+    told = ast.literal_eval(output(program, env={**verl("0.9.1"), **NAMED, "VERL_FL_DISABLE": named}))
+    assert told == {
+        named: "left out by VERL_FL_DISABLE",
+        taken: f"left out with {named}, which VERL_FL_DISABLE names",
+    }

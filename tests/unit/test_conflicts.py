@@ -14,6 +14,11 @@ CASES = {
         "USE_FLAGGEMS='yes' is on for verl-fl-overlay and off for vllm-plugin-FL, which takes only 1 and true for on; "
         "write USE_FLAGGEMS=1",
     ),
+    "_spelling of FlagGems": (
+        {"USE_C_EXTENSION": "true"},
+        "USE_C_EXTENSION='true' is on for verl-fl-overlay and off for FlagGems, which takes only 1 for on; write "
+        "USE_C_EXTENSION=1",
+    ),
     "_rollout_without_flaggems": (
         {"VLLM_FL_PREFER": "vendor"},
         "VLLM_FL_PREFER=vendor also switches all of FlagGems off in rollout, whatever USE_FLAGGEMS says; to choose for "
@@ -43,6 +48,10 @@ CASES = {
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/not/there"},
         "FLAGCX_PATH='/not/there' does not exist on this machine",
     ),
+    "_flagcx as FlagCX reads it": (
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "~/BUILT"},
+        "FLAGCX_PATH='~/BUILT' does not exist on this machine",
+    ),
     "_te_fl_vendors": (
         {"TE_FL_ALLOW_VENDORS": "nvidia"},
         "TE_FL_ALLOW_VENDORS names 'nvidia', which matches no vendor of TransformerEngine-FL; write CUDA, names are in "
@@ -51,6 +60,10 @@ CASES = {
     "_te_fl_tokens vendor": (
         {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:cuda|flagos"},
         "TE_FL_PER_OP: rmsnorm_fwd=vendor:cuda matches no implementation; write CUDA, names are in capitals",
+    ),
+    "_te_fl_tokens not its name": (
+        {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:NVIDIA"},
+        "TE_FL_PER_OP: rmsnorm_fwd=vendor:NVIDIA matches no implementation; write CUDA, names are in capitals",
     ),
     "_te_fl_tokens default": (
         {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:CUDA|default"},
@@ -70,6 +83,27 @@ CASES = {
         {"VLLM_FL_CONFIG": "/not/there.yaml"},
         "VLLM_FL_CONFIG='/not/there.yaml' is no file on this machine; vllm-plugin-FL goes on without a word, and "
         "without the chip's own configuration too",
+    ),
+    "_vllm_config as the plugin reads it": (
+        {"VLLM_FL_CONFIG": "~/mine.yaml"},
+        "VLLM_FL_CONFIG='~/mine.yaml' is no file on this machine; vllm-plugin-FL goes on without a word, and without "
+        "the chip's own configuration too",
+    ),
+    "_vllm_policy vendors": (
+        {"VLLM_FL_ALLOW_VENDORS": "CUDA"},
+        "VLLM_FL_ALLOW_VENDORS: 'CUDA' matches no vendor; write 'cuda', names are in lower case",
+    ),
+    "_vllm_policy vendor": (
+        {"VLLM_FL_PER_OP": "rms_norm=vendor:CUDA|flagos"},
+        "VLLM_FL_PER_OP: rms_norm: 'vendor:CUDA' matches no vendor; write vendor:cuda",
+    ),
+    "_vllm_policy default": (
+        {"VLLM_FL_PER_OP": "rms_norm=vendor:cuda|default"},
+        "VLLM_FL_PER_OP: rms_norm: 'default' matches nothing",
+    ),
+    "_oplist_path": (
+        {"ROLLOUT_FLAGGEMS_PATH": "/tmp/ops"},
+        "ROLLOUT_FLAGGEMS_PATH is read by nothing; rollout reads FLAGGEMS_ENABLE_OPLIST_PATH",
     ),
     "_vllm_config covers": (
         {"VLLM_FL_CONFIG": "/proc/version", "VLLM_FL_PER_OP": "rms_norm=vendor"},
@@ -105,11 +139,13 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def built(tmp_path, monkeypatch):
-    """A build of FlagCX, as the folder BUILT."""
+    """A build of FlagCX, as the folder BUILT, and the home it lies in beside a configuration of the plugin."""
     library = tmp_path / "BUILT/build/lib/libflagcx.so"
     library.parent.mkdir(parents=True)
     library.write_text("")
+    (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,6 +166,9 @@ def test_every_rule_has_a_case():
         {"USE_FLAGGEMS": "TRUE"},
         {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init"},
         {"VERL_FL_DISABLE": "*"},
+        {"VERL_FL_STRICT": "1", "TE_FL_STRICT": "0"},
+        {"TE_FL_PREFER": "", "TE_FL_PREFER_VENDOR": "1"},
+        {"USE_C_EXTENSION": "1"},
         {"USE_FLAGGEMS": "no", "VLLM_FL_PREFER": "vendor"},
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "BUILT"},
         {"TE_FL_ALLOW_VENDORS": "CUDA,METAX", "TE_FL_PER_OP": "gemm=vendor:CUDA|impl:default.flagos;x=flagos"},

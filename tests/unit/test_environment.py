@@ -46,6 +46,9 @@ def test_a_default_is_what_an_unset_variable_gives():
         ("VLLM_FL_PER_OP", "rms_norm=vendor:cuda|flagos; silu_and_mul = reference", None),
         ("TRAINING_FLAGGEMS_PATH", "/tmp/größe/算子.txt", "/tmp/größe/算子.txt"),
         ("TE_FL_SKIP_CUDA", "1", 1),
+        ("VERL_FL_DEVICE", "", "auto"),
+        ("VERL_FL_SCOPE", " ", "phase"),
+        ("TE_FL_PREFER", "", "flagos"),
     ],
 )
 def test_values_are_read(name, text, value):
@@ -106,6 +109,7 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
             "a JSON file; [Errno 2] No such file or directory: '/not/größe.json'",
         ),
         ("VERL_FL_SCOPE", "“phase”", "one of 'phase', 'process'"),
+        ("TE_FL_SKIP_CUDA", "", "a whole number"),  # TransformerEngine-FL fails on it too
         ("TE_FL_STRICT", "'1'", "one of '0', '1'; the quotes are part of the value, take them away"),
     ],
 )
@@ -156,26 +160,31 @@ def test_misspelt_names_of_the_stack():
     ]
 
 
-def test_only_the_tables_variables_reach_another_process():
+def test_only_the_stacks_variables_reach_another_process():
     environment = {
         "HOME": "/root",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "WANDB_API_KEY": "secret",
         "USE_FLAGCX": "1",
+        "FLAGCX_TUNE_FILE": "/tuned.json",
+        "GEMS_BACKEND": "metax",
         "VERL_USE_EXTERNAL_MODULES": "mine",
         "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",
     }
     assert forwarded(environment) == {
         "USE_FLAGCX": "1",
+        "FLAGCX_TUNE_FILE": "/tuned.json",
+        "GEMS_BACKEND": "metax",
         "VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay",
     }
 
 
 def test_exports_give_a_shell_the_same_values(tmp_path):
-    environment = {"VLLM_FL_PER_OP": "rms_norm=vendor:cuda|flagos", "TE_FL_PREFER": "it's $HOME", "USE_FLAGCX": "1"}
-    script = as_exports(environment) + '\nprintf "%s\\n" "$VLLM_FL_PER_OP" "$TE_FL_PREFER" "$VERL_USE_EXTERNAL_MODULES"'
+    environment = {"VLLM_FL_PER_OP": "mm=vendor:cuda|flagos", "TE_FL_PREFER": "it's $HOME", "FLAGCX_TUNE_FILE": "x"}
+    names = ("VLLM_FL_PER_OP", "TE_FL_PREFER", "VERL_USE_EXTERNAL_MODULES", "FLAGCX_TUNE_FILE")
+    script = as_exports(environment) + '\nprintf "%s\\n" ' + " ".join(f'"${name}"' for name in names)
     shell = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, env={"PATH": os.defpath})
-    assert shell.stdout.splitlines() == ["rms_norm=vendor:cuda|flagos", "it's $HOME", "verl_fl_overlay"]
+    assert shell.stdout.splitlines() == ["mm=vendor:cuda|flagos", "it's $HOME", "verl_fl_overlay", "x"]
     assert "VLLM_FL_PER_OP" not in as_exports(environment, "training")
 
 

@@ -54,7 +54,7 @@ def test_the_report_has_what_a_feature_says_of_itself_only_while_it_is_on(monkey
     on = Feature("on", "s", describe=lambda: {"ops": 40, "vendor": "nvidia", "failed": []})
     off = Feature("off", "s", lambda settings: "not asked for", describe=lambda: {"ops": 1})
     use(monkeypatch, on, off, Feature("silent", "s"))
-    described = report._features()
+    described = report._features([])
     assert described["on"]["detail"] == {"ops": 40, "vendor": "nvidia", "failed": []}
     assert "detail" not in described["off"]
     assert "detail" not in described["silent"]

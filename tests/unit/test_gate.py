@@ -36,6 +36,7 @@ PLATFORM, LEGACY = "plugin/platform/platform_manager.py", "workers/fsdp_workers.
         ("0.9.0.dev", [], "v0_8"),  # before the platform layer came
         ("0.9.0.dev", [PLATFORM], "v0_9"),
         ("0.10.0.dev", [PLATFORM], "v0_9"),
+        ("0.10.0.dev", [], "v0_9"),  # what tells the lines apart may have moved since
     ],
 )
 def test_development_versions_are_settled_by_the_tree(tmp_path, version, files, shim):

@@ -137,6 +137,7 @@ def test_foreign_wrapt_wrapper_on_top_and_under(module_name):
     hooks.install()
     wrapt.wrap_function_wrapper(module, "greet", lambda w, i, a, k: f"[{w(*a, **k)}]")
     assert module.greet("x") == "[<hello x>!]"
+    assert states(hooks) == {"greet": "installed"}
     hooks.remove()
     assert module.greet("x") == "[<hello x>]", "only ours was taken out"
 
@@ -153,6 +154,7 @@ def test_foreign_closure_on_top_turns_ours_off(module_name):
 
     module.greet = closure
     assert module.greet("x") == "[hello x!]"
+    assert states(hooks) == {"greet": "installed"}
     hooks.remove()
     assert module.greet is closure, "what others did stays"
     assert module.greet("x") == "[hello x]", "ours does nothing any more"
@@ -192,6 +194,70 @@ def test_missing_optional_target_fails_alone(module_name):
     assert importlib.import_module(module_name).greet("x") == "hello x!"
     assert states(hooks) == {"absent": "failed", "greet": "installed"}
     assert f"{module_name} has no absent" in hooks.report()[0].detail
+
+
+def test_optional_hook_that_does_not_fit_is_warned_about_once(module_name, caplog):
+    HookSet([hook(module_name), hook(module_name, "absent")]).install()
+    importlib.import_module(module_name)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"hook absent cannot be put on {module_name}:absent and is left out: {module_name} has no absent"
+    ]
+
+
+def test_optional_hook_that_does_not_fit_is_strictly_refused(module_name):
+    hooks = HookSet([hook(module_name, feature="other"), hook(module_name, "absent")], strict=True)
+    hooks.install()
+    for _ in range(2):
+        with pytest.raises(HookError, match="hook 'absent' cannot be put on"):
+            importlib.import_module(module_name)
+    assert states(hooks) == {"greet": "removed", "absent": "failed"}
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_absent_module(module_name, required):
+    module = importlib.import_module(module_name)
+    hooks = HookSet(
+        [hook(module_name), hook("gone", name="bad", required=required)], absent={"bad": "there is no gone"}
+    )
+    if required:
+        with pytest.raises(HookError, match="hook 'bad' cannot be put on gone:greet: there is no gone"):
+            hooks.install()
+    else:
+        hooks.install()
+    assert module.greet("x") == ("hello x" if required else "hello x!")
+    assert (hooks.report()[1].state, hooks.report()[1].detail) == (State.FAILED, "there is no gone")
+
+
+def test_removed_set_refuses_nothing_any_more(module_name, tmp_path):
+    other = f"{module_name}_other"
+    (tmp_path / f"{other}.py").write_text(SOURCE)
+    both = [hook(other, name="good"), hook(module_name, "absent", name="bad", required=True)]
+    first = HookSet(both)
+    first.install()
+    with pytest.raises(HookError):
+        importlib.import_module(module_name)
+    first.remove()
+    HookSet(both, disabled={"bad": "as the error advises"}).install()
+    assert importlib.import_module(other).greet("x") == "hello x!"
+    assert importlib.import_module(module_name).greet("x") == "hello x"
+
+
+@pytest.mark.parametrize("attribute", ["greet", "Base.run", "Base.make"])
+@pytest.mark.parametrize("how", ["imported", "reloaded"])
+def test_hook_lost_by_a_module_imported_anew_is_told(module_name, attribute, how):
+    module = importlib.import_module(module_name)
+    hooks = HookSet([hook(module_name, attribute)])
+    hooks.install()
+    if how == "imported":
+        del sys.modules[module_name]
+        assert states(hooks) == {attribute: "installed"}
+        importlib.import_module(module_name)
+    else:
+        importlib.reload(module)
+    assert states(hooks) == {attribute: "failed"}
+    assert "imported anew" in hooks.report()[0].detail
+    hooks.remove()
+    assert states(hooks) == {attribute: "removed"}, "what others still hold of the old module is native again, too"
 
 
 def test_group_is_rolled_back_whole(module_name):

@@ -87,6 +87,12 @@ def test_a_profile_of_another_chip_or_of_other_versions_is_refused_with_both_key
     assert "verl-fl tune" in str(error.value)
 
 
+def test_a_profile_that_was_not_finished_does_not_stand_for_routing_nothing(here):
+    replace(MEASURED, chosen=(), step_ms={}).save(here / "p.json")
+    with pytest.raises(ProfileError, match=r"p\.json is not finished.*verl-fl tune MODEL --out .*p\.json"):
+        profile.find(str(here / "p.json"))
+
+
 @each_other
 def test_auto_takes_a_shipped_profile_that_fits_and_no_other(here, other):
     assert profile.find("auto") is None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from verl_fl_overlay.flaggems import safety
 from verl_fl_overlay.flaggems.library import Kernel
+from verl_fl_overlay.flaggems.routing import Router
 
 Step = Callable[[], None]
 
@@ -75,40 +75,58 @@ class Call:
         """The elements of all tensors, and one: also a call without tensors has a size."""
         return 1 + sum(math.prod(leaf.size) for leaf in self.leaves if isinstance(leaf, Like))
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether a tensor or a device among the arguments is the CPU's."""
-        devices = (torch.device(leaf.device) if isinstance(leaf, Like) else leaf for leaf in self.leaves)
-        return any(isinstance(device, torch.device) and device.type == "cpu" for device in devices)
+
+def operator(key: str) -> Any:
+    """Return torch's operator of an aten key, such as "add.Tensor"."""
+    name, _, overload = key.partition(".")
+    return getattr(getattr(torch.ops.aten, name), overload or "default")
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[misc]
-    """Counts the calls of the operators that ``kernels`` are for."""
+class _Recorder:
+    """Counts calls from kernels of its own, each of which has the operator that it stands for compute."""
 
-    def __init__(self, kernels: Iterable[Kernel]) -> None:
-        super().__init__()
-        self._for_cpu = {kernel.key: "CPU" in kernel.dispatch_keys for kernel in kernels}
+    def __init__(self) -> None:
         self.calls: dict[str, Counter[Call]] = {}
+        self._describing = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented  # DTensor and the like take themselves apart; their parts come back here
-        key = func._schema.name.removeprefix("aten::")
-        key += f".{func._overloadname}" if func._overloadname != "default" else ""
-        if key in self._for_cpu:
-            call = Call.of(args, kwargs)
-            if self._for_cpu[key] or not call.on_cpu:
-                with contextlib.suppress(TypeError):  # an argument that cannot be a key, such as a generator
-                    self.calls.setdefault(key, Counter())[call] += 1
-        return func(*args, **kwargs)
+    def router(self, kernel: Kernel) -> Router:
+        """Return a router that puts a counting kernel in the place of ``kernel``."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._count(kernel.key, args, kwargs)
+            router.leave()
+            try:
+                return operator(kernel.key)(*args, **kwargs)
+            finally:
+                router.enter()
+
+        router = Router([safety.seen_by_autograd(replace(kernel, function=counted))])
+        return router
+
+    def _count(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._describing:  # a call by which a call is described
+            return
+        self._describing = True
+        try:
+            self.calls.setdefault(key, Counter())[Call.of(args, kwargs)] += 1
+        finally:
+            self._describing = False
 
 
 def record(step: Step, kernels: Iterable[Kernel]) -> dict[str, Counter[Call]]:
-    """Return, for each aten key of ``kernels``, the calls of one step that they could have answered."""
-    recorder = _Recorder(kernels)
-    with recorder:
+    """Return, for each aten key of ``kernels``, the calls of one step that its kernel would have to answer.
+
+    They are seen where a routed kernel would see them, so those are there too that an operator makes itself; torch
+    computes them.  A ``TorchDispatchMode`` sees neither these nor the real step, since autograd accumulates out of
+    place while one is on.
+    """
+    recorder = _Recorder()
+    routers = [recorder.router(kernel) for kernel in kernels]
+    try:
+        for router in routers:
+            router.enter()
         step()
+    finally:
+        for router in routers:
+            router.leave()
     return recorder.calls

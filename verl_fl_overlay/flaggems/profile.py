@@ -38,8 +38,8 @@ class Key:
 class Measurement:
     """One aten key in one step: how often it is called, and what a step spends in it, in milliseconds.
 
-    A time is the larger of what the device needs and what the host needs to start it; of many shapes the largest and
-    the most frequent are timed, and the others count as the nearest of these.
+    A time is the larger of what the device needs and what the host needs to start it, and holds that of the operators
+    which this one calls.  Of many shapes the largest and the most frequent are timed; the others count as the nearest.
     """
 
     key: str
@@ -133,7 +133,7 @@ def find(setting: str) -> tuple[Profile, str] | None:
         setting: "auto" for a shipped profile that fits, "" for none, or a file.
 
     Raises:
-        ProfileError: a file was named that does not fit; tells both keys.
+        ProfileError: a file was named that does not fit, which tells both keys, or that is not finished.
     """
     if not setting:
         return None
@@ -144,6 +144,11 @@ def find(setting: str) -> tuple[Profile, str] | None:
                 f"the profile {setting} was measured on another chip or with other versions.\n"
                 f"  it holds for: {profile.key}\n  this is:      {key_here()}\n"
                 "  measure again: verl-fl tune MODEL --out FILE, or leave VERL_FL_PROFILE at auto"
+            )
+        if not profile.step_ms:
+            raise ProfileError(
+                f"the profile {setting} is not finished: what is faster was not decided. "
+                f"Go on with it: verl-fl tune MODEL --out {setting}"
             )
         return profile, f"profile {setting}"
     for file in sorted(SHIPPED.glob("*.json")):

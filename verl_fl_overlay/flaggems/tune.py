@@ -1,66 +1,51 @@
 """``verl-fl tune``: measures, for one model's real training step, which operators are faster from FlagGems.
 
 A step is recorded: every operator FlagGems offers, with the shapes it was called with.  Each is timed native and from
-FlagGems at those shapes, the faster ones are routed together, and whole steps decide whether they stay.
+FlagGems at those shapes, and of the faster ones those are chosen that make whole steps faster.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import statistics
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from verl_fl_overlay.compat import trial
 from verl_fl_overlay.flaggems import names, safety
-from verl_fl_overlay.flaggems.calls import Call, Step, record
+from verl_fl_overlay.flaggems.calls import Call, Step, operator, record
+from verl_fl_overlay.flaggems.contest import Contest, Say, routed
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 from verl_fl_overlay.flaggems.library import load as load_flag_gems
 from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, key_here, load
-from verl_fl_overlay.flaggems.routing import Router
-from verl_fl_overlay.flaggems.timing import call_ms, step_ms
+from verl_fl_overlay.flaggems.timing import call_ms
 
 LARGEST, MOST_FREQUENT = 3, 3
 """Of an operator's different calls, so many are timed: the device's time is in the former, the host's in the latter."""
-
-ROUNDS = 5
-"""Native and routed steps take so many turns; chance alone makes one side faster in all of them once in 32 times."""
-
-Say = Callable[[str], None]
 
 
 def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
     """Time the kernel against torch's own at the shapes of ``calls``, both through torch's dispatcher."""
     reason = safety.why_unsafe(kernel)
-    native, routed = 0.0, 0.0
     if not reason:
         try:
             native = _spent(kernel.key, calls)
-            with _routed([kernel]) as router:
-                holder = router.held.get(kernel.key)
-                reason = router.failed.get(kernel.key) or (f"held by {holder}" if holder else "")
-                routed = _spent(kernel.key, calls)
+            with routed([kernel]):
+                ours = _spent(kernel.key, calls)
+            return Measurement(kernel.key, kernel.name, calls.total(), native, ours)
         except Exception as error:  # whatever a kernel raises at a shape it does not support
             reason = f"{type(error).__name__}: {str(error)[:80]}"
-    if reason:
-        native, routed = 0.0, 0.0
-    return Measurement(kernel.key, kernel.name, calls.total(), native, routed, reason)
+    return Measurement(kernel.key, kernel.name, calls.total(), 0.0, 0.0, reason)
 
 
 def _spent(key: str, calls: Counter[Call]) -> float:
     """Return what all ``calls`` of an operator take, milliseconds: one that is not timed, as much as the nearest."""
-    name, _, overload = key.partition(".")
-    operator = getattr(getattr(torch.ops.aten, name), overload or "default")
     timed: dict[Call, float] = {}
     for call in _representative(calls):
         args, kwargs = call.arguments()
-        timed[call] = call_ms(lambda a=args, k=kwargs: operator(*a, **k))  # type: ignore[misc]
+        timed[call] = call_ms(lambda a=args, k=kwargs: operator(key)(*a, **k))  # type: ignore[misc]
 
     def of(call: Call) -> float:
         return timed.get(call) or timed[min(timed, key=lambda one: abs(math.log(one.elements / call.elements)))]
@@ -72,17 +57,6 @@ def _representative(calls: Counter[Call]) -> Iterable[Call]:
     largest = sorted(calls, key=lambda call: -calls[call] * call.elements)[:LARGEST]
     frequent = (call for call, _ in calls.most_common(MOST_FREQUENT))
     return dict.fromkeys((*largest, *frequent))
-
-
-@contextlib.contextmanager
-def _routed(kernels: Iterable[Kernel]) -> Iterator[Router]:
-    """Have ``kernels`` answer their operators, as training would have them."""
-    router = Router([safety.seen_by_autograd(kernel) for kernel in kernels])
-    router.enter()
-    try:
-        yield router
-    finally:
-        router.leave()
 
 
 def tune(
@@ -102,6 +76,7 @@ def tune(
     profile = _begun(file, key, workload)
     step()
     calls = record(step, gems.kernels)
+    profile = replace(profile, measurements=tuple(one for one in profile.measurements if _holds(one, calls)))
     done = {one.key for one in profile.measurements}
     for number, (name, counted) in enumerate(sorted(calls.items(), key=lambda item: -item[1].total()), 1):
         kernel = next(kernel for kernel in gems.kernels if kernel.key == name)
@@ -115,9 +90,14 @@ def tune(
         profile.save(file)
         found = one.note or f"native {one.native_ms:.2f}, FlagGems {one.flaggems_ms:.2f} ms"
         say(f"{number}/{len(calls)} {name}: {found}")
-    profile = _decide(profile, step, gems, say)
+    profile = _decided(profile, step, gems, say)
     profile.save(file)
     return profile
+
+
+def _holds(one: Measurement, calls: Mapping[str, Counter[Call]]) -> bool:
+    """Tell whether a measurement that was found is of this step; what was only noted is tried again."""
+    return not one.note and one.key in calls and one.calls == calls[one.key].total()
 
 
 def tune_model(
@@ -151,8 +131,6 @@ def _begun(file: Path, key: Key, workload: str) -> Profile:
                 f"{file} holds another profile and is not overwritten; take another --out, or remove it.\n"
                 f"  it holds: {profile.key}; {profile.workload}\n  this is:  {key}; {workload}"
             )
-        measured = tuple(one for one in profile.measurements if not one.note)
-        profile = replace(profile, measurements=measured, chosen=(), step_ms={})
     try:
         profile.save(file)
     except OSError as error:
@@ -160,33 +138,18 @@ def _begun(file: Path, key: Key, workload: str) -> Profile:
     return profile
 
 
-def _decide(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
-    """Route the functions all of whose keys are faster if whole steps get faster by it; if not, try the better half."""
+def _decided(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
+    """Try the functions all of whose keys are faster in whole steps; choose those that make these faster."""
     by_name: dict[str, list[Measurement]] = {}
     for one in profile.measurements:
         by_name.setdefault(one.name, []).append(one)
     saved = {name: sum(one.native_ms - one.flaggems_ms for one in ones) for name, ones in by_name.items()}
-    tried = [name for name in sorted(saved, key=lambda n: -saved[n]) if all(one.faster for one in by_name[name])]
-    native: list[float] = []
-    while tried:
-        native, routed = _in_turns(step, [k for k in gems.kernels if k.name in tried and not safety.why_unsafe(k)])
-        times = {"native": statistics.median(native), "chosen": statistics.median(routed)}
-        wins = sum(b < a for a, b in zip(native, routed, strict=True))
-        found = f"native {times['native']:.1f}, routed {times['chosen']:.1f} ms, faster in {wins} of {ROUNDS} rounds"
-        say(f"whole step with {', '.join(tried)}: {found}")
-        if wins == ROUNDS:
-            return replace(profile, chosen=tuple(sorted(tried)), step_ms=times)
-        tried = tried[: len(tried) // 2]
-    times = {"native": statistics.median(native) if native else step_ms(step)}
-    say(f"nothing is routed; whole step: {times['native']:.1f} ms")
-    return replace(profile, chosen=(), step_ms=times)
-
-
-def _in_turns(step: Step, kernels: list[Kernel]) -> tuple[list[float], list[float]]:
-    """Return the times of a step without and with ``kernels``, a pair a round, milliseconds."""
-    native, routed = [], []
-    for _ in range(ROUNDS):
-        native.append(step_ms(step))
-        with _routed(kernels):
-            routed.append(step_ms(step))
-    return native, routed
+    candidates = [name for name in sorted(saved, key=lambda n: -saved[n]) if all(one.faster for one in by_name[name])]
+    contest = Contest(step, gems, say)
+    chosen = contest.winners([], candidates)
+    if chosen:
+        native, routed = contest.times(chosen)
+        if routed < native:
+            return replace(profile, chosen=tuple(sorted(chosen)), step_ms={"native": native, "chosen": routed})
+    say("nothing is routed: nothing made whole steps faster")
+    return replace(profile, chosen=(), step_ms={"native": contest.step_ms([])})

@@ -1,0 +1,22 @@
+"""Which packages are here, told without importing them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def installed(name: str) -> bool:
+    """Return whether ``name`` can be imported, or was made by hand and stands in ``sys.modules``."""
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # it is in sys.modules without a spec
+        return True
+
+
+def folders(name: str) -> list[str]:
+    """Return the folders of the package ``name``; none where it is not here, is a module, or was made by hand."""
+    try:
+        spec = find_spec(name)
+    except ValueError:
+        return []
+    return list(spec.submodule_search_locations or ()) if spec else []
