@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from tables import README, ROOT, markdown, replaced
+
+sys.path.insert(0, str(ROOT))  # the tables are this checkout's, also where another overlay is installed
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.hooks import Hook

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.errors import HookError
+from verl_fl_overlay.errors import HookError, OverlayError
 from verl_fl_overlay.hooks import Hook
 
 _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -68,13 +68,20 @@ def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
 
 @functools.cache
 def load(release: str) -> dict[str, Fingerprint]:
-    """Return the pins of ``release``: ``module:attribute`` -> fingerprint; empty if it has none."""
+    """Return the pins of ``release``: ``module:attribute`` -> fingerprint.
+
+    Raises:
+        OverlayError: their file is not there or not whole; without it any function would pass for the right one.
+    """
+    file = f"pins/{release}.json"
     try:
-        text = pkgutil.get_data(__package__, f"pins/{release}.json")  # also where the overlay lies in a zip
-    except OSError:
-        text = None
-    functions = json.loads(text)["functions"] if text else {}
-    return {target: Fingerprint.from_json(pin) for target, pin in functions.items()}
+        functions = json.loads(pkgutil.get_data(__package__, file) or "")["functions"]  # also from within a zip
+        return {target: Fingerprint.from_json(pin) for target, pin in functions.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OverlayError(
+            f"verl_fl_overlay/compat/{file} is missing or damaged ({type(error).__name__}: {error}): reinstall "
+            "verl-fl-overlay"
+        ) from error
 
 
 def pinned(target: str) -> dict[str, Fingerprint]:
@@ -89,6 +96,7 @@ def verify(hook: Hook, target: Any) -> None:
 
     Raises:
         HookError: kind or parameters differ from those of every pinned release; says which were found and expected.
+        OverlayError: the pins themselves cannot be read.
     """
     _verify_contract("it", target, pinned(hook.target))
     for reliance in hook.relies_on:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from processes import of_the_stack
+
+for name in filter(of_the_stack, list(os.environ)):
+    if name != "VERL_WHEELS":  # the tests' own
+        del os.environ[name]  # what a developer has set there is no part of any test
 
 
 @pytest.fixture(autouse=True)

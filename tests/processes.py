@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay.settings import every_variable
+
 OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu"}
 """The environment that loads the overlay on a machine without an accelerator."""
 
@@ -17,11 +19,14 @@ PLAIN = {"VERL_USE_EXTERNAL_PLUGINS": "none"}
 """The environment in which no verl, old or new, loads it."""
 
 
+def of_the_stack(name: str) -> bool:
+    """Tell whether an environment variable is one of verl's, the overlay's or the rest of the stack's."""
+    return name.startswith("VERL_") or name in every_variable()
+
+
 def clean_environment(extra: dict[str, str]) -> dict[str, str]:
-    """Return this process's environment less every variable of verl and the overlay, with ``extra``."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("VERL_", "TRAINING_", "USE_FLAG"))
-    }
+    """Return this process's environment less every variable of the stack, with ``extra``."""
+    kept = {name: value for name, value in os.environ.items() if not of_the_stack(name)}
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -19,6 +21,7 @@ def find(release: str) -> Tree | None:
     """Return the source of ``release``; None if neither a wheel nor an installed verl has it."""
     for wheel in Path(os.environ.get("VERL_WHEELS", "/nowhere")).glob(f"verl-{release}-*.whl"):
         kept = Path(tempfile.mkdtemp(prefix=f"verl-{release}-"))
+        atexit.register(shutil.rmtree, kept, ignore_errors=True)
         with zipfile.ZipFile(wheel) as zipped:
             zipped.extractall(kept, [name for name in zipped.namelist() if name.startswith("verl/")])
         return Tree(kept, wheel.name)

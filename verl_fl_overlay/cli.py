@@ -8,12 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+from verl_fl_overlay import __version__
 from verl_fl_overlay.errors import OverlayError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status: 2 with a line that says why, where the overlay refuses."""
     parser = argparse.ArgumentParser(prog="verl-fl", description="verl with FlagOS, as an overlay of hooks.")
+    parser.add_argument("--version", action="version", version=f"verl-fl-overlay {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="try every hook on the verl that is here and report")
@@ -55,27 +57,30 @@ def main(arguments: list[str] | None = None) -> int:
 
     tune = commands.add_parser("tune", help="measure which operators are faster from FlagGems, for a model")
     tune.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
-    tune.add_argument("--rows", type=int, default=8, help="sequences a step")
-    tune.add_argument("--length", type=int, default=1024, help="tokens in the longest of them")
-    tune.add_argument("--micro-batch", type=int, default=4, help="sequences computed at a time")
+    tune.add_argument("--rows", type=int, default=8, help="sequences a step (default: %(default)s)")
+    tune.add_argument("--length", type=int, default=1024, help="tokens in the longest of them (default: %(default)s)")
+    tune.add_argument("--micro-batch", type=int, default=4, help="sequences computed at a time (default: %(default)s)")
     tune.add_argument("--skip", default="", help="functions that are not measured, comma-separated (mm autotunes long)")
-    tune.add_argument("--out", type=Path, default=Path("profile.json"), help="the profile; one begun is gone on with")
+    out = "the profile; one begun is gone on with (default: %(default)s)"
+    tune.add_argument("--out", type=Path, default=Path("profile.json"), help=out)
     tune.add_argument("--show", action="store_true", help="only print the table of the profile --out")
     tune.add_argument("--plot", type=Path, help="draw it, as a PNG")
     tune.set_defaults(run=_tune)
 
     warmup = commands.add_parser("warmup", help="fill the kernels' caches: run one step in this environment")
     warmup.add_argument("model", help="a model's folder, Hugging Face format")
-    warmup.add_argument("--rows", type=int, default=2, help="sequences in the batch")
-    warmup.add_argument("--length", type=int, default=1024, help="tokens in the longest of them")
+    warmup.add_argument("--rows", type=int, default=2, help="sequences in the batch (default: %(default)s)")
+    warmup.add_argument("--length", type=int, default=1024, help="tokens in the longest of them (default: %(default)s)")
     warmup.set_defaults(run=_warmup)
 
     parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
     parity.add_argument("model", help="a model's folder, Hugging Face format")
-    parity.add_argument("--rows", type=int, default=4, help="sequences in the batch")
-    parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them")
-    parity.add_argument("--micro-batch", type=int, default=2, help="sequences computed at a time")
-    parity.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parity.add_argument("--rows", type=int, default=4, help="sequences in the batch (default: %(default)s)")
+    parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
+    parity.add_argument(
+        "--micro-batch", type=int, default=2, help="sequences computed at a time (default: %(default)s)"
+    )
+    parity.add_argument("--seed", type=int, default=0, help="of the random tokens (default: %(default)s)")
     parity.add_argument("--json", action="store_true", help="print JSON")
     parity.set_defaults(run=_parity)
 
@@ -83,9 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except OverlayError as error:
-        command = " ".join(filter(None, (options.command, getattr(options, "action", ""))))
-        print(f"verl-fl {command}: {error}", file=sys.stderr)
-        return 2
+        refusal = str(error)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":  # an extra, and what runs a step or a kernel needs it
+            raise
+        refusal = "torch is not installed: pip install torch"
+    command = " ".join(filter(None, (options.command, getattr(options, "action", ""))))
+    print(f"verl-fl {command}: {refusal}", file=sys.stderr)
+    return 2
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -130,8 +140,9 @@ def _dispatch_check(options: argparse.Namespace) -> int:
         findings = vllm_fl.check(vllm_fl.read(options.file))
     except OverlayError as error:
         findings = [str(error)]
-    print("\n".join(findings) if findings else f"{options.file}: no faults")
-    return 1 if findings else 0
+    faults = [finding for finding in findings if not finding.startswith(vllm_fl.NOTE)]
+    print("\n".join([*findings, *([] if faults else [f"{options.file}: no faults"])]))
+    return 1 if faults else 0
 
 
 def _dispatch_render(options: argparse.Namespace) -> int:
@@ -154,10 +165,13 @@ def _check(options: argparse.Namespace) -> int:
 def _pin(options: argparse.Namespace) -> int:
     from verl_fl_overlay.compat import pinning, sources
 
+    folder = Path(pinning.__file__).resolve().parent  # verl_fl_overlay/compat of a checkout is a link
+    if options.write and not (folder.parent / "pyproject.toml").is_file():
+        raise OverlayError(f"--write is for a checkout, and {folder} is in none; there: pip install -e .")
     with sources.opened(options.target) as tree:
         pins = pinning.pins_of(tree)
     if options.write:
-        file = Path(pinning.__file__).parent / "pins" / f"{pins['verl']}.json"
+        file = folder / "pins" / f"{pins['verl']}.json"
         file.write_text(pinning.as_text(pins), encoding="utf-8")
         print(file)
     else:

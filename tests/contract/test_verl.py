@@ -82,6 +82,24 @@ def test_phase_follows_the_engine():
     assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY).startswith("True")
 
 
+def test_weights_are_moved_to_the_device_and_back_outside_the_phase():
+    code = (
+        STUB
+        + """
+    class Offloaded(Stub):
+        is_param_offload_enabled = is_optimizer_offload_enabled = True
+        def to(self, **kwargs): seen.append(f"moved at depth {phase.training.depth}")
+
+    for mode in (Offloaded().train_mode, Offloaded().eval_mode):
+        with mode():
+            pass
+    print(*seen, sep=", ")
+    """
+    )
+    once = "moved at depth 0, entered, left, moved at depth 0"
+    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY) == f"{once}, {once}"
+
+
 @pytest.mark.parametrize("error", ["RuntimeError('CUDA out of memory')", "FloatingPointError()", "KeyboardInterrupt()"])
 def test_a_step_that_raises_leaves_the_phase_and_its_error_alone(error):
     code = (
@@ -246,17 +264,26 @@ def test_verl_itself_fails_on_a_space_in_the_list():
     assert "No module named ' json'" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def renamed(tmp_path_factory) -> Path:
-    """Return a copy of this verl in which a hooked method has another name."""
+BASE = "verl/workers/engine/base.py"
+
+
+def edited(folder: Path, *edits: tuple[str, str, str]) -> Path:
+    """Return ``folder`` with a copy of this verl in it; an edit is a file, a text in it and what takes its place."""
     import importlib.util
 
     spec = importlib.util.find_spec("verl")
-    folder = tmp_path_factory.mktemp("renamed")
     shutil.copytree(Path(spec.origin).parent, folder / "verl", ignore=shutil.ignore_patterns("__pycache__"))
-    base = folder / "verl/workers/engine/base.py"
-    base.write_text(base.read_text().replace("def infer_batch(", "def forward_batch("))
+    for name, old, new in edits:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
     return folder
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory) -> Path:
+    """Return a copy of this verl in which a hooked method has another name."""
+    return edited(tmp_path_factory.mktemp("renamed"), (BASE, "def infer_batch(", "def forward_batch("))
 
 
 def test_renamed_target_is_refused_whole(renamed):
@@ -287,6 +314,30 @@ def test_doctor_refuses_the_renamed_target(renamed):
     assert done.returncode == 1
     assert "NOT SUPPORTED" in done.stdout
     assert "BaseEngine has no infer_batch" in done.stdout or "has no BaseEngine.infer_batch" in done.stdout
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("engine.infer_batch ")]
+    assert row[2] == "missing"
+
+
+def test_doctor_tells_what_was_edited_and_what_cannot_be_tried(tmp_path):
+    fsdp = "verl/workers/engine/fsdp/transformer_impl.py"
+    folder = edited(
+        tmp_path,
+        (BASE, "engine_cls(*args, **kwargs)", "engine_cls(*args, **kwargs, more=1)"),
+        ("verl/utils/model.py", "def load_valuehead_model(local_path,", "def load_valuehead_model(folder,"),
+        (fsdp, "class FSDPEngine(", "raise OSError('no such device')\nclass FSDPEngine("),
+    )
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env={**OVERLAY, "PYTHONPATH": str(folder)})
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    hooks = {hook["name"]: hook for hook in report["hooks"]}
+    assert hooks["engine.new"]["pinned"] == "body differs"
+    assert hooks["engine.new"]["state"] == "installed"
+    assert hooks["attention.value_model"]["pinned"] == "parameters differ"
+    assert hooks["attention.value_model"]["state"] == "failed"
+    assert hooks["engine.enter"]["pinned"] == "yes"
+    (refusal,) = [problem for problem in report["problems"] if "cannot be tried" in problem]
+    assert refusal.startswith("hook engine.initialize.fsdp cannot be tried: import of ")
+    assert refusal.endswith(" raises OSError: no such device")
 
 
 def test_git_checkout_of_this_release_gets_the_same_shim(tmp_path, renamed):

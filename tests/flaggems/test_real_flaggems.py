@@ -87,6 +87,16 @@ def test_a_kernel_in_place_of_a_decomposition_is_left_out(real_gems, key):
     assert key in {k.key for k in select(Settings(unsafe_ops=(f"aten::{key}",)), real_gems).kernels}
 
 
+@pytest.mark.parametrize("key", ["native_layer_norm", "native_layer_norm_backward"])
+def test_what_is_known_to_be_wrong_is_left_out_too(real_gems, key):
+    kernel = next(kernel for kernel in real_gems.kernels if kernel.key == key)
+    assert not safety.differentiated_by_decomposition(key)
+    selection = select(Settings(), real_gems)
+    assert "FlagGems/issues/5392" in selection.left_out[key]
+    assert key not in {k.key for k in selection.kernels}
+    assert kernel in select(Settings(unsafe_ops=(key,)), real_gems).kernels
+
+
 def test_the_names_in_the_stacks_own_documents_are_explained(real_gems):
     with pytest.raises(SettingsError) as error:
         names.check(["rmsnorm", "layernorm", "softmax"], "TRAINING_FL_FLAGOS_WHITELIST", real_gems)
@@ -191,6 +201,22 @@ def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypa
     assert "conv3d" in unsafe
     assert "conv2d" not in unsafe
     assert main(["ops", "nothing*like*it"]) == 1
+
+
+def test_the_dispatch_file_that_is_written_passes_its_own_check(real_gems, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    from verl_fl_overlay.cli import main
+
+    assert main(["dispatch", "render", "--vendor", "nvidia"]) == 0
+    file = tmp_path / "rendered.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert main(["dispatch", "check", str(file)]) == 0
+    *notes, last = capsys.readouterr().out.splitlines()
+    assert last == f"{file}: no faults"
+    assert "note: flagos_blacklist: the FlagGems that is installed has no function mhc_pre" in notes
+    file.write_text("flagos_whitelist: [mm, mhc_pre]")
+    assert main(["dispatch", "check", str(file)]) == 1
+    assert capsys.readouterr().out == "flagos_whitelist: the FlagGems that is installed has no function mhc_pre\n"
 
 
 TUNE = """

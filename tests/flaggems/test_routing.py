@@ -295,6 +295,32 @@ def test_an_extra_autograd_key_needs_a_function_that_autograd_sees(on_cpu):
     assert not safety.why_unsafe(Kernel("mul.Tensor", on_cpu.mul, ("CPU",)))
 
 
+def detached(tensors):
+    return torch.cat([tensor.detach() for tensor in tensors], dim=1)
+
+
+def without_gradient(tensors):
+    with torch.no_grad():
+        return torch.cat(tensors, dim=1)
+
+
+def imported_late(tensors):
+    from stand_ins import multiply
+
+    return torch.cat([multiply(tensor, 1) for tensor in tensors], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [(detached, "uses detach"), (without_gradient, "uses no_grad"), (imported_late, "imports stand_ins when")],
+)
+def test_calls_of_torch_that_autograd_does_not_see_are_found_in_the_code(on_cpu, function, said):
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert not function([tensor]).requires_grad
+    assert said in safety.why_unsafe(Kernel("hstack", function, ("CPU",)))
+    assert not safety.why_unsafe(Kernel("hstack", on_cpu.hstack, ("CPU",)))
+
+
 def test_the_record_counts_what_was_called_and_is_this_ranks_own(routing, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     logger = logging.getLogger("flag_gems")

@@ -1,4 +1,4 @@
-"""verl's real engines under FSDP1 and FSDP2 on a CPU: steps on native modules, then on fused ones, with stand-ins.
+"""verl's real engines under FSDP1 and FSDP2 on a CPU: steps without the feature, then with it, with stand-ins.
 
 python tests/fused/engine_steps.py MODEL prints JSON.
 """
@@ -17,7 +17,7 @@ from real_engine import join_group, make_engine, train
 
 from fused.stand_ins import StandIns
 from verl_fl_overlay import fused, fused_forward
-from verl_fl_overlay.variables import FUSED
+from verl_fl_overlay.settings import Settings
 
 torch.set_num_threads(1)
 join_group(False)
@@ -25,19 +25,17 @@ stand_ins = StandIns()
 fused_forward.kernels, fused_forward.NATIVE_DEVICES = lambda: stand_ins, ()
 result = {}
 for strategy in ("fsdp", "fsdp2"):
-    steps = {}
-    for kinds in ((), FUSED):
+    told, names = {}, {}
+    for kind, asked in {"native": (), "fused": ("auto",)}.items():
         torch.manual_seed(0)
-        engine = make_engine(sys.argv[1], strategy, "lm")
-        made = fused.FusedModules(kinds)
-        names = list(engine.module.state_dict())
-        if kinds:
-            made.fuse(engine.module)
+        stop = fused.start(Settings(fused=asked))  # the hook on initialize tells it of the engine
         before = dict(stand_ins.calls)
-        steps["fused" if kinds else "native"] = train(engine, "lm", 3)
-        calls = {name: stand_ins.calls[name] - before[name] for name in before}
-        assert list(engine.module.state_dict()) == names
-        made.remove()
-    result[strategy] = {**steps, "calls": calls}
+        engine = make_engine(sys.argv[1], strategy, "lm")
+        told[kind] = {"steps": train(engine, "lm", 3), "replaced": fused.describe()["replaced"]}
+        told[kind]["calls"] = {name: count - before[name] for name, count in stand_ins.calls.items()}
+        names[kind] = list(engine.module.state_dict())
+        stop()
+    assert names["fused"] == names["native"]
+    result[strategy] = told
 print(json.dumps(result))
 torch.distributed.destroy_process_group()

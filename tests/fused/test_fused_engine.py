@@ -22,7 +22,11 @@ def test_steps_under_fsdp1_and_fsdp2_are_those_of_the_native_modules(tmp_path):
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert set(result) == {"fsdp", "fsdp2"}
     for strategy, told in result.items():
-        assert all(count > 0 for count in told["calls"].values()), strategy
-        for one, other in zip(told["fused"], told["native"], strict=True):
+        fused, native = told["fused"], told["native"]
+        assert fused["replaced"] == {"rms_norm": 5, "gated_mlp": 2, "rotary": 1}, strategy
+        assert all(count > 0 for count in fused["calls"].values()), strategy
+        assert native["replaced"] == {}, strategy
+        assert not any(native["calls"].values()), strategy
+        for one, other in zip(fused["steps"], native["steps"], strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-2), strategy
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=5e-2), strategy

@@ -18,12 +18,11 @@ verl = pytest.importorskip("verl")
 
 
 def import_verl(code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {name: text for name, text in os.environ.items() if name != "VERL_LOGGING_LEVEL"}
     return subprocess.run(
         [sys.executable, "-c", f"import verl; {code}"],
         cwd="/",
         env={
-            **own,
+            **os.environ,
             **without_images(),
             "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
             "CUDA_VISIBLE_DEVICES": "",

@@ -73,7 +73,7 @@ def run(body: str, **environment: str) -> list[str]:
         [sys.executable, "-c", code],
         cwd="/",
         env={
-            **{name: text for name, text in os.environ.items() if not name.startswith(("VERL", "FLAGCX", "USE_FLAG"))},
+            **os.environ,
             **without_images(),
             "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay",
             "VERL_PLATFORM": "nvidia",

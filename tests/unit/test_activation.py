@@ -203,7 +203,9 @@ def test_misspelt_variable_is_warned_about(verl):
 
 REPORTS = """
 import verl
+from verl_fl_overlay import report
 from verl_fl_overlay.phase import training
+report.INTERVAL = 3600.0  # a machine that is slow enough takes more than a second for one report
 import os, json, glob
 folder = os.environ["VERL_FL_REPORT_DIR"]
 def written(): return [json.load(open(f)) for f in glob.glob(folder + "/*")]
@@ -215,7 +217,7 @@ print(json.dumps([len(first), first[0]["phase"]["counts"], os.getpid() == first[
 """
 
 
-def test_report_at_most_once_a_second_and_at_exit(verl, tmp_path):
+def test_report_at_most_once_an_interval_and_at_exit(verl, tmp_path):
     folder = tmp_path / "made" / "for it"
     env = {**verl("0.9.1"), **NAMED, "VERL_FL_REPORT_DIR": str(folder)}
     assert json.loads(output(REPORTS, env=env)) == [1, {"train": 1}, True]
@@ -239,6 +241,18 @@ def test_report_folder_that_is_a_file(verl, tmp_path):
     done = python(program, env=env)
     assert done.returncode == 0
     assert done.stderr.count("cannot be written") == 1
+
+
+def test_the_cpu_is_refused_where_verl_has_found_gpus(verl, tmp_path):
+    env = {**verl("0.9.1"), **NAMED, "VERL_FL_DEVICE": "cpu"}
+    torch = "class cuda: is_available, device_count = (lambda: {}), (lambda: 2)"
+    (tmp_path / "torch.py").write_text(torch.format(True))
+    done = python("import torch, verl", env=env)
+    assert done.returncode == 1
+    assert "SettingsError: VERL_FL_DEVICE=cpu, but torch sees 2 CUDA device(s)" in done.stderr
+    assert "export CUDA_VISIBLE_DEVICES=" in done.stderr
+    (tmp_path / "torch.py").write_text(torch.format(False))
+    assert python("import torch, verl", env=env).returncode == 0
 
 
 def test_deactivated_and_activated_anew(verl):

@@ -12,6 +12,7 @@ import verl_trees
 from verl_fl_overlay import cli, compat
 from verl_fl_overlay.compat import check, pinning, pins
 from verl_fl_overlay.compat.sources import Tree
+from verl_fl_overlay.errors import OverlayError
 
 FOLDER = Path(pinning.__file__).parent
 each_release = pytest.mark.parametrize("release", compat.RELEASES)
@@ -54,10 +55,14 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert f"against verl {compat.RELEASES[-1]}" in before
     assert "+    return (engine_cls)(*args, **kwargs, new=1)" in before
 
-    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "pinning.py"))
-    (tmp_path / "pins").mkdir()
+    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "compat" / "pinning.py"))
+    (tmp_path / "compat" / "pins").mkdir(parents=True)
+    assert cli.main(["pin", str(tmp_path), "--write"]) == 2, "an installed overlay is left as it is"
+    assert capsys.readouterr().err.startswith("verl-fl pin: --write is for a checkout")
+    assert not list((tmp_path / "compat" / "pins").iterdir())
+    (tmp_path / "pyproject.toml").touch()
     assert cli.main(["pin", str(tmp_path), "--write"]) == 0
-    written = json.loads((tmp_path / "pins/99.1.0.json").read_text())
+    written = json.loads((tmp_path / "compat/pins/99.1.0.json").read_text())
     assert written["verl"] == "99.1.0"
     assert cli.main(["pin", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2]) == written
@@ -67,3 +72,28 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(compat, "RELEASES", (*compat.RELEASES, "99.1.0"))
     monkeypatch.setattr(pins, "load", lambda release: new if release == "99.1.0" else load(release))
     assert check.check(Tree(tmp_path, "a copy")).verdict == "verl 99.1.0 works"
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "of another kind", "removed"])
+def test_pins_that_are_damaged_or_gone(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named and nothing is taken for right, where a hook is installed and where a release is checked."""
+    shutil.copytree(FOLDER / "pins", tmp_path / "other_compat" / "pins")
+    (tmp_path / "other_compat" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pins, "__package__", "other_compat")
+    pins.load.cache_clear()
+    file = tmp_path / "other_compat" / "pins" / "0.8.0.json"
+    left = {"cut": file.read_bytes()[:3000], "emptied": b"", "of another kind": b'{"functions": {"f": {"type": 1}}}'}
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(left[damage])
+
+    hook = next(h for h in compat.select(compat.InstalledVerl("0.9.1", "")).hooks if h.name == "engine.train_batch")
+    told = "compat/pins/0.8.0.json is missing or damaged"
+    with pytest.raises(OverlayError, match=f"{told}.*: reinstall"):
+        pins.verify(hook, lambda self, a, b, c, d: None)
+    assert cli.main(["check", str(verl_trees.newest().folder)]) == 2
+    assert told in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import replace
 
@@ -45,7 +46,14 @@ def test_faster_means_by_more_than_noise():
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda d: d.pop("key"), lambda d: d.update(format=9), lambda d: d["key"].update(more=1)]
+    "damage",
+    [
+        lambda d: d.pop("key"),
+        lambda d: d.update(format=9),
+        lambda d: d["key"].update(more=1),
+        lambda d: d.update(chosen="mm"),
+        lambda d: d.update(chosen=[1]),
+    ],
 )
 def test_a_damaged_profile_is_refused_with_the_way_out(tmp_path, damage):
     file = tmp_path / "p.json"
@@ -65,10 +73,18 @@ def test_half_a_file_and_no_file_are_refused(tmp_path):
         profile.load(tmp_path / "none.json")
 
 
-def test_a_profile_of_another_chip_is_refused_with_both_keys(here):
-    Profile(Key("Chip 2", "2.11.0", "3.6.0", "5.0.0"), "a model").save(here / "p.json")
-    with pytest.raises(ProfileError, match=r"(?s)holds for: Chip 2, .*this is: +Chip 1, .*verl-fl tune"):
+OTHERS = [replace(HERE, **{name: "another"}) for name in vars(HERE)]
+each_other = pytest.mark.parametrize("other", OTHERS, ids=list(vars(HERE)))
+
+
+@each_other
+def test_a_profile_of_another_chip_or_of_other_versions_is_refused_with_both_keys(here, other):
+    replace(MEASURED, key=other).save(here / "p.json")
+    with pytest.raises(ProfileError) as error:
         profile.find(str(here / "p.json"))
+    assert f"it holds for: {other}\n" in str(error.value)
+    assert f"this is:      {HERE}\n" in str(error.value)
+    assert "verl-fl tune" in str(error.value)
 
 
 def test_a_profile_that_was_not_finished_does_not_stand_for_routing_nothing(here):
@@ -77,13 +93,24 @@ def test_a_profile_that_was_not_finished_does_not_stand_for_routing_nothing(here
         profile.find(str(here / "p.json"))
 
 
-def test_auto_takes_a_shipped_profile_that_fits_and_no_other(here):
+@each_other
+def test_auto_takes_a_shipped_profile_that_fits_and_no_other(here, other):
     assert profile.find("auto") is None
-    Profile(Key("Chip 2", "2.11.0", "3.6.0", "5.0.0"), "a model").save(here / "shipped" / "a.json")
+    replace(MEASURED, key=other).save(here / "shipped" / "a.json")
     assert profile.find("auto") is None
     MEASURED.save(here / "shipped" / "b.json")
     assert profile.find("auto") == (MEASURED, "shipped profile b")
     assert profile.find("") is None
+
+
+@pytest.mark.parametrize(("field", "package"), [("torch", "torch"), ("triton", "triton"), ("flag_gems", "flag-gems")])
+def test_the_key_is_of_what_is_installed(field, package):
+    pytest.importorskip("torch")
+    try:
+        installed = importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    assert getattr(profile.key_here(), field) == installed
 
 
 def test_a_list_comes_before_a_profile_and_a_profile_before_everything(here, monkeypatch):

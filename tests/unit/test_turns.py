@@ -36,6 +36,8 @@ print(json.dumps(found))
 
 
 class Process:
+    started: list[subprocess.Popen] = []
+
     def __init__(self, folder: Path, seconds: float = 0.5, longest_wait: float = 60):
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(folder), str(seconds), str(longest_wait)],
@@ -45,6 +47,7 @@ class Process:
             text=True,
             cwd="/",
         )
+        self.started.append(self.process)
         assert self.process.stdout.readline() == "started\n"
 
     def go(self):
@@ -57,6 +60,16 @@ class Process:
         out, log = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, log
         return json.loads(out.splitlines()[-1]), log
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """End the processes that a test which failed would leave asleep."""
+    yield
+    while Process.started:
+        process = Process.started.pop()
+        process.kill()
+        process.communicate()
 
 
 def tuned(folder: Path) -> int:

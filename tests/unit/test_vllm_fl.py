@@ -88,8 +88,11 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert vllm_fl.flaggems_names() == {"mm", "mm_out"}
     (tmp_path / "flag_gems/__init__.py").write_text("")  # read once: it is long, and asked for with every name
+    assert vllm_fl.check({"flagos_whitelist": ["mm_out", "mm_uot"]}) == [
+        "flagos_whitelist: the FlagGems that is installed has no function mm_uot; mm_out?"
+    ]
     assert vllm_fl.check({"flagos_blacklist": ["mm_out", "mm_uot"]}) == [
-        "flagos_blacklist: the FlagGems that is installed has no function mm_uot; mm_out?"
+        "note: flagos_blacklist: the FlagGems that is installed has no function mm_uot; mm_out?"
     ]
 
 
