@@ -148,8 +148,8 @@ def _decided(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
     contest = Contest(step, gems, say)
     chosen = contest.winners([], candidates)
     if chosen:
-        native, routed = contest.times(chosen)
-        if routed < native:
-            return replace(profile, chosen=tuple(sorted(chosen)), step_ms={"native": native, "chosen": routed})
+        native, ours = contest.times(chosen)
+        if ours < native:
+            return replace(profile, chosen=tuple(sorted(chosen)), step_ms={"native": native, "chosen": ours})
     say("nothing is routed: nothing made whole steps faster")
     return replace(profile, chosen=(), step_ms={"native": contest.step_ms([])})
