@@ -108,9 +108,21 @@ def refuse_hidden_accelerator() -> None:
         )
 
 
-def chip_name() -> str:
-    """Name the current accelerator's model, in letters, digits and _: what was compiled or tuned is for that one."""
+def accelerator() -> Any:
+    """Return torch's module of the accelerator here, such as ``torch.cuda``; None where there is only the CPU.
+
+    A torch built for an accelerator names its module also on a machine without one.
+    """
     import torch
 
-    name = getattr(torch.get_device_module(), "get_device_name", None)
-    return "".join(c if c.isalnum() else "_" for c in str(name() if name else "chip"))
+    module = torch.get_device_module()
+    return module if module is not torch.cpu and module.is_available() else None
+
+
+def chip_name() -> str:
+    """Return the model of the accelerator here, as torch names it: what was compiled or measured is for that one."""
+    module = accelerator()
+    if module is None:
+        return "cpu"
+    name = getattr(module, "get_device_name", None)
+    return str(name() if name else module.__name__)

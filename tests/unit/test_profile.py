@@ -113,6 +113,26 @@ def test_the_key_is_of_what_is_installed(field, package):
     assert getattr(profile.key_here(), field) == installed
 
 
+class Chip:
+    """torch's module of an accelerator that may not be there, which some releases name all the same."""
+
+    def __init__(self, there):
+        self.is_available = lambda: there
+
+    def get_device_name(self):
+        assert self.is_available()
+        return "Chip 1"
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "Chip 1"), (False, "cpu")])
+def test_a_torch_built_for_a_chip_that_is_not_there_means_the_cpu(monkeypatch, there, name):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "get_device_module", lambda: Chip(there))
+    profile.key_here.cache_clear()
+    assert profile.key_here().chip == name
+    profile.key_here.cache_clear()
+
+
 def test_a_list_comes_before_a_profile_and_a_profile_before_everything(here, monkeypatch):
     MEASURED.save(here / "p.json")
     monkeypatch.setattr(choice.names, "check", lambda *rest: None)

@@ -41,7 +41,8 @@ def own_database() -> Iterator[bool]:
 def folder() -> Path:
     """Return the folder, made if it is not there, of what was tuned on this chip with this Triton."""
     root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
-    made = root / "config_cache" / "verl_fl" / f"{devices.chip_name()}-triton{_triton_version()}"
+    chip = "".join(c if c.isalnum() else "_" for c in devices.chip_name())
+    made = root / "config_cache" / "verl_fl" / f"{chip}-triton{_triton_version()}"
     made.mkdir(parents=True, exist_ok=True)
     return made
 

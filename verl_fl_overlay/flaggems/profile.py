@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay import devices
 from verl_fl_overlay.errors import SettingsError
 
 FORMAT = 1
@@ -105,18 +106,11 @@ def key_here() -> Key:
     import torch
 
     return Key(
-        chip=torch.cuda.get_device_name() if torch.cuda.is_available() else _accelerator(),
+        chip=devices.chip_name(),
         torch=torch.__version__.partition("+")[0],
         triton=_version("triton"),
         flag_gems=_version("flag-gems"),
     )
-
-
-def _accelerator() -> str:
-    import torch
-
-    name = getattr(torch.get_device_module(), "get_device_name", None)
-    return str(name()) if name else "cpu"
 
 
 def _version(distribution: str) -> str:

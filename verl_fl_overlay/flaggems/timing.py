@@ -7,16 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from verl_fl_overlay import devices
 
 BACK_TO_BACK = 5
 """So many calls are timed at once."""
-
-
-def accelerator() -> Any:
-    """Return torch's module of the accelerator here, such as ``torch.cuda``; None where there is only the CPU."""
-    module = torch.get_device_module()
-    return module if module is not torch.cpu and module.is_available() else None
 
 
 def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
@@ -25,7 +19,7 @@ def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
     Calls are made back to back, as a step makes them, so that the host starts the next one while the device computes:
     a call takes as long as the slower of the two needs.
     """
-    device = accelerator()
+    device = devices.accelerator()
     times = []
     for _ in range(repeats + 2):
         if device:
@@ -45,7 +39,7 @@ def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
 
 def step_ms(step: Callable[[], None], repeats: int = 3) -> float:
     """Return the median time of a step, milliseconds, after one that is not counted."""
-    device = accelerator()
+    device = devices.accelerator()
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()
