@@ -32,7 +32,7 @@ def _value_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ..
         return wrapped(*args, **kwargs)
     try:
         return _load(*args, **kwargs)
-    except Exception:  # whatever verl's own way is then, a model of trl's for one
+    except ValueError:  # transformers has no token classifier of this kind; verl goes on to trl's
         return wrapped(*args, **kwargs)
 
 

@@ -14,10 +14,9 @@ import wrapt
 
 from verl_fl_overlay import chips, compat, devices, environment, events, features, flagcx, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.conflicts import conflicts
+from verl_fl_overlay.conflicts import Remark, conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookSet, call_again_on_import
-from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings, misspelt
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -111,10 +110,11 @@ def activate() -> Overlay:
             )
         selection = compat.select(found)
         found_conflicts = [*conflicts(settings), *_too_late(settings)]
-        if found_conflicts and settings.strict:
+        errors = [conflict for conflict in found_conflicts if not isinstance(conflict, Remark)]
+        if errors and settings.strict:
             raise SettingsError(
                 "VERL_FL_STRICT=1, and these settings do not do what they say:\n"
-                + "\n".join(f"  {conflict}" for conflict in found_conflicts)
+                + "\n".join(f"  {conflict}" for conflict in errors)
             )
         for warning in [*misspelt(), *found_conflicts, *([selection.warning] if selection.warning else [])]:
             logger.warning(warning)
@@ -167,10 +167,11 @@ def _too_late(settings: Settings) -> Iterator[str]:
 
 
 def _absent(selection: compat.Selection) -> dict[str, str]:
+    # Those with needs are each an engine's of its own: nobody trains on one that this verl does not have.
     return {
         hook.name: f"verl {selection.version} has no module {hook.module}"
         for hook in selection.hooks
-        if hook.module in selection.absent and (not hook.needs or installed(hook.needs))
+        if hook.module in selection.absent and not hook.needs
     }
 
 

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 Rule = Callable[["Settings"], Iterator[str]]
 
+
+class Remark(str):
+    """A conflict that no other value avoids: told, and never an error, which would leave no way to set it."""
+
+
 EXCLUSIVE = (
     ("TRAINING_FL_FLAGOS_WHITELIST", "TRAINING_FL_FLAGOS_BLACKLIST"),
     ("VLLM_FL_FLAGOS_WHITELIST", "VLLM_FL_FLAGOS_BLACKLIST"),
@@ -132,11 +137,10 @@ def _te_fl_tokens(settings: Settings) -> Iterator[str]:
 
 
 def _te_fl_strict(settings: Settings) -> Iterator[str]:
-    # Either value is a conflict: as an error it would leave no way to set it.
-    if "TE_FL_STRICT" in settings.given and not settings.strict:
+    if "TE_FL_STRICT" in settings.given:
         value = settings["TE_FL_STRICT"]
         does = "does not try" if value == "0" else "tries"
-        yield (
+        yield Remark(
             f"TE_FL_STRICT={value} is read the other way round where TransformerEngine-FL calls an operator: it {does} "
             f"another implementation when one fails; {'1' if value == '0' else '0'} does the opposite"
         )

@@ -38,8 +38,8 @@ def examine() -> tuple[dict[str, Any], bool]:
     for hook in result["hooks"]:
         hook["pinned"] = _pinned(by_name[hook["name"]])
         hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
-    unloaded = _unloaded(active.selection.version) if active else []
-    result["problems"] += unloaded
+    unloaded, by_another = _unloaded(active.selection.version) if active else ("", False)
+    result["problems"] += [unloaded] if unloaded else []
     if refusals:
         result["verl"]["supported"] = False
         inactive = "the overlay is not active"
@@ -47,7 +47,7 @@ def examine() -> tuple[dict[str, Any], bool]:
         others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
-    return result, bool(result["verl"]["supported"]) and not unloaded
+    return result, bool(result["verl"]["supported"]) and (not unloaded or by_another)
 
 
 def _import_verl() -> None:
@@ -61,13 +61,15 @@ def _import_verl() -> None:
         raise UnsupportedVerlError(f"verl cannot be imported: {type(error).__name__}: {error}.{advice}") from error
 
 
-def _unloaded(version: str) -> list[str]:
-    """Say what to export where verl loads the overlay in no process but this one, which did so itself."""
-    listed = os.environ.get(environment.LOADED_BY, "").split(",")
+def _unloaded(version: str) -> tuple[str, bool]:
+    """Say what to export where verl loads the overlay in no process but this one, and whether another module may."""
+    listed = [module.strip() for module in os.environ.get(environment.LOADED_BY, "").split(",") if module.strip()]
     if environment.OVERLAY in listed or compat.finds_plugin(version, environment.OVERLAY):
-        return []
+        return "", False
     needed = environment.forwarded(os.environ)[environment.LOADED_BY]
-    return [f"verl {version} does not load the overlay in training: export {environment.LOADED_BY}={needed}"]
+    unless = f", unless {' or '.join(listed)} imports it" if listed else ""
+    said = f"verl {version} does not load the overlay in training{unless}: export {environment.LOADED_BY}={needed}"
+    return said, bool(listed)
 
 
 def _import_target(status: HookStatus) -> str:

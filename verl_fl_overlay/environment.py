@@ -9,6 +9,7 @@ from typing import Any
 
 from verl_fl_overlay.conflicts import conflicts, contradictions
 from verl_fl_overlay.settings import Settings, every_variable, misspelt, shown
+from verl_fl_overlay.stack import OF_ONE_PROCESS
 from verl_fl_overlay.variables import Variable
 
 LOADED_BY = "VERL_USE_EXTERNAL_MODULES"
@@ -102,11 +103,11 @@ def as_json(result: dict[str, Any]) -> str:
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables another process of the same run needs: the table's that are set, and what loads the overlay.
 
-    FlagCX has dozens more than the table, so whatever begins as its own do goes along.  Nothing else of the
-    environment is copied, and no value that carries a password.
+    FlagCX has dozens more than the table, so whatever begins as its own do goes along, but for what tells one node or
+    rank from another.  Nothing else of the environment is copied, and no value that carries a password.
     """
     settings, _ = Settings.parse(environment)
-    flagcx = {name: text for name, text in environment.items() if name.startswith("FLAGCX_")}
+    flagcx = {n: text for n, text in environment.items() if n.startswith("FLAGCX_") and n not in OF_ONE_PROCESS}
     given = {name: text for name, text in {**settings.given, **flagcx}.items() if "://***@" not in shown(name, text)}
     modules = [module for module in given.get(LOADED_BY, "").split(",") if module.strip()]
     if OVERLAY not in modules:

@@ -101,6 +101,8 @@ class _Installed:
             parent, _, found = wrapt.resolve_path(sys.modules[hook.module], hook.attribute)
         except (KeyError, wrapt.PathResolutionError):
             return False  # nobody can get it
+        if found is self.handle:  # where a subclass took the class's place, too
+            return False
         if parent is not self.parent:
             return True
         # A reloaded module stays the same object.  Anything but the bare function may be a wrapper on top of ours.

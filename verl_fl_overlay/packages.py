@@ -1,4 +1,4 @@
-"""Which packages are here, told without importing them."""
+"""Which packages are here, told without importing them; only the package that a dotted name is in is imported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ def installed(name: str) -> bool:
     """Return whether ``name`` can be imported, or was made by hand and stands in ``sys.modules``."""
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False
     except ValueError:  # it is in sys.modules without a spec
         return True
+    except Exception:  # the package that it would be in is not there, or cannot be imported
+        return False
 
 
 def folders(name: str) -> list[str]:

@@ -25,6 +25,8 @@ CSV = "names, comma-separated"
 PER_OP = "op=token|token;op=token, tokens: flagos, reference, vendor, vendor:<NAME>, impl:<id>"
 LEVELS = ("debug", "info", "warning", "error", "critical")
 ONE_TRUE = ("1", "true")
+OF_ONE_PROCESS = ("FLAGCX_HOSTID", "FLAGCX_COMM_ID", "FLAGCX_RANK")
+"""FlagCX's variables that must differ between nodes or ranks: by the first it tells which ranks share a node."""
 VENDOR_NAMES = ("GEMS_VENDOR", "FLAGGEMS_VENDOR", "GEMS_BACKEND", "FLAGGEMS_BACKEND")
 """FlagGems' names of one variable, in the order in which it asks for them; it knows the last three since 5.3.0."""
 

@@ -276,3 +276,14 @@ def test_an_npu_s_value_model_keeps_verls_attention(load_value_model, monkeypatc
 def test_a_model_without_token_classification_is_left_to_verl(load_value_model):
     with pytest.raises(RuntimeError, match="is not a value head model, please install trl"):
         load_value_model("cuda", "Qwen2VLConfig")
+
+
+def test_a_checkpoint_that_is_damaged_is_told_as_it_is(load_value_model, monkeypatch):
+    from transformers import AutoModelForTokenClassification
+
+    def damaged(**asked):
+        raise OSError("header too large")
+
+    monkeypatch.setattr(AutoModelForTokenClassification, "from_pretrained", damaged)
+    with pytest.raises(OSError, match="header too large"):
+        load_value_model("cuda", "Qwen2Config")

@@ -291,6 +291,19 @@ def test_what_was_chosen_stays_until_something_else_is(tmp_path, monkeypatch, ev
     assert load(tmp_path / "p") == made
 
 
+def test_what_was_chosen_for_another_step_does_not_stay(tmp_path, monkeypatch, every_kernel_wins):
+    Steps(monkeypatch, lambda found, turn: 8.0)
+    tuned(tmp_path, **THREE)
+
+    def interrupt(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(lambda: torch.ones(3).exp().exp(), gems(**THREE), KEY, "w", tmp_path / "p", say=interrupt)
+    left = load(tmp_path / "p")
+    assert ([one.key for one in left.measurements], left.chosen, left.step_ms) == (["exp"], (), {})
+
+
 def test_what_was_measured_of_another_step_is_measured_again(tmp_path):
     file, both = tmp_path / "p", gems(mm=named("mm", product), exp=named("exp", exponential))
 

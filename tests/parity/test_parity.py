@@ -68,6 +68,20 @@ def test_native_s_own_noise_is_allowed_for():
     assert not verdicts(a_run(loss=2.1), again=a_run(loss=2.03))["loss, relative"]
 
 
+def test_a_parameter_that_is_noise_hides_none_that_was_cut():
+    """Of a bias whose gradient is rounding two native runs differ by 40 %, and the overlay by more than all of it."""
+    native = a_run(grad_norms=norms(b=1.0))
+    cut = a_run(grad_norms=norms([1.0] * 7 + [0.0] + [1.0] * 16, b=2.1))
+    lines = {line.name: line.holds for line in parity.compare(native, a_run(grad_norms=norms(b=1.4)), cut)}
+    assert lines.pop(ONE.format("a.7.w")) is False
+    assert all(lines.values())
+
+
+def test_a_gradient_that_is_not_a_number_is_the_worst():
+    lines = verdicts(a_run(grad_norms=norms([1.0] * 3 + [float("nan")] + [0.0] + [1.0] * 19)))
+    assert lines[ONE.format("a.3.w")] is False
+
+
 def test_k3_is_the_divergence_of_ratios():
     one, other = torch.randn(1000, dtype=torch.float64) / 10, torch.zeros(1000, dtype=torch.float64)
     found = float(parity._k3(one - other))

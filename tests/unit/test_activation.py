@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -111,9 +112,13 @@ def test_newer_verl_without_an_optional_hooks_module_is_warned_about_or_strictly
     assert "HookError: hook 'attention.value_model' cannot be put on" in strict.stderr
 
 
-def test_newer_verl_without_a_module_that_could_not_be_imported_anyway(verl):
+@pytest.mark.parametrize("installed", ["nothing", "nemo_automodel"])
+def test_newer_verl_without_an_engine_that_needs_a_package(verl, tmp_path, installed):
     env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.automodel.transformer_impl"}), **NAMED}
-    done = python("import verl", env={**env, "VERL_FL_STRICT": "1"})
+    (tmp_path / "more" / installed).mkdir(parents=True)
+    (tmp_path / "more" / installed / "__init__.py").touch()
+    path = os.pathsep.join([str(tmp_path / "more"), env.get("PYTHONPATH", "")])
+    done = python("import verl", env={**env, "VERL_FL_STRICT": "1", "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
 
 
@@ -193,6 +198,17 @@ def test_doctor_says_where_verl_would_not_load_the_overlay(verl, version, enviro
     said = f"verl {version} does not load the overlay in training: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay"
     assert json.loads(done.stdout)["problems"] == ([] if loaded else [said])
     assert done.returncode == int(not loaded)
+
+
+def test_doctor_does_not_condemn_a_module_of_the_user_s_that_may_import_the_overlay(verl, tmp_path):
+    (tmp_path / "mysetup.py").write_text("import verl_fl_overlay")
+    env = verl("0.8.0")
+    path = os.pathsep.join([str(tmp_path), env.get("PYTHONPATH", "")])
+    env = {**env, "PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "mysetup", "VERL_FL_DISABLE": "*"}
+    done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
+    assert done.returncode == 0
+    (said,) = json.loads(done.stdout)["problems"]
+    assert "unless mysetup imports it: export VERL_USE_EXTERNAL_MODULES=mysetup,verl_fl_overlay" in said
 
 
 def test_misspelt_variable_is_warned_about(verl):

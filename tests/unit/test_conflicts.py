@@ -166,7 +166,6 @@ def test_every_rule_has_a_case():
         {"USE_FLAGGEMS": "TRUE"},
         {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init"},
         {"VERL_FL_DISABLE": "*"},
-        {"VERL_FL_STRICT": "1", "TE_FL_STRICT": "0"},
         {"TE_FL_PREFER": "", "TE_FL_PREFER_VENDOR": "1"},
         {"USE_C_EXTENSION": "1"},
         {"USE_FLAGGEMS": "no", "VLLM_FL_PREFER": "vendor"},

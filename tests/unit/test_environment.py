@@ -167,6 +167,8 @@ def test_only_the_stacks_variables_reach_another_process():
         "WANDB_API_KEY": "secret",
         "USE_FLAGCX": "1",
         "FLAGCX_TUNE_FILE": "/tuned.json",
+        "FLAGCX_HOSTID": "node-0",
+        "FLAGCX_COMM_ID": "10.0.0.1:5555",
         "GEMS_BACKEND": "metax",
         "VERL_USE_EXTERNAL_MODULES": "mine",
         "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",

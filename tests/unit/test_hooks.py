@@ -260,6 +260,14 @@ def test_hook_lost_by_a_module_imported_anew_is_told(module_name, attribute, how
     assert states(hooks) == {attribute: "removed"}, "what others still hold of the old module is native again, too"
 
 
+def test_hook_inherited_by_a_subclass_in_its_class_s_place_is_not_lost(module_name):
+    module = importlib.import_module(module_name)
+    hooks = HookSet([hook(module_name, "Base.run")])
+    hooks.install()
+    module.Base = type("Mine", (module.Base,), {})
+    assert states(hooks) == {"Base.run": "installed"}
+
+
 def test_group_is_rolled_back_whole(module_name):
     hooks = HookSet([hook(module_name), hook(module_name, "Base.run"), hook(module_name, "absent")])
     hooks.install()

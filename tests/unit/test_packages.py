@@ -24,6 +24,13 @@ def test_a_part_of_a_namespace_is_not_the_whole(tmp_path, monkeypatch, request, 
     assert packages.installed(f"{space}.core") is there
 
 
+def test_what_lies_in_a_package_that_cannot_be_imported_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "broken_space" / "core").mkdir(parents=True)
+    (tmp_path / "broken_space" / "__init__.py").write_text("raise ImportError('libcudart.so.11: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not packages.installed("broken_space.core")
+
+
 def test_a_module_made_by_hand_is_there_and_has_no_folders(monkeypatch):
     monkeypatch.setitem(sys.modules, "made_by_hand", types.ModuleType("made_by_hand"))
     assert packages.installed("made_by_hand")

@@ -76,7 +76,10 @@ def tune(
     profile = _begun(file, key, workload)
     step()
     calls = record(step, gems.kernels)
-    profile = replace(profile, measurements=tuple(one for one in profile.measurements if _holds(one, calls)))
+    kept = tuple(one for one in profile.measurements if _holds(one, calls))
+    if len(kept) < sum(not one.note for one in profile.measurements):  # of another step: so is what was chosen
+        profile = replace(profile, chosen=(), step_ms={})
+    profile = replace(profile, measurements=kept)
     done = {one.key for one in profile.measurements}
     for number, (name, counted) in enumerate(sorted(calls.items(), key=lambda item: -item[1].total()), 1):
         kernel = next(kernel for kernel in gems.kernels if kernel.key == name)
