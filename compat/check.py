@@ -186,6 +186,8 @@ def _meaning(hook: Hook, broken: bool, fatal: bool, gone: bool) -> str:
     feature = features.FEATURES[hook.feature]
     if not fatal:
         return f"{feature.name} goes on without it: {hook.why}"
+    if gone and hook.needs:
+        return f"{feature.name} goes on without it, which is warned about where {hook.needs} is installed: {hook.why}"
     unasked = feature.reason_off(Settings())
     when = f"when {'verl' if gone else hook.module} is imported" + (f", unless {unasked}" if unasked else "")
     where = f" (only where {hook.needs} is installed)" if hook.needs else ""

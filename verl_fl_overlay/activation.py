@@ -17,6 +17,7 @@ from verl_fl_overlay.compat import pins
 from verl_fl_overlay.conflicts import Remark, conflicts
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookSet, call_again_on_import
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings, misspelt
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -31,7 +32,7 @@ class Overlay:
         self.selection = selection
         self.hooks = HookSet(
             selection.hooks,
-            disabled=_disabled(settings, selection.hooks),
+            disabled={**_engines_gone(selection), **_disabled(settings, selection.hooks)},
             absent=_absent(selection),
             strict=settings.strict,
             verify=pins.verify,
@@ -116,7 +117,8 @@ def activate() -> Overlay:
                 "VERL_FL_STRICT=1, and these settings do not do what they say:\n"
                 + "\n".join(f"  {conflict}" for conflict in errors)
             )
-        for warning in [*misspelt(), *found_conflicts, *([selection.warning] if selection.warning else [])]:
+        untested = [selection.warning, *_engines_gone(selection).values()] if selection.warning else []
+        for warning in [*misspelt(), *found_conflicts, *untested]:
             logger.warning(warning)
         if settings.device == "cpu":
             devices.refuse_hidden_accelerator()
@@ -167,11 +169,19 @@ def _too_late(settings: Settings) -> Iterator[str]:
 
 
 def _absent(selection: compat.Selection) -> dict[str, str]:
-    # Those with needs are each an engine's of its own: nobody trains on one that this verl does not have.
     return {
         hook.name: f"verl {selection.version} has no module {hook.module}"
         for hook in selection.hooks
         if hook.module in selection.absent and not hook.needs
+    }
+
+
+def _engines_gone(selection: compat.Selection) -> dict[str, str]:
+    """Return the hooks that are one engine's, with what became of it: to refuse would hit who trains on another."""
+    return {
+        hook.name: f"verl {selection.version} has no module {hook.module}; an engine of {hook.needs} goes without it"
+        for hook in selection.hooks
+        if hook.module in selection.absent and hook.needs and installed(hook.needs)
     }
 
 

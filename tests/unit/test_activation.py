@@ -120,6 +120,8 @@ def test_newer_verl_without_an_engine_that_needs_a_package(verl, tmp_path, insta
     path = os.pathsep.join([str(tmp_path / "more"), env.get("PYTHONPATH", "")])
     done = python("import verl", env={**env, "VERL_FL_STRICT": "1", "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
+    told = "has no module verl.workers.engine.automodel.transformer_impl; an engine of nemo_automodel goes without it"
+    assert (told in done.stderr) == (installed == "nemo_automodel")
 
 
 def test_refused_settings_refuse_every_import_until_they_are_mended(verl):
