@@ -22,15 +22,15 @@ import step
 import torch
 
 
-def rows(model: Any) -> dict[str, Callable[[], None]]:
-    """Return what makes each row of the engine's ``model`` (a Qwen2), from whatever row it was before."""
+def rows(engine: Any) -> dict[str, Callable[[], None]]:
+    """Return what makes each row of ``engine`` (its model is a Qwen2), from whatever row it was before."""
     from transformers.models.qwen2 import modeling_qwen2
     from verl.workers.engine.fsdp import transformer_impl
 
     from verl_fl_overlay.fused import ROTARY, FusedModules
     from verl_fl_overlay.variables import FUSED
 
-    ours = transformer_impl.logprobs_from_logits
+    model, ours = engine.module, transformer_impl.logprobs_from_logits
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
     replaced = {name: getattr(modeling_qwen2, name) for name in ("Qwen2RMSNorm", "Qwen2MLP", ROTARY)}
     modules = [module for module in model.modules() if type(module) in replaced.values()]
@@ -53,7 +53,7 @@ def rows(model: Any) -> dict[str, Callable[[], None]]:
 
     def overlay() -> None:
         reset()
-        fused.fuse(model)
+        fused.engine_initialized(engine)
         expect("verl_fl_overlay")
 
     def liger() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder), options.model, device)
         engine = step.engine(Path(folder), options.model, "overlay")
-    made = rows(engine.module)
+    made = rows(engine)
     for number in range(options.rounds + 1):
         for row, make in made.items():
             make()
@@ -118,11 +118,13 @@ def main() -> None:
             if device == "cuda":
                 peaks[row] = torch.cuda.max_memory_allocated() / 1e9
     if device == "cuda":
-        from verl_fl_overlay.fused_forward import checks
+        from verl_fl_overlay.fused_check import checks
         from verl_fl_overlay.logprobs import kernels_used
+        from verl_fl_overlay.variables import FUSED
 
         found = {**checks(), **kernels_used()}
-        assert set(found.values()) == {"same", "triton"}, f"not every kernel was used: {found}"
+        used = set(FUSED) <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}
+        assert used, f"not every kernel was used: {found}"
     medians = {row: statistics.median(found) for row, found in times.items()}
     print(f"model {options.model}")
     print(f"{'row':16}{'median ms':>10}{'least ms':>10}{'peak GB':>9}{'vs verl':>9}{'vs native':>10}")

@@ -33,7 +33,7 @@ def _initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dic
     engine_built.emit(instance)  # the worker takes an engine's part
     with training.inside("initialize"):
         built = wrapped(*args, **kwargs)
-    engine_initialized.emit(SimpleNamespace(module=built[0]))
+    engine_initialized.emit(SimpleNamespace(module=built[0], optimizer=built[1]))
     return built
 
 

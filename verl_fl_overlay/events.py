@@ -69,7 +69,7 @@ engine_built = Event("engine built")
 """Emitted with the engine, or the worker that does without one, before it has a model."""
 
 engine_initialized = Event("engine initialized")
-"""Emitted with the engine, or what holds a worker's ``module``, when model, optimizer and scheduler are built."""
+"""Emitted with the engine, or what holds a worker's ``module`` and ``optimizer``, when verl has built these."""
 
 rollout_plugin_found = Event("rollout plugin found")
 """Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""

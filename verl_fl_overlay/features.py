@@ -127,7 +127,7 @@ FEATURES = {
         ),
         Feature(
             "fused",
-            "RMS norms, gated MLPs and rotary embeddings of the model on fused kernels",
+            "the model's RMS norms, gated MLPs and rotary embeddings, and its Adam, on fused kernels",
             _fused_off,
             start=_start_fused,
             describe=_describe_fused,

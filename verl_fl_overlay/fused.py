@@ -1,4 +1,4 @@
-"""Puts fused kernels into a model: which modules get one, and how they are taken out again.
+"""Puts fused kernels into a model and its optimizer: what gets one, and how they are taken out again.
 
 A module is recognised by its structure (the forward then checks its numbers before it relies on that), its parameters
 and their names stay as they are, and whoever replaced a forward before us keeps it.
@@ -16,10 +16,14 @@ from typing import Any
 from weakref import WeakSet
 
 from verl_fl_overlay.events import engine_initialized
+from verl_fl_overlay.fused_adam import FusedAdam
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.variables import FUSED
 
 logger = logging.getLogger("verl_fl_overlay")
+
+ADAM = "adam"
+"""The kind that is the optimizer's; the others are the model's."""
 
 ROTARY = "apply_rotary_pos_emb"
 """What Hugging Face models call the function in each model's own file."""
@@ -37,16 +41,21 @@ class FusedModules:
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self.kinds = kinds
         self.counts: Counter[str] = Counter()
+        self._optimizers = FusedAdam()
         self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
         self._functions: list[tuple[ModuleType, Any, Any]] = []
         self._left_native: set[str] = set()
 
     def engine_initialized(self, engine: Any) -> None:
-        """Fuse the model of an engine that verl has just built.
+        """Fuse the optimizer and the model of an engine that verl has just built.
 
         Raises:
             ModuleNotFoundError: there is no Triton; what its import costs is paid here, and not in the first step.
         """
+        if ADAM in self.kinds and self._optimizers.fuse(getattr(engine, "optimizer", None)):
+            self.counts[ADAM] += 1
+        if self.kinds == (ADAM,):
+            return
         from verl_fl_overlay import fused_forward
 
         fused_forward.kernels()
@@ -73,7 +82,8 @@ class FusedModules:
             logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
 
     def remove(self) -> None:
-        """Give every module and every file its own forward and function back."""
+        """Give every module, file and optimizer its own forward, function and way to step back."""
+        self._optimizers.remove()
         for module in self._modules:
             module.__dict__.pop("forward", None)
         for source, native, fused in self._functions:
@@ -196,8 +206,8 @@ def start(settings: Settings) -> Callable[[], None]:
 
 def describe() -> dict[str, Any]:
     """Return how many modules (for rotary: model files) were given a kernel, and what each numerical check found."""
-    forwards = sys.modules.get("verl_fl_overlay.fused_forward")
+    check = sys.modules.get("verl_fl_overlay.fused_check")
     return {
         "replaced": dict(_active.counts) if _active else {},
-        "checks": forwards.checks() if forwards else {},
+        "checks": check.checks() if check else {},
     }

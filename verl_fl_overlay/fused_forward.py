@@ -1,50 +1,21 @@
 """The forwards of fused modules: a kernel where it was seen to give the module's own numbers, native elsewhere.
 
-Before a kernel is used for a class, the sizes that it is compiled for and a floating type, both forwards run once on
-small random data, with gradients.
-What differs, or cannot be built on this chip, stays native; that is logged once and reported.
+What was seen holds for a class, the sizes that a kernel is compiled for and a floating type.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from verl_fl_overlay import turns
+from verl_fl_overlay import fused_check
 from verl_fl_overlay.fused import epsilon
-
-logger = logging.getLogger("verl_fl_overlay")
-
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Largest norm of a difference over the norm of native's tensor; a kernel rounds once where native rounds twice."""
-
-NATIVE_DEVICES = ("cpu", "meta")
-"""There are no kernels for these."""
-
-Run = Callable[..., tuple[Tensor, ...]]
-Random = Callable[..., Tensor]
-"""Makes a tensor of random numbers of the shape that it is called with."""
-
-Pair = tuple[tuple[Tensor, ...], Run, Run]
-"""Random inputs, native's forward on them, and the same with the kernel."""
-
-_checks: dict[tuple[Any, ...], str] = {}
-"""What is looked up at every call: kind, whose forward, type, and whatever else decides -> "", or why it is native."""
-
-
-def checks() -> dict[str, str]:
-    """Return what was checked: "kind in class, type" -> "same", or why it stays native in one of its sizes."""
-    told: dict[str, str] = {}
-    for (kind, where, dtype, *_), reason in _checks.items():
-        name = f"{kind} in {where.__name__}, {str(dtype).removeprefix('torch.')}"
-        told[name] = reason or told.get(name, "same")
-    return told
+from verl_fl_overlay.fused_check import Pair, Random, agree
 
 
 @functools.cache
@@ -61,7 +32,7 @@ def rms_norm(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
         (values,), weight = inputs, self.weight
         if weight.dtype == values.dtype and _can_run(values, weight):
             key = ("rms_norm", type(self), values.dtype, weight.shape)
-            if _agree(key, values.device, _norms, self):
+            if agree(key, values.device, _norms, self):
                 return kernels().rms_norm(values, weight, epsilon(self))
     return type(self).forward(self, *inputs, **named)
 
@@ -74,7 +45,7 @@ def gated_mlp(self: Any, *inputs: Tensor, **named: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else values.dtype
         # Two models of one class have the same forward, but each has the activation of its own configuration.
         key = ("gated_mlp", type(self), dtype, type(activation) if isinstance(activation, nn.Module) else activation)
-        if _agree(key, device, _mlps, self):
+        if agree(key, device, _mlps, self):
             gate, up = self.gate_proj(values), self.up_proj(values)
             same = gate.dtype == up.dtype and _can_run(gate, up)
             return self.down_proj(kernels().silu_and_mul(gate, up) if same else activation(gate) * up)
@@ -91,7 +62,7 @@ def rotary(native: Callable[..., Any]) -> Callable[..., Any]:
         usual = not rest and not more and q.dim() == 4 and cos.dim() == 3 and q.shape[-1] == cos.shape[-1]
         if usual and q.dtype == k.dtype == cos.dtype and _can_run(q, k, cos, sin):
             heads = q.shape[1], k.shape[1], q.shape[-1]  # another kernel is compiled for others
-            if _agree(("rotary", native, q.dtype, heads), q.device, _rotaries, native, *heads):
+            if agree(("rotary", native, q.dtype, heads), q.device, _rotaries, native, *heads):
                 return kernels().rotate(q, k, cos, sin)
         return native(q, k, cos, sin, *rest, **more)
 
@@ -139,64 +110,11 @@ def _can_run(*tensors: Tensor) -> bool:
         return False  # torch.compile fuses the native forward itself
     return all(
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type not in NATIVE_DEVICES
-        and tensor.dtype in TOLERANCE
+        and tensor.device.type not in fused_check.NATIVE_DEVICES
+        and tensor.dtype in fused_check.TOLERANCE
         and tensor.numel() > 0
         for tensor in tensors
     )
-
-
-def _agree(key: tuple[Any, ...], device: torch.device, pair: Callable[..., Pair], *of: Any) -> bool:
-    """Whether the kernel gives native's numbers: looked up by ``key``, found out by running ``pair(random, *of)``."""
-    reason = _checks.get(key)
-    if reason is None:
-        kind, where, dtype, *_ = key
-        try:
-            reason = _difference(kind, device, dtype, pair, *of)
-        except Exception as error:  # whatever Triton raises when it cannot build a kernel
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if reason:
-            logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, dtype, reason)
-        _checks[key] = reason
-    return not reason
-
-
-def _difference(kind: str, device: torch.device, dtype: torch.dtype, pair: Callable[..., Pair], *of: Any) -> str:
-    """Run both on the same random data; return what differs more than its type allows, "" if nothing does."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    # The hooks that save nothing hide the check from activation checkpointing, which counts what is saved.
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
-    ):
-        values, native, fused = pair(random, *of)
-        shapes = ", ".join("x".join(map(str, value.shape)) for value in values)
-        with turns.first_to_compile(f"{kind} of {shapes} in {dtype}"):
-            (results, gradients), (expected, expected_gradients) = (_run(each, values) for each in (fused, native))
-    for what, found, exact in (("output", results, expected), ("gradient", gradients, expected_gradients)):
-        for index, (one, other) in enumerate(zip(found, exact, strict=True)):
-            if (one is None) != (other is None):
-                return f"{what} {index} is missing on one side"
-            if one is None or other is None:
-                continue
-            off = float((one.float() - other.float()).norm() / other.float().norm())
-            if not off <= TOLERANCE[dtype]:
-                return f"{what} {index} differs by {off:.2g}, allowed is {TOLERANCE[dtype]:g}"
-    return ""
-
-
-def _run(run: Run, values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    leaves = [value.clone().requires_grad_() for value in values]
-    results = run(*leaves)
-    upstream = [torch.linspace(-1, 1, r.numel(), device=r.device, dtype=r.dtype).view(r.shape) for r in results]
-    gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
-    return tuple(result.detach() for result in results), gradients
 
 
 def _with(module: Any, **attributes: Any) -> Any:

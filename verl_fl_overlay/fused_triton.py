@@ -7,6 +7,7 @@ RMS norm alone every process would import all of FlagGems, which takes 4 s.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from verl_fl_overlay.launch import launch
 
 BLOCK = 1024
 """Elements that a program of the gate's kernels holds."""
@@ -93,10 +96,8 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]
         rows = values.numel() // size
         inverse = torch.empty(rows, dtype=torch.float32, device=values.device)
         blocks = _norm_blocks(size)
-        with _on(values):
-            _rms_norm[(triton.cdiv(rows, blocks["ROWS"]),)](
-                values, weight, result, inverse, rows, size, epsilon, **blocks
-            )
+        grid = (triton.cdiv(rows, blocks["ROWS"]),)
+        launch(_rms_norm, grid, values, weight, result, inverse, rows, size, epsilon, **blocks)
         ctx.save_for_backward(values, weight, inverse)
         return result
 
@@ -104,19 +105,18 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor | None, None]:
         values, weight, inverse = ctx.saved_tensors
-        to_values, upstream = torch.empty_like(values), upstream.contiguous()
+        to_values = torch.empty_like(values)
         size, rows = weight.numel(), inverse.numel()
         blocks = _norm_blocks(size)
         programs = min(NORM_PROGRAMS, triton.cdiv(rows, blocks["ROWS"]))
         to_weight = torch.empty(programs, size, dtype=torch.float32, device=values.device)
-        with _on(values):
-            _rms_norm_gradient[(programs,)](
-                values, weight, inverse, upstream, to_values, to_weight, rows, size, **blocks
-            )
+        tensors = values, weight, inverse, upstream.contiguous(), to_values, to_weight
+        launch(_rms_norm_gradient, (programs,), *tensors, rows, size, **blocks)
         wanted = ctx.needs_input_grad[1]  # not where the norm is frozen, as with LoRA
         return to_values, to_weight.sum(0).to(weight.dtype) if wanted else None, None
 
 
+@functools.cache
 def _norm_blocks(size: int) -> dict[str, int]:
     """Return how much of the rows one program takes; 16 elements for each of its threads."""
     block = triton.next_power_of_2(size)
@@ -152,8 +152,7 @@ class _SiluAndMul(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(gate, up)
         result = torch.empty_like(gate)
         count = gate.numel()
-        with _on(gate):
-            _silu_and_mul[(triton.cdiv(count, BLOCK),)](gate, up, result, count, BLOCK=BLOCK)
+        launch(_silu_and_mul, (triton.cdiv(count, BLOCK),), gate, up, result, count, BLOCK=BLOCK)
         return result
 
     @staticmethod
@@ -162,10 +161,8 @@ class _SiluAndMul(torch.autograd.Function):  # type: ignore[misc]
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
         count = gate.numel()
-        with _on(gate):
-            _silu_and_mul_gradient[(triton.cdiv(count, BLOCK),)](
-                gate, up, upstream.contiguous(), to_gate, to_up, count, BLOCK=BLOCK
-            )
+        tensors = gate, up, upstream.contiguous(), to_gate, to_up
+        launch(_silu_and_mul_gradient, (triton.cdiv(count, BLOCK),), *tensors, count, BLOCK=BLOCK)
         return to_gate, to_up
 
 
@@ -183,14 +180,6 @@ def _rotate(
     k_batch,
     k_head,
     k_token,
-    q_result_batch,
-    q_result_head,
-    q_result_token,
-    k_result_batch,
-    k_result_head,
-    k_result_token,
-    angle_batch,
-    angle_token,
     length,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
@@ -198,14 +187,16 @@ def _rotate(
     Q_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
     BACK: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     batch, token = program // length, program % length
     columns = tl.arange(0, HALF_BLOCK)
     inside = columns < HALF
-    cos += batch * angle_batch + token * angle_token
-    sin += batch * angle_batch + token * angle_token
+    angles = token if SHARED else program
+    cos += angles * 2 * HALF
+    sin += angles * 2 * HALF
     c1 = tl.load(cos + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     c2 = tl.load(cos + HALF + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     s1 = tl.load(sin + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -213,11 +204,9 @@ def _rotate(
     if BACK:  # the transposed matrix
         s1, s2 = -s2, -s1
     q += batch * q_batch + token * q_token
-    q_result += batch * q_result_batch + token * q_result_token
-    _turn(q, q_result, q_head, q_result_head, c1, c2, s1, s2, columns, Q_HEADS, Q_BLOCK, HALF)
+    _turn(q, q_result + program * Q_HEADS * 2 * HALF, q_head, c1, c2, s1, s2, columns, Q_HEADS, Q_BLOCK, HALF)
     k += batch * k_batch + token * k_token
-    k_result += batch * k_result_batch + token * k_result_token
-    _turn(k, k_result, k_head, k_result_head, c1, c2, s1, s2, columns, K_HEADS, K_BLOCK, HALF)
+    _turn(k, k_result + program * K_HEADS * 2 * HALF, k_head, c1, c2, s1, s2, columns, K_HEADS, K_BLOCK, HALF)
 
 
 @triton.jit
@@ -225,7 +214,6 @@ def _turn(
     source,
     result,
     source_head,
-    result_head,
     c1,
     c2,
     s1,
@@ -240,7 +228,7 @@ def _turn(
     at = source + heads[:, None] * source_head + columns[None, :]
     x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    to = result + heads[:, None] * result_head + columns[None, :]
+    to = result + heads[:, None] * 2 * HALF + columns[None, :]
     tl.store(to, (x1 * c1 - x2 * s1).to(result.dtype.element_ty), mask=inside)
     tl.store(to + HALF, (x2 * c2 + x1 * s2).to(result.dtype.element_ty), mask=inside)
 
@@ -260,32 +248,25 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     q, k = (heads if heads.stride(-1) == 1 else heads.contiguous() for heads in (q, k))
-    cos, sin = cos.contiguous(), sin.contiguous()
-    results = torch.empty_like(q), torch.empty_like(k)
     batch, q_heads, length, size = q.shape
-    strides = [stride for heads in (q, k, *results) for stride in heads.stride()[:3]]
-    with _on(q):
-        _rotate[(batch * length,)](
-            q,
-            k,
-            *results,
-            cos,
-            sin,
-            *strides,
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            length,
-            Q_HEADS=q_heads,
-            K_HEADS=k.shape[1],
-            HALF=size // 2,
-            Q_BLOCK=triton.next_power_of_2(q_heads),
-            K_BLOCK=triton.next_power_of_2(k.shape[1]),
-            HALF_BLOCK=triton.next_power_of_2(size // 2),
-            BACK=back,
-        )
-    return results
+    k_heads = k.shape[1]
+    # A token's heads lie side by side, as the projections before and behind a rotation have them.
+    q_result = torch.empty(batch, length, q_heads, size, dtype=q.dtype, device=q.device).transpose(1, 2)
+    k_result = torch.empty(batch, length, k_heads, size, dtype=k.dtype, device=k.device).transpose(1, 2)
+    tensors = q, k, q_result, k_result, cos.contiguous(), sin.contiguous()
+    strides = *q.stride()[:3], *k.stride()[:3]
+    constants = _rotary_blocks(q_heads, k_heads, size)
+    launch(_rotate, (batch * length,), *tensors, *strides, length, **constants, SHARED=cos.shape[0] == 1, BACK=back)
+    return q_result, k_result
 
 
-def _on(tensor: Tensor) -> Any:
-    """Make the tensor's device the current one: Triton launches there."""
-    return getattr(torch, tensor.device.type).device(tensor.device)
+@functools.cache
+def _rotary_blocks(q_heads: int, k_heads: int, size: int) -> dict[str, int]:
+    return {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "HALF": size // 2,
+        "Q_BLOCK": triton.next_power_of_2(q_heads),
+        "K_BLOCK": triton.next_power_of_2(k_heads),
+        "HALF_BLOCK": triton.next_power_of_2(size // 2),
+    }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from verl_fl_overlay.launch import launch
 
 BLOCK = 4096
 """Logits that a program holds at a time."""
@@ -62,10 +61,8 @@ def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) 
     if not rows:
         return
     logits = _unit_columns(logits)
-    with _on(logits):
-        _forward[(rows,)](
-            logits, labels, result, normalizer, logits.stride(0), vocabulary, BLOCK=BLOCK, num_warps=WARPS
-        )
+    sizes = logits.stride(0), vocabulary
+    launch(_forward, (rows,), logits, labels, result, normalizer, *sizes, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def backward(logits: Tensor, labels: Tensor, normalizer: Tensor, upstream: Tensor, gradient: Tensor) -> None:
@@ -74,27 +71,12 @@ def backward(logits: Tensor, labels: Tensor, normalizer: Tensor, upstream: Tenso
     if not rows:
         return
     logits, target = _unit_columns(logits), _unit_columns(gradient)
-    with _on(logits):
-        _backward[(rows, triton.cdiv(vocabulary, BLOCK))](
-            logits,
-            labels,
-            normalizer,
-            upstream,
-            target,
-            logits.stride(0),
-            target.stride(0),
-            vocabulary,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    grid, tensors = (rows, triton.cdiv(vocabulary, BLOCK)), (logits, labels, normalizer, upstream, target)
+    sizes = logits.stride(0), target.stride(0), vocabulary
+    launch(_backward, grid, *tensors, *sizes, BLOCK=BLOCK, num_warps=WARPS)
     if target is not gradient:
         gradient.copy_(target)
 
 
 def _unit_columns(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
-def _on(tensor: Tensor) -> Any:
-    """Make the tensor's device the current one: Triton launches there."""
-    return getattr(torch, tensor.device.type).device(tensor.device)

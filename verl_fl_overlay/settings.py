@@ -123,7 +123,7 @@ VARIABLES: dict[str, Variable[Any]] = {
         fused,
         ("auto",),
         f"auto, 0, or some of {', '.join(FUSED)}",
-        "Which modules of a model run on fused kernels; auto: all of them, where Triton is installed.",
+        "What of a model and its optimizer runs on fused kernels; auto: all of it, where Triton is installed.",
         phase="training",
     ),
     "profile": Variable(

@@ -91,8 +91,8 @@ def profile(text: str) -> str:
     return "" if lowered in ("0", "none") else file(text)
 
 
-FUSED = ("rms_norm", "gated_mlp", "rotary")
-"""Kinds of modules that have a fused kernel."""
+FUSED = ("rms_norm", "gated_mlp", "rotary", "adam")
+"""What has a fused kernel: kinds of modules, and torch's Adam and AdamW."""
 
 
 def fused(text: str) -> tuple[str, ...]:

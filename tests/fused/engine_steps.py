@@ -16,16 +16,27 @@ import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
 from fused.stand_ins import StandIns
-from verl_fl_overlay import fused, fused_forward
+from verl_fl_overlay import fused, fused_check, fused_forward
 from verl_fl_overlay.settings import Settings
 
 torch.set_num_threads(1)
 join_group(False)
 stand_ins = StandIns()
-fused_forward.kernels, fused_forward.NATIVE_DEVICES = lambda: stand_ins, ()
+fused_forward.kernels, fused_check.NATIVE_DEVICES = lambda: stand_ins, ()
+own_kernel = torch._fused_adamw_
+
+
+def adamw(*args, **kwargs):
+    """Be torch's kernel, which is there for the CPU too."""
+    stand_ins.calls["adam"] += 1
+    return own_kernel(*args, **kwargs)
+
+
+torch._fused_adamw_ = adamw
+stand_ins.calls["adam"] = 0
 result = {}
 for strategy in ("fsdp", "fsdp2"):
-    told, names = {}, {}
+    told, names, groups = {}, {}, {}
     for kind, asked in {"native": (), "fused": ("auto",)}.items():
         torch.manual_seed(0)
         stop = fused.start(Settings(fused=asked))  # the hook on initialize tells it of the engine
@@ -34,8 +45,10 @@ for strategy in ("fsdp", "fsdp2"):
         told[kind] = {"steps": train(engine, "lm", 3), "replaced": fused.describe()["replaced"]}
         told[kind]["calls"] = {name: count - before[name] for name, count in stand_ins.calls.items()}
         names[kind] = list(engine.module.state_dict())
+        groups[kind] = engine.optimizer.state_dict()["param_groups"]
         stop()
     assert names["fused"] == names["native"]
+    assert groups["fused"] == groups["native"]
     result[strategy] = told
 print(json.dumps(result))
 torch.distributed.destroy_process_group()

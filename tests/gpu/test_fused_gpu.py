@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,8 +15,9 @@ pytestmark = [
 
 from fused.test_fused import NORMS, make  # noqa: E402
 
-from verl_fl_overlay import fused, fused_forward  # noqa: E402
+from verl_fl_overlay import fused, fused_check  # noqa: E402
 from verl_fl_overlay import fused_triton as kernels  # noqa: E402
+from verl_fl_overlay.fused_adam import FusedAdam  # noqa: E402
 from verl_fl_overlay.variables import FUSED  # noqa: E402
 
 
@@ -114,7 +117,7 @@ def test_a_model_on_real_kernels_is_as_near_to_fp32_as_native_is(name, checkpoin
         found = [off(one, other) for one, other in zip(step(model), expected, strict=True)]
     finally:
         made.remove()
-    told = {what: verdict for what, verdict in fused_forward.checks().items() if "bfloat16" in what}
+    told = {what: verdict for what, verdict in fused_check.checks().items() if "bfloat16" in what}
     assert set(told.values()) == {"same"}
     assert len(told) >= 3
     assert all(each < 1.5 * max(native) for each in found)
@@ -138,3 +141,48 @@ def test_a_compiled_model_stays_native_inside(monkeypatch):
         assert not calls, "all of them are in the layers"
     finally:
         made.remove()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)], ids=str)
+def test_adam_steps_in_one_kernel_without_copies_and_goes_on_from_a_checkpoint(dtype, bound):
+    def steps(optimizer, count, seed):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        parameters = optimizer.param_groups[0]["params"]
+        for parameter in parameters * count:
+            parameter.grad = torch.randn(parameter.shape, device="cuda", generator=generator).to(dtype)
+            if parameter is parameters[-1]:
+                optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters]
+
+    def make_optimizer():
+        generator = torch.Generator("cuda").manual_seed(0)
+        values = [torch.randn(size, device="cuda", generator=generator).to(dtype) for size in ((1024, 1024), (512,))]
+        return torch.optim.AdamW([torch.nn.Parameter(value) for value in values], lr=1e-2)
+
+    def used_by(optimizer):
+        """Return the bytes that a step needs for itself, and the kernels that it launches."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            optimizer.step()
+        names = [event.name for event in profiler.events() if "Adam" in event.name or "foreach" in event.name.lower()]
+        return torch.cuda.max_memory_allocated() - before, names
+
+    plain, optimizer, made = make_optimizer(), make_optimizer(), FusedAdam()
+    assert made.fuse(optimizer)
+    try:
+        for one, other in zip(steps(optimizer, 3, 1), steps(plain, 3, 1), strict=True):
+            assert off(one, other) < bound
+        (ours, kernels_of_ours), (native, _) = used_by(optimizer), used_by(plain)
+        assert any("FusedAdam" in name for name in kernels_of_ours), kernels_of_ours
+        assert ours < native / 2
+        saved = optimizer.state_dict()
+        assert [state["step"].device.type for state in saved["state"].values()] == ["cpu", "cpu"]
+        assert saved["param_groups"] == plain.state_dict()["param_groups"]
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))  # torch keeps the tensors that it is given
+        for one, other in zip(steps(optimizer, 3, 2), steps(plain, 3, 2), strict=True):
+            assert off(one, other) < bound
+        assert any("FusedAdam" in name for name in used_by(optimizer)[1])
+    finally:
+        made.remove()
+    assert not any("FusedAdam" in name for name in used_by(optimizer)[1])

@@ -100,15 +100,15 @@ class FlagOS:
         from flaggems import stand_ins
         from fused.stand_ins import StandIns
 
-        from verl_fl_overlay import fused, fused_forward
+        from verl_fl_overlay import fused, fused_check, fused_forward
         from verl_fl_overlay.flaggems import library
         from verl_fl_overlay.settings import Settings
 
         self.theirs = {"inside": 0, "outside": 0}
         self.routed, self.fused = stand_ins.calls, StandIns()
         library.load = stand_ins.gems
-        fused_forward.kernels, fused_forward.NATIVE_DEVICES = (lambda: self.fused), ()
-        fused.start(Settings(fused=("gated_mlp",)))  # a CPU has none, so the settings leave it out
+        fused_forward.kernels, fused_check.NATIVE_DEVICES = (lambda: self.fused), ()
+        fused.start(Settings(fused=("gated_mlp", "adam")))  # a CPU has none, so the settings leave it out
 
         def mul(a: Any, b: Any) -> Any:
             self.theirs["inside" if phase_is_on() else "outside"] += 1

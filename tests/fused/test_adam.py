@@ -1,0 +1,224 @@
+"""The fused step of Adam and AdamW: taken where nobody chose otherwise, equal in numbers, absent from checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import weakref
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from verl_fl_overlay import events, fused, fused_check  # noqa: E402
+from verl_fl_overlay.fused_adam import FusedAdam  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
+
+KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Count the calls of torch's fused kernels, which it has for the CPU too; every check is made anew."""
+    counts = dict.fromkeys(KERNELS.values(), 0)
+
+    def counting(name, kernel):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return kernel(*args, **kwargs)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(torch, name, counting(name, getattr(torch, name)))
+    monkeypatch.setattr(fused_check, "NATIVE_DEVICES", ())
+    monkeypatch.setattr(fused_check, "_checks", {})
+    return counts
+
+
+@pytest.fixture
+def adam():
+    made = FusedAdam()
+    yield made
+    made.remove()
+
+
+def make(kind=torch.optim.AdamW, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(size, dtype=dtype)) for size in ((5, 3), (7,), ())]
+    return kind(parameters, lr=1e-2, weight_decay=0.1, **options)
+
+
+def steps(optimizer, count=3, seed=1):
+    """Step, and return the parameters."""
+    torch.manual_seed(seed)
+    parameters = optimizer.param_groups[0]["params"]
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def saved(optimizer):
+    """Return the state dict as a checkpoint gives it back."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+def test_the_kernel_is_used_and_gives_torch_s_numbers(kind, options, calls, adam):
+    expected = steps(make(kind, **options))
+    optimizer = make(kind, **options)
+    assert adam.fuse(optimizer)
+    torch.testing.assert_close(steps(optimizer), expected, rtol=1e-6, atol=1e-6)
+    name = KERNELS[kind]
+    assert calls == {**dict.fromkeys(KERNELS.values(), 0), name: 3 + 3}, "of the check, and its own"
+    assert fused_check.checks() == {f"adam in {kind.__name__}, float32": "same"}
+
+
+@pytest.mark.parametrize("chosen", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
+def test_what_the_user_chose_stays(chosen, calls, adam):
+    optimizer = make(**chosen)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    assert not adam.fuse(optimizer)
+    steps(optimizer)
+    assert not any(calls.values())
+    assert optimizer.state_dict()["param_groups"] == before
+
+
+def test_other_optimizers_and_none_are_left_alone(adam):
+    class Mine(torch.optim.AdamW):
+        def step(self, closure=None):
+            return None
+
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    graphed = make(capturable=True), make(differentiable=True)
+    for other in (None, torch.optim.SGD(parameters), Mine(parameters), SimpleNamespace(optimizer=1), *graphed):
+        assert not adam.fuse(other)
+
+
+def test_a_checkpoint_is_the_one_that_torch_would_write(calls, adam):
+    plain, optimizer = make(), make()
+    steps(plain)
+    adam.fuse(optimizer)
+    steps(optimizer)
+    found, expected = saved(optimizer), saved(plain)
+    assert found["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(found["state"], expected["state"], rtol=1e-6, atol=1e-6)
+    assert calls["_fused_adamw_"]
+    steps(optimizer)  # and what was saved does not follow it
+    assert float(found["state"][0]["step"]) == 3
+
+
+def test_a_checkpoint_written_without_the_overlay_goes_on_with_the_kernel(calls, adam):
+    plain = make()
+    steps(plain)
+    file = saved(plain)
+    expected = steps(plain, seed=2)
+    optimizer = make()
+    adam.fuse(optimizer)
+    with torch.no_grad():
+        for parameter, value in zip(optimizer.param_groups[0]["params"], steps(make()), strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(file)
+    before = calls["_fused_adamw_"]
+    torch.testing.assert_close(steps(optimizer, seed=2), expected, rtol=1e-6, atol=1e-6)
+    assert calls["_fused_adamw_"] == before + 3 + 3
+
+
+def test_states_that_verl_offloaded_are_brought_back(calls, adam, monkeypatch):
+    optimizer = make()
+    adam.fuse(optimizer)
+    steps(optimizer)
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to("meta")  # elsewhere than its parameter, as after verl's offloading
+    moved = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: moved.append(args) or to(torch.tensor(3.0), *args[:1]))
+    steps(optimizer, 1)
+    assert moved[:3] == [(torch.device("cpu"),)] * 3
+
+
+def test_removal_leaves_torch_s_own_step(calls, adam):
+    plain, optimizer = make(), make()
+    adam.fuse(optimizer)
+    steps(plain), steps(optimizer)
+    adam.remove()
+    calls["_fused_adamw_"] = 0
+    torch.testing.assert_close(steps(optimizer), steps(plain), rtol=1e-6, atol=1e-6)
+    assert not any(calls.values())
+    assert optimizer.param_groups[0]["fused"] is None
+    assert adam.fuse(optimizer), "it can be fused again"
+
+
+def test_a_kernel_with_other_numbers_is_not_used(calls, adam, monkeypatch, caplog):
+    right = torch._fused_adamw_
+
+    def without_decay(*args, **options):
+        right(*args, **{**options, "weight_decay": 0.0})
+
+    monkeypatch.setattr(torch, "_fused_adamw_", without_decay)
+    expected = steps(make())
+    optimizer = make()
+    adam.fuse(optimizer)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
+    assert "output 0 differs" in fused_check.checks()["adam in AdamW, float32"]
+    assert sum("adam of AdamW stays native" in record.message for record in caplog.records) == 1
+
+
+def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    expected = steps(make())
+    optimizer = make()
+    adam.fuse(optimizer)
+    torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
+    assert not any(calls.values())
+    assert "torch has no aten::_fused_adamw_ for cpu" in fused_check.checks()["adam in AdamW, float32"]
+
+
+def test_parameters_on_the_cpu_step_natively(calls, adam, monkeypatch):
+    monkeypatch.setattr(fused_check, "NATIVE_DEVICES", ("cpu",))
+    optimizer = make()
+    adam.fuse(optimizer)
+    torch.testing.assert_close(steps(optimizer), steps(make()), rtol=0, atol=0)
+    assert not any(calls.values())
+    assert fused_check.checks() == {}
+
+
+def test_bf16_parameters_are_within_their_own_rounding(calls, adam):
+    optimizer = make(dtype=torch.bfloat16)
+    adam.fuse(optimizer)
+    torch.testing.assert_close(steps(optimizer), steps(make(dtype=torch.bfloat16)), rtol=2e-2, atol=2e-2)
+    assert fused_check.checks() == {"adam in AdamW, bfloat16": "same"}
+
+
+def test_an_optimizer_that_verl_has_dropped_is_not_kept(calls, adam):
+    optimizer = make()
+    adam.fuse(optimizer)
+    steps(optimizer)
+    dropped = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert dropped() is None
+
+
+def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
+    monkeypatch.setattr("verl_fl_overlay.fused_forward.kernels", lambda: pytest.fail("Triton was imported"))
+    optimizer = make()
+    stop = fused.start(Settings(fused=("adam",)))
+    try:
+        events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
+        steps(optimizer)
+        assert fused.describe() == {"replaced": {"adam": 1}, "checks": {"adam in AdamW, float32": "same"}}
+        assert calls["_fused_adamw_"]
+    finally:
+        stop()
+    assert fused.describe()["replaced"] == {}
