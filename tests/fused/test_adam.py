@@ -7,11 +7,14 @@ import gc
 import io
 import logging
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from processes import OVERLAY, result  # noqa: E402
 
 from verl_fl_overlay import events, fused, fused_check  # noqa: E402
 from verl_fl_overlay.fused_adam import FusedAdam  # noqa: E402
@@ -222,3 +225,24 @@ def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
     finally:
         stop()
     assert fused.describe()["replaced"] == {}
+
+
+def each_from_the_other_s_checkpoint(folder, env):
+    """Run verl's engines with the kernel and without, each from a checkpoint of the other; return what they told."""
+    from arithmetic import write_model
+
+    write_model(folder)
+    told = result(Path(__file__).with_name("adam_engine.py"), folder, folder / "saved", env=env, timeout=280)
+    for strategy, runs in told.items():
+        for name, one in runs.items():
+            ours = name.startswith("fused")
+            assert one["replaced"] == ({"adam": 1} if ours else {}), (strategy, name)
+            assert one["calls"] >= 2 if ours else one["calls"] == 0, (strategy, name)
+            for found, expected in zip(one["steps"], runs["native"]["steps"], strict=True):
+                assert found == pytest.approx(expected, rel=1e-3), (strategy, name)
+    return told
+
+
+def test_verl_s_checkpoints_go_on_with_and_without(tmp_path):
+    pytest.importorskip("verl")
+    assert set(each_from_the_other_s_checkpoint(tmp_path, OVERLAY)) == {"fsdp2"}

@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
 ]
 
+from fused.test_adam import each_from_the_other_s_checkpoint  # noqa: E402
 from fused.test_fused import NORMS, make  # noqa: E402
 
 from verl_fl_overlay import fused, fused_check  # noqa: E402
@@ -186,3 +187,9 @@ def test_adam_steps_in_one_kernel_without_copies_and_goes_on_from_a_checkpoint(d
     finally:
         made.remove()
     assert not any("FusedAdam" in name for name in used_by(optimizer)[1])
+
+
+def test_an_offloaded_engine_and_its_checkpoints(tmp_path):
+    pytest.importorskip("verl")
+    env = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": "0"}
+    assert set(each_from_the_other_s_checkpoint(tmp_path, env)) == {"fsdp", "fsdp2"}
