@@ -27,17 +27,18 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
     from transformers.models.qwen2 import modeling_qwen2
     from verl.workers.engine.fsdp import transformer_impl
 
-    from verl_fl_overlay.fused import ROTARY, FusedModules
+    from verl_fl_overlay.fused import ADAM, ROTARY, FusedModules
     from verl_fl_overlay.variables import FUSED
 
     model, ours = engine.module, transformer_impl.logprobs_from_logits
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
     replaced = {name: getattr(modeling_qwen2, name) for name in ("Qwen2RMSNorm", "Qwen2MLP", ROTARY)}
     modules = [module for module in model.modules() if type(module) in replaced.values()]
-    fused = FusedModules(FUSED)
+    everything, no_adam = FusedModules(FUSED), FusedModules(tuple(kind for kind in FUSED if kind != ADAM))
 
     def reset(logprobs: Any = ours) -> None:
-        fused.remove()
+        everything.remove()
+        no_adam.remove()
         for module in modules:
             vars(module).pop("forward", None)
         for name, native in replaced.items():
@@ -51,7 +52,7 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
         found = {forward.__module__.partition(".")[0] for forward in forwards}
         assert found == {package}, f"the model runs on {sorted(found)}, expected {package}"
 
-    def overlay() -> None:
+    def overlay(fused: FusedModules) -> None:
         reset()
         fused.engine_initialized(engine)
         expect("verl_fl_overlay")
@@ -71,7 +72,8 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
         "log-probs only": reset,
     }
     if torch.cuda.is_available():
-        made["overlay"] = overlay
+        made["overlay"] = lambda: overlay(everything)
+        made["without adam"] = lambda: overlay(no_adam)
         if find_spec("liger_kernel"):
             made["liger"] = liger
     return made

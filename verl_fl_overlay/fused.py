@@ -36,7 +36,7 @@ LIGER = "liger_kernel"
 
 
 class FusedModules:
-    """The modules of this process that run on a fused kernel."""
+    """The modules and optimizers of this process that may run on a fused kernel."""
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self.kinds = kinds
@@ -190,7 +190,7 @@ _active: FusedModules | None = None
 
 
 def start(settings: Settings) -> Callable[[], None]:
-    """Fuse the model of every engine from now on; call what is returned to take all of it back."""
+    """Fuse the model and the optimizer of every engine from now on; call what is returned to take all of it back."""
     global _active
     fused = _active = FusedModules(FUSED if settings.fused == ("auto",) else settings.fused)
     unsubscribe = engine_initialized.subscribe(fused.engine_initialized)
@@ -205,7 +205,7 @@ def start(settings: Settings) -> Callable[[], None]:
 
 
 def describe() -> dict[str, Any]:
-    """Return how many modules (for rotary: model files) were given a kernel, and what each numerical check found."""
+    """Return how many modules, model files (rotary) and optimizers may use a kernel, and what each check found."""
     check = sys.modules.get("verl_fl_overlay.fused_check")
     return {
         "replaced": dict(_active.counts) if _active else {},

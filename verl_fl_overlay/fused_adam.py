@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from verl_fl_overlay.fused_check import Pair, Random
+    from verl_fl_overlay.fused_check import Pair, Random, Run
+
+CHOSEN = 1
+"""What a group's ``fused`` is where it was chosen here: torch takes it for True, which is what its user would write."""
 
 STEPS = 3
 """Steps of the numerical check; the first alone would not show a state that is wrong."""
@@ -38,7 +41,7 @@ class FusedAdam:
         # and a checkpoint that was loaded has brought its own groups and states.
         self._handles[optimizer] = (
             optimizer.register_step_pre_hook(_choose),
-            optimizer.register_state_dict_post_hook(_as_without),
+            optimizer.register_state_dict_post_hook(_show),
         )
         return True
 
@@ -47,11 +50,7 @@ class FusedAdam:
         for optimizer, handles in self._handles.items():
             for handle in handles:
                 handle.remove()
-            for group in optimizer.param_groups:
-                group["fused"] = None
-            for state in optimizer.state.values():
-                if "step" in state:
-                    state["step"] = state["step"].cpu()
+            _unchoose(optimizer.param_groups, optimizer.state)
         self._handles.clear()
 
 
@@ -63,23 +62,35 @@ def _is_open(group: dict[str, Any]) -> bool:
 
 def _choose(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Be what runs before each step."""
+    import torch
+
     for group in optimizer.param_groups:
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
         if _is_open(group):
-            group["fused"] = all(_has_kernel(optimizer, group, parameter) for parameter in group["params"]) or None
-        if group["fused"]:
-            for parameter in group["params"]:
+            # Up to torch 2.8 the kernel does not take parameters of several meshes, as expert parallelism has them.
+            on_one_mesh = len({getattr(parameter, "device_mesh", None) for parameter in trained}) == 1
+            if on_one_mesh and all(_has_kernel(optimizer, group, parameter) for parameter in trained):
+                group["fused"] = CHOSEN
+        if group["fused"] is CHOSEN:
+            for parameter in trained:
                 state = optimizer.state.get(parameter, {})
-                if "step" in state:  # torch keeps it on the CPU for the default, and on the device for the kernel
-                    state["step"] = state["step"].to(parameter.device)
+                if "step" in state:  # torch keeps it on the CPU for its default, and like this for the kernel
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
-def _as_without(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Be what runs on each state dict before its user sees it."""
-    for group in state_dict["param_groups"]:
-        group["fused"] = None
-    for index, state in state_dict["state"].items():
-        if "step" in state:
-            state_dict["state"][index] = {**state, "step": state["step"].cpu()}
+def _show(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Be what runs on each state dict, whose groups and states are named by number, before its user sees it."""
+    _unchoose(state_dict["param_groups"], state_dict["state"])
+
+
+def _unchoose(groups: list[dict[str, Any]], states: Any) -> None:
+    """Make ``groups``, and ``states`` of their parameters, what they would be without the overlay."""
+    for group in groups:
+        if group["fused"] is CHOSEN:
+            group["fused"] = None
+            for parameter in group["params"]:
+                if "step" in states.get(parameter, {}):  # a new one: a state dict holds the optimizer's own
+                    states[parameter] = {**states[parameter], "step": states[parameter]["step"].cpu()}
 
 
 def _has_kernel(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> bool:
@@ -88,7 +99,8 @@ def _has_kernel(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> boo
     dtype, device = parameter.dtype, parameter.device
     if dtype not in fused_check.TOLERANCE or device.type in fused_check.NATIVE_DEVICES:
         return False
-    kind, options = type(optimizer), {name: group[name] for name in ("amsgrad", "maximize")}
+    kind, names = type(optimizer), ("amsgrad", "maximize", "decoupled_weight_decay")
+    options = {name: group[name] for name in names if name in group}  # the last is not in every torch
     return fused_check.agree(("adam", kind, dtype, *options.values()), device, _steps, kind, options, device)
 
 
@@ -96,15 +108,17 @@ def _steps(random: Random, kind: Any, options: dict[str, bool], device: Any) -> 
     import torch
 
     # A chip's torch may answer with the CPU's kernel, slowly, for what it has none for.
-    name = f"aten::_fused_{kind.__name__.lower()}_"
+    decoupled = options.get("decoupled_weight_decay", kind is torch.optim.AdamW)
+    name = f"aten::_fused_adam{'w' if decoupled else ''}_"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, torch._C._dispatch_key_for_device(device.type)):
         raise NotImplementedError(f"torch has no {name} for {device.type}")
 
-    def stepped(fused: bool | None) -> Any:
+    def stepped(fused: int | None) -> Run:
         def run(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
             parameter = torch.nn.Parameter(values.detach().clone())
-            optimizer = kind([parameter], lr=1.0, weight_decay=0.1, **options)
-            optimizer.param_groups[0]["fused"] = fused
+            # torch's default epsilon is zero in fp16, and native's numbers are then infinite.
+            optimizer = kind([parameter], lr=1.0, weight_decay=0.1, eps=1e-3)
+            optimizer.param_groups[0].update(options, fused=fused)
             for gradient in gradients:
                 parameter.grad = gradient.detach().clone()
                 optimizer.step()
@@ -112,4 +126,4 @@ def _steps(random: Random, kind: Any, options: dict[str, bool], device: Any) -> 
 
         return run
 
-    return tuple(random(7, 33) for _ in range(1 + STEPS)), stepped(None), stepped(True)
+    return tuple(random(7, 33) for _ in range(1 + STEPS)), stepped(None), stepped(CHOSEN)

@@ -116,8 +116,6 @@ def test_a_checkpoint_is_the_one_that_torch_would_write(calls, adam):
     assert found["param_groups"] == expected["param_groups"]
     torch.testing.assert_close(found["state"], expected["state"], rtol=1e-6, atol=1e-6)
     assert calls["_fused_adamw_"]
-    steps(optimizer)  # and what was saved does not follow it
-    assert float(found["state"][0]["step"]) == 3
 
 
 def test_a_checkpoint_written_without_the_overlay_goes_on_with_the_kernel(calls, adam):
@@ -143,10 +141,85 @@ def test_states_that_verl_offloaded_are_brought_back(calls, adam, monkeypatch):
     for state in optimizer.state.values():
         state["step"] = state["step"].to("meta")  # elsewhere than its parameter, as after verl's offloading
     moved = []
-    to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: moved.append(args) or to(torch.tensor(3.0), *args[:1]))
+
+    def to(self, device, dtype):
+        moved.append((self.device.type, device.type, dtype))
+        return torch.tensor(3.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        steps(optimizer, 1)
+    assert moved == [("meta", "cpu", torch.float32)] * 3
+
+
+def test_a_step_in_another_type_becomes_the_kernel_s(calls, adam):
+    plain, optimizer = make(), make()
+    steps(plain)
+    file = saved(plain)
+    for state in file["state"].values():
+        state["step"] = state["step"].double()
+    adam.fuse(optimizer)
+    optimizer.load_state_dict(file)
     steps(optimizer, 1)
-    assert moved[:3] == [(torch.device("cpu"),)] * 3
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
+def test_a_choice_that_a_checkpoint_brings_is_kept(calls, adam):
+    for chosen in ({"foreach": True}, {"fused": False}, {"fused": True}):
+        other = make(**chosen)
+        steps(other)
+        optimizer = make()
+        adam.fuse(optimizer)
+        optimizer.load_state_dict(saved(other))
+        before = calls["_fused_adamw_"]
+        steps(optimizer)
+        assert calls["_fused_adamw_"] == before + (3 if chosen.get("fused") else 0), chosen
+        assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"], chosen
+        adam.remove()
+        assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"], chosen
+
+
+def test_a_group_that_cannot_use_the_kernel_stays_native_beside_one_that_can(calls, adam):
+    def make_groups():
+        torch.manual_seed(0)
+        mixed = [torch.nn.Parameter(torch.randn(3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+        return torch.optim.AdamW([{"params": mixed}, {"params": [torch.nn.Parameter(torch.randn(4))]}])
+
+    plain, optimizer = make_groups(), make_groups()
+    assert adam.fuse(optimizer)
+    for each in (plain, optimizer):
+        for parameter in (parameter for group in each.param_groups for parameter in group["params"]):
+            parameter.grad = torch.ones_like(parameter)
+        each.step()
+    assert [group["fused"] for group in optimizer.param_groups] == [None, True]
+    for one, other in zip(optimizer.param_groups, plain.param_groups, strict=True):
+        torch.testing.assert_close(one["params"], other["params"], rtol=1e-6, atol=1e-6)
+    chosen = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(2))]}])
+    chosen.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "foreach": True})
+    assert not adam.fuse(chosen), "its user chose for one of its groups"
+
+
+def test_frozen_parameters_do_not_decide_and_get_no_state(calls, adam):
+    frozen = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    unused, trained = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([frozen, unused, trained])
+    adam.fuse(optimizer)
+    for _ in range(2):
+        trained.grad = torch.ones(4)
+        optimizer.step()
+    assert calls["_fused_adamw_"] == 3 + 2
+    assert list(optimizer.state) == [trained]
+
+
+def test_parameters_of_two_meshes_stay_native(calls, adam):
+    """As expert parallelism has them; torch 2.8's kernel refuses them."""
+    optimizer = make()
+    for parameter, mesh in zip(optimizer.param_groups[0]["params"], ("experts", "all", "all"), strict=True):
+        parameter.device_mesh = mesh
+    adam.fuse(optimizer)
+    steps(optimizer)
+    assert not any(calls.values())
+    assert optimizer.param_groups[0]["fused"] is None
 
 
 def test_removal_leaves_torch_s_own_step(calls, adam):
@@ -159,22 +232,26 @@ def test_removal_leaves_torch_s_own_step(calls, adam):
     assert not any(calls.values())
     assert optimizer.param_groups[0]["fused"] is None
     assert adam.fuse(optimizer), "it can be fused again"
+    assert not adam.fuse(optimizer), "it is"
 
 
-def test_a_kernel_with_other_numbers_is_not_used(calls, adam, monkeypatch, caplog):
-    right = torch._fused_adamw_
-
-    def without_decay(*args, **options):
-        right(*args, **{**options, "weight_decay": 0.0})
-
-    monkeypatch.setattr(torch, "_fused_adamw_", without_decay)
-    expected = steps(make())
-    optimizer = make()
+@pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"amsgrad": False}, {"maximize": False}], ids=str)
+@pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+def test_a_kernel_with_other_numbers_is_not_used(kind, wrong, calls, adam, monkeypatch, caplog):
+    right = getattr(torch, KERNELS[kind])
+    monkeypatch.setattr(torch, KERNELS[kind], lambda *args, **options: right(*args, **{**options, **wrong}))
+    given = {name: True for name in wrong if name in ("amsgrad", "maximize")}
+    expected = steps(make(kind, **given))
+    optimizer = make(kind)
+    adam.fuse(optimizer)
+    steps(optimizer)  # without these options the same kernel may be right, which speaks for them alone
+    optimizer = make(kind, **given)
     adam.fuse(optimizer)
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
-    assert "output 0 differs" in fused_check.checks()["adam in AdamW, float32"]
-    assert sum("adam of AdamW stays native" in record.message for record in caplog.records) == 1
+    assert fused_check.checks()[f"adam in {kind.__name__}, float32"] != "same"
+    assert sum(f"adam of {kind.__name__} stays native" in record.message for record in caplog.records) == 1
+    assert optimizer.param_groups[0]["fused"] is None, "anything else would keep torch from its own fast default"
 
 
 def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch):
@@ -184,6 +261,7 @@ def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch):
     adam.fuse(optimizer)
     torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
     assert not any(calls.values())
+    assert optimizer.param_groups[0]["fused"] is None
     assert "torch has no aten::_fused_adamw_ for cpu" in fused_check.checks()["adam in AdamW, float32"]
 
 
@@ -193,7 +271,23 @@ def test_parameters_on_the_cpu_step_natively(calls, adam, monkeypatch):
     adam.fuse(optimizer)
     torch.testing.assert_close(steps(optimizer), steps(make()), rtol=0, atol=0)
     assert not any(calls.values())
+    assert optimizer.param_groups[0]["fused"] is None
     assert fused_check.checks() == {}
+
+
+def test_adam_with_adamw_s_decay_is_compared_as_such(calls, adam, monkeypatch):
+    pytest.importorskip("torch", minversion="2.7")
+    asked = []
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: asked.append(name) or has(name, key)
+    )
+    options = {"kind": torch.optim.Adam, "decoupled_weight_decay": True}
+    optimizer = make(**options)
+    adam.fuse(optimizer)
+    torch.testing.assert_close(steps(optimizer), steps(make(**options)), rtol=1e-6, atol=1e-6)
+    assert calls == {"_fused_adam_": 0, "_fused_adamw_": 3 + 3}
+    assert asked == ["aten::_fused_adamw_"]
 
 
 def test_bf16_parameters_are_within_their_own_rounding(calls, adam):
@@ -225,6 +319,21 @@ def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
     finally:
         stop()
     assert fused.describe()["replaced"] == {}
+    before = dict(calls)
+    steps(optimizer)
+    assert calls == before
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_other_kinds_leave_the_optimizer_alone(calls):
+    optimizer = make()
+    stop = fused.start(Settings(fused=("rms_norm",)))
+    try:
+        events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
+        steps(optimizer)
+    finally:
+        stop()
+    assert not any(calls.values())
 
 
 def each_from_the_other_s_checkpoint(folder, env):

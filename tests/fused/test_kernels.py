@@ -30,6 +30,10 @@ def run(function, inputs):
     return [*(r.detach() for r in results), *gradients]
 
 
+def expanded(function):  # whose upstream gradient is one number, repeated by strides of zero
+    return lambda *inputs: function(*inputs).sum()
+
+
 def off(function, reference, *inputs):
     found, exact = run(function, inputs), run(reference, [value.double() for value in inputs])
     # The upstream gradient is taken from each side's own result, so that it differs by rounding alone.
@@ -59,9 +63,20 @@ told["silu_and_mul"] = off(
     kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, torch.randn(3, 700), torch.randn(3, 700)
 )
 for batch in (1, 2):
-    cos, sin = torch.randn(batch, 5, 24), torch.randn(batch, 5, 24)
-    heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 24)
-    told[f"rotate, {batch} of angles"] = off(lambda q, k: kernels.rotate(q, k, cos, sin), turned, *heads)
+    cos, sin = torch.randn(batch, 5, 48)[..., ::2], torch.randn(batch, 5, 30)[..., :24]
+    heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 48)
+    told[f"rotate, {batch} of angles"] = off(
+        lambda q, k: kernels.rotate(q, k[..., ::2], cos, sin), lambda q, k: turned(q, k[..., ::2]), *heads
+    )
+told["rms_norm, expanded"] = off(
+    expanded(lambda x, w: kernels.rms_norm(x, w, 1e-6)), expanded(norm), torch.randn(3, 16), torch.randn(16)
+)
+told["silu_and_mul, expanded"] = off(
+    expanded(kernels.silu_and_mul),
+    expanded(lambda g, u: torch.nn.functional.silu(g) * u),
+    torch.randn(3, 16),
+    torch.randn(3, 16),
+)
 
 poisoned = torch.randn(3, 16)
 poisoned[1, 2] = float("nan")
@@ -97,7 +112,7 @@ def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
     assert told.pop("NaN in a norm") == [False, True, False]
     assert told.pop("NaN") == [[False, True, False], [False, True, False]]
-    assert len(told) == 12
+    assert len(told) == 14
     assert all(value < 2e-5 for value in told.values()), told
 
 
