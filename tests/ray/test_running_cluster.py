@@ -105,7 +105,9 @@ def worker_reports(folder: Path) -> list[dict]:
 
 
 def test_verls_sft_trainer_trains_on_the_cluster_with_the_overlay(cluster, data, tmp_path):
-    arguments = [a for a in trainer_arguments(data, steps=2) if "trainer.default_local_dir" not in a]
+    replaced = ("trainer.default_local_dir", "trainer.test_freq")
+    arguments = [a for a in trainer_arguments(data, steps=4) if not a.startswith(replaced)]
+    arguments += ["trainer.test_freq=1"]  # so that a validation does not only lie in the last second
     arguments += [f"trainer.n_gpus_per_node={RANKS}", "trainer.nnodes=1", f"trainer.default_local_dir={tmp_path}/ckpt"]
     command = [sys.executable, "-m", "verl.trainer.sft_trainer_ray", *arguments]
     run_driver(command, driver_environment(cluster, tmp_path / "reports"), tmp_path)
