@@ -199,10 +199,10 @@ def _tune(options: argparse.Namespace) -> int:
             return 2
         else:
             from verl_fl_overlay.flaggems import tune
+            from verl_fl_overlay.variables import names
 
             shape = {"rows": options.rows, "length": options.length, "micro_batch": options.micro_batch}
-            skip = [name.strip() for name in options.skip.split(",") if name.strip()]
-            profile = tune.tune_model(options.model, options.out, **shape, skip=skip)
+            profile = tune.tune_model(options.model, options.out, **shape, skip=names(options.skip))
     except KeyboardInterrupt:
         left = f"{options.out} holds what was measured and is gone on with"
         print(f"verl-fl tune: interrupted; {left if options.out.exists() else 'nothing was measured'}", file=sys.stderr)

@@ -15,6 +15,7 @@ from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
 from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.variables import names
 
 
 def examine() -> tuple[dict[str, Any], bool]:
@@ -63,7 +64,7 @@ def _import_verl() -> None:
 
 def _unloaded(version: str) -> tuple[str, bool]:
     """Say what to export where verl loads the overlay in no process but this one, and whether another module may."""
-    listed = [module.strip() for module in os.environ.get(environment.LOADED_BY, "").split(",") if module.strip()]
+    listed = names(os.environ.get(environment.LOADED_BY, ""))
     if environment.OVERLAY in listed or compat.finds_plugin(version, environment.OVERLAY):
         return "", False
     needed = environment.forwarded(os.environ)[environment.LOADED_BY]

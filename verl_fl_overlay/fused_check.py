@@ -31,7 +31,7 @@ Pair = tuple[tuple[Tensor, ...], Run, Run]
 """Random inputs, what native computes from them, and the same with the kernel."""
 
 _checks: dict[tuple[Any, ...], str] = {}
-"""What is looked up at every call: kind, whose forward, type, and whatever else decides -> "", or why it is native."""
+"""What is looked up at every call: kind, whose forward or step, type, what else decides -> "", or why it is native."""
 
 
 def checks() -> dict[str, str]:
@@ -50,7 +50,7 @@ def agree(key: tuple[Any, ...], device: torch.device, pair: Callable[..., Pair],
         kind, where, dtype, *_ = key
         try:
             reason = _difference(kind, device, dtype, pair, *of)
-        except Exception as error:  # whatever Triton raises when it cannot build a kernel
+        except Exception as error:  # whatever Triton raises when it cannot build a kernel, or torch has none
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if reason:
             logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, dtype, reason)

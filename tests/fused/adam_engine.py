@@ -22,10 +22,8 @@ from verl_fl_overlay.settings import Settings
 join_group(False)
 model, folder = sys.argv[1:]
 offload = torch.cuda.is_available()
-strategies = {"fsdp2": {"param_offload": offload, "optimizer_offload": offload}}
-if offload:
-    strategies["fsdp"] = strategies["fsdp2"]
-else:
+strategies = ("fsdp2", "fsdp") if offload else ("fsdp2",)
+if not offload:
     torch.set_num_threads(1)
     fused_check.NATIVE_DEVICES = ()
 kernel, calls = torch._fused_adamw_, []
@@ -37,7 +35,7 @@ def run(strategy: str, asked: tuple[str, ...], *, resume: bool) -> dict[str, obj
     stop = fused.start(Settings(fused=asked)) if asked else lambda: None
     calls.clear()
     torch.manual_seed(0)
-    engine = make_engine(model, strategy, "lm", **strategies[strategy])
+    engine = make_engine(model, strategy, "lm", param_offload=offload, optimizer_offload=offload)
     if resume:
         # Not the random numbers' state, which plain verl cannot set on a CPU; nothing here draws any.
         engine.checkpoint_manager.checkpoint_load_contents = ["model", "optimizer"]

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
 ]
 
-from fused.test_adam import each_from_the_other_s_checkpoint  # noqa: E402
+from fused.test_adam import each_from_the_other_s_checkpoint, steps  # noqa: E402
 from fused.test_fused import NORMS, make  # noqa: E402
 
 from verl_fl_overlay import fused, fused_check  # noqa: E402
@@ -146,15 +146,6 @@ def test_a_compiled_model_stays_native_inside(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)], ids=str)
 def test_adam_steps_in_one_kernel_without_copies_and_goes_on_from_a_checkpoint(dtype, bound):
-    def steps(optimizer, count, seed):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        parameters = optimizer.param_groups[0]["params"]
-        for parameter in parameters * count:
-            parameter.grad = torch.randn(parameter.shape, device="cuda", generator=generator).to(dtype)
-            if parameter is parameters[-1]:
-                optimizer.step()
-        return [parameter.detach().clone() for parameter in parameters]
-
     def make_optimizer():
         generator = torch.Generator("cuda").manual_seed(0)
         values = [torch.randn(size, device="cuda", generator=generator).to(dtype) for size in ((1024, 1024), (512,))]
