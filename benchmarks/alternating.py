@@ -27,8 +27,8 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
     from transformers.models.qwen2 import modeling_qwen2
     from verl.workers.engine.fsdp import transformer_impl
 
-    from verl_fl_overlay.fused import ADAM, ROTARY, FusedModules
-    from verl_fl_overlay.variables import FUSED
+    from verl_fl_overlay.kernels.fused import ADAM, ROTARY, FusedModules
+    from verl_fl_overlay.settings.readers import FUSED
 
     model, ours = engine.module, transformer_impl.logprobs_from_logits
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
@@ -120,9 +120,9 @@ def main() -> None:
             if device == "cuda":
                 peaks[row] = torch.cuda.max_memory_allocated() / 1e9
     if device == "cuda":
-        from verl_fl_overlay.fused_check import checks
-        from verl_fl_overlay.logprobs import kernels_used
-        from verl_fl_overlay.variables import FUSED
+        from verl_fl_overlay.kernels.agreement import checks
+        from verl_fl_overlay.kernels.logprobs import kernels_used
+        from verl_fl_overlay.settings.readers import FUSED
 
         found = {**checks(), **kernels_used()}
         used = set(FUSED) <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}

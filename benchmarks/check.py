@@ -15,7 +15,9 @@ from pathlib import Path
 STAGES = """
 import sys, time
 started = time.perf_counter()
-from verl_fl_overlay.compat import check, fingerprint, sources
+from verl_fl_overlay.compat.release import check
+from verl_fl_overlay.compat.release import fingerprint
+from verl_fl_overlay.compat.release import sources
 imported = time.perf_counter()
 parsing, parse = 0.0, fingerprint.ast.parse
 def timed(*args, **kwargs):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from verl_fl_overlay.logprobs import kernels_used, token_logprobs
+from verl_fl_overlay.kernels.logprobs import kernels_used, token_logprobs
 
 REPEATS = 20
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from verl_fl_overlay import devices, flagcx
+from verl_fl_overlay.devices import cpu as devices
+from verl_fl_overlay.features import flagcx
 from verl_fl_overlay.hooks import Hook, Wrapper
 
 SOURCE = "https://github.com/volcengine/verl/blob"

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from verl_fl_overlay import environment
 from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.settings import environment
 
 SOURCE = "https://github.com/volcengine/verl/blob"
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import (
-    attention,
-    chips,
-    cpu,
-    engines,
-    legacy_workers,
-    logprobs,
-    process_group,
-    ray_env,
-    rollout,
-)
+from verl_fl_overlay.compat import engines, legacy_workers, process_group, ray_env, rollout
+from verl_fl_overlay.compat import flash_attn as attention
+from verl_fl_overlay.compat import platforms as chips
+from verl_fl_overlay.compat import token_logprobs as logprobs
+from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat.sources import Tree
+from verl_fl_overlay.compat.release.sources import Tree
 
 
 @functools.cache

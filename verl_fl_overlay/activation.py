@@ -12,13 +12,16 @@ from types import ModuleType
 
 import wrapt
 
-from verl_fl_overlay import chips, compat, devices, environment, events, features, flagcx, report
+from verl_fl_overlay import compat, events, features, report
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.conflicts import Remark, conflicts
+from verl_fl_overlay.devices import chips
+from verl_fl_overlay.devices import cpu as devices
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
+from verl_fl_overlay.features import flagcx
 from verl_fl_overlay.hooks import Hook, HookSet, call_again_on_import
 from verl_fl_overlay.packages import installed
-from verl_fl_overlay.settings import Settings, misspelt
+from verl_fl_overlay.settings import Settings, environment, misspelt
+from verl_fl_overlay.settings.conflicts import Remark, conflicts
 
 logger = logging.getLogger("verl_fl_overlay")
 

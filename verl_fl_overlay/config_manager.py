@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 
-from verl_fl_overlay.environment import of_phase, summary
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.environment import of_phase, summary
 
 logger = logging.getLogger("verl_fl_overlay")
 

@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from verl_fl_overlay import chips, environment, events, features
+from verl_fl_overlay import events, features
+from verl_fl_overlay.devices import chips
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.phase import training
-from verl_fl_overlay.settings import VARIABLES, Settings, misspelt, shown
+from verl_fl_overlay.settings import VARIABLES, Settings, environment, misspelt, shown
 
 if TYPE_CHECKING:
     from verl_fl_overlay.activation import Overlay

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 import pytest
 from sft import without_images
 
-from verl_fl_overlay import chips
-from verl_fl_overlay.chips import CHIPS, CPU, KNOWN_TO_VERL, find, reason_off, without_platform
-from verl_fl_overlay.compat.attention import value_model_hook
+from verl_fl_overlay.compat.flash_attn import value_model_hook
+from verl_fl_overlay.devices import chips
+from verl_fl_overlay.devices.chips import CHIPS, CPU, KNOWN_TO_VERL, find, reason_off, without_platform
 from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
@@ -130,8 +130,8 @@ ANOTHERS = """
     import verl
     from verl.plugin.platform import get_platform
     from verl.plugin.platform.platform_manager import PlatformRegistry
-    from verl_fl_overlay.chips import CHIPS
-    from verl_fl_overlay.compat.chips import platform_class
+    from verl_fl_overlay.devices.chips import CHIPS
+    from verl_fl_overlay.compat.platforms import platform_class
 
     @PlatformRegistry.register(platform="musa")
     class Anothers(platform_class(CHIPS["mthreads"])):
@@ -179,7 +179,7 @@ def test_verls_helpers_name_the_chip_in_every_release(tmp_path, flagcx, backend)
 @needs_platforms
 @pytest.mark.parametrize("vendor", [vendor for vendor in CHIPS if vendor not in KNOWN_TO_VERL])
 def test_every_abstract_method_is_implemented(vendor):
-    from verl_fl_overlay.compat.chips import platform_class
+    from verl_fl_overlay.compat.platforms import platform_class
 
     platform = platform_class(CHIPS[vendor])
     assert platform.__abstractmethods__ == frozenset()
@@ -188,14 +188,14 @@ def test_every_abstract_method_is_implemented(vendor):
 
 @needs_platforms
 def test_on_the_cpu_ray_hides_what_it_always_hides():
-    from verl_fl_overlay.compat.chips import platform_class
+    from verl_fl_overlay.compat.platforms import platform_class
 
     assert platform_class(CPU)().ray_noset_envvars() == []
 
 
 @needs_platforms
 def test_before_the_feature_has_started_verl_answers_for_itself():
-    from verl_fl_overlay.compat.chips import device_helper_hooks, platform_hooks
+    from verl_fl_overlay.compat.platforms import device_helper_hooks, platform_hooks
 
     def verls_own(*args):
         return "verl's own"
@@ -254,7 +254,7 @@ def load_value_model(tmp_path, monkeypatch):
     """Return verl's function as it is with the hook, for a device and a configuration, where flash-attn is missing."""
     transformers = pytest.importorskip("transformers")
     device, model = pytest.importorskip("verl.utils.device"), pytest.importorskip("verl.utils.model")
-    monkeypatch.setattr("verl_fl_overlay.compat.attention.flash_attn_imports", lambda: False)
+    monkeypatch.setattr("verl_fl_overlay.compat.flash_attn.flash_attn_imports", lambda: False)
 
     def load(name: str, config: str):
         monkeypatch.setattr(device, "get_device_name", lambda: name)

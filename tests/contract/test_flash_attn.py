@@ -12,9 +12,9 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 from verl.utils import torch_functional  # noqa: E402
 
-from verl_fl_overlay import attention  # noqa: E402
-from verl_fl_overlay.compat.attention import padding_hook, value_model_hook  # noqa: E402
-from verl_fl_overlay.compat.logprobs import logprobs_hook  # noqa: E402
+from verl_fl_overlay.compat.flash_attn import padding_hook, value_model_hook  # noqa: E402
+from verl_fl_overlay.compat.token_logprobs import logprobs_hook  # noqa: E402
+from verl_fl_overlay.features import attention  # noqa: E402
 
 
 @pytest.mark.parametrize(

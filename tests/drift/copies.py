@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from verl_fl_overlay.compat import pinning
-from verl_fl_overlay.compat.fingerprint import fingerprint
-from verl_fl_overlay.compat.sources import VERSION_FILE, Tree
+from verl_fl_overlay.compat.release import pinning
+from verl_fl_overlay.compat.release.fingerprint import fingerprint
+from verl_fl_overlay.compat.release.sources import VERSION_FILE, Tree
 
 KEPT = {*sys.stdlib_module_names, "verl_fl_overlay", "wrapt", "packaging"}
 

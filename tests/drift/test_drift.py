@@ -19,8 +19,9 @@ import verl_trees
 from drift import changes, copies
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat import check, pinning, pins
-from verl_fl_overlay.compat.check import Status
+from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat.release import check, pinning
+from verl_fl_overlay.compat.release.check import Status
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook, HookSet, State
 

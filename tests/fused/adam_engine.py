@@ -16,7 +16,8 @@ import torch
 import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
-from verl_fl_overlay import fused, fused_check
+from verl_fl_overlay.kernels import agreement as fused_check
+from verl_fl_overlay.kernels import fused
 from verl_fl_overlay.settings import Settings
 
 join_group(False)

@@ -16,7 +16,9 @@ import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
 from fused.stand_ins import StandIns
-from verl_fl_overlay import fused, fused_check, fused_forward
+from verl_fl_overlay.kernels import agreement as fused_check
+from verl_fl_overlay.kernels import forward as fused_forward
+from verl_fl_overlay.kernels import fused
 from verl_fl_overlay.settings import Settings
 
 torch.set_num_threads(1)

@@ -16,8 +16,10 @@ torch = pytest.importorskip("torch")
 
 from processes import OVERLAY, result  # noqa: E402
 
-from verl_fl_overlay import events, fused, fused_check  # noqa: E402
-from verl_fl_overlay.fused_adam import FusedAdam  # noqa: E402
+from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
+from verl_fl_overlay.kernels import fused  # noqa: E402
+from verl_fl_overlay.kernels.adam import FusedAdam  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 
 KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
@@ -308,7 +310,7 @@ def test_an_optimizer_that_verl_has_dropped_is_not_kept(calls, adam):
 
 
 def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
-    monkeypatch.setattr("verl_fl_overlay.fused_forward.kernels", lambda: pytest.fail("Triton was imported"))
+    monkeypatch.setattr("verl_fl_overlay.kernels.forward.kernels", lambda: pytest.fail("Triton was imported"))
     optimizer = make()
     stop = fused.start(Settings(fused=("adam",)))
     try:

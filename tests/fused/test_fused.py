@@ -13,9 +13,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fused.stand_ins import StandIns  # noqa: E402
-from verl_fl_overlay import events, fused, fused_check, fused_forward  # noqa: E402
+from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
+from verl_fl_overlay.kernels import forward as fused_forward  # noqa: E402
+from verl_fl_overlay.kernels import fused  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
-from verl_fl_overlay.variables import FUSED  # noqa: E402
+from verl_fl_overlay.settings.readers import FUSED  # noqa: E402
 
 SIZE = {
     "vocab_size": 64,

@@ -14,8 +14,10 @@ from processes import output
 
 PROGRAM = """
 import json, torch
-from verl_fl_overlay import logprobs, logprobs_torch, logprobs_triton
-from verl_fl_overlay import fused_triton as kernels
+from verl_fl_overlay.kernels import logprobs
+from verl_fl_overlay.kernels import logprobs_torch
+from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
+from verl_fl_overlay.kernels.triton import modules as kernels
 
 torch.cpu.current_device = lambda: None  # the interpreter has no device
 kernels.NORM_PROGRAMS = 3  # so that one program takes several blocks of rows
@@ -120,8 +122,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from verl_fl_overlay import turns
-from verl_fl_overlay.fused_triton import _silu_and_mul
+from verl_fl_overlay.kernels import turns
+from verl_fl_overlay.kernels.triton.modules import _silu_and_mul
 
 hits = []
 triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from verl_fl_overlay.launch import launch  # noqa: E402
+from verl_fl_overlay.kernels.launch import launch  # noqa: E402
 
 
 class Accelerator:

@@ -9,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 numpy = pytest.importorskip("numpy")
 
-from verl_fl_overlay.flaggems import calls, contest, plot, safety, timing, tune  # noqa: E402
+from verl_fl_overlay.flaggems import safety  # noqa: E402
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel  # noqa: E402
 from verl_fl_overlay.flaggems.profile import Key, Profile, ProfileError, load  # noqa: E402
+from verl_fl_overlay.flaggems.tuning import calls, contest, plot, timing, tune  # noqa: E402
 
 KEY = Key("a CPU", "x", "x", "x")
 

@@ -16,10 +16,11 @@ pytestmark = [
 from fused.test_adam import each_from_the_other_s_checkpoint, steps  # noqa: E402
 from fused.test_fused import NORMS, make  # noqa: E402
 
-from verl_fl_overlay import fused, fused_check  # noqa: E402
-from verl_fl_overlay import fused_triton as kernels  # noqa: E402
-from verl_fl_overlay.fused_adam import FusedAdam  # noqa: E402
-from verl_fl_overlay.variables import FUSED  # noqa: E402
+from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
+from verl_fl_overlay.kernels import fused  # noqa: E402
+from verl_fl_overlay.kernels.adam import FusedAdam  # noqa: E402
+from verl_fl_overlay.kernels.triton import modules as kernels  # noqa: E402
+from verl_fl_overlay.settings.readers import FUSED  # noqa: E402
 
 
 def off(found, exact):

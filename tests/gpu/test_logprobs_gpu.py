@@ -13,7 +13,7 @@ pytestmark = [
 from logprobs.reference import expected, random_case, relative_error  # noqa: E402
 from processes import python  # noqa: E402
 
-from verl_fl_overlay.logprobs import kernels_used, token_logprobs  # noqa: E402
+from verl_fl_overlay.kernels.logprobs import kernels_used, token_logprobs  # noqa: E402
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 
@@ -76,7 +76,7 @@ def test_a_label_outside_the_vocabulary_stops_the_device():
     done = python(
         """
         import torch
-        from verl_fl_overlay.logprobs import token_logprobs
+        from verl_fl_overlay.kernels.logprobs import token_logprobs
         token_logprobs(torch.randn(4, 8, device="cuda"), torch.tensor([0, 1, 8, 2], device="cuda"))
         torch.cuda.synchronize()
         print("computed")

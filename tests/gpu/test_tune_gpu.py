@@ -23,7 +23,8 @@ CONTEST = """
 import json, sys
 from dataclasses import replace
 from verl_fl_overlay.compat import trial
-from verl_fl_overlay.flaggems import contest, library
+from verl_fl_overlay.flaggems import library
+from verl_fl_overlay.flaggems.tuning import contest
 
 gems, asked = library.load(), []
 kernel = next(kernel for kernel in gems.kernels if kernel.key == "embedding")

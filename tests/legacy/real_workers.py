@@ -100,8 +100,10 @@ class FlagOS:
         from flaggems import stand_ins
         from fused.stand_ins import StandIns
 
-        from verl_fl_overlay import fused, fused_check, fused_forward
         from verl_fl_overlay.flaggems import library
+        from verl_fl_overlay.kernels import agreement as fused_check
+        from verl_fl_overlay.kernels import forward as fused_forward
+        from verl_fl_overlay.kernels import fused
         from verl_fl_overlay.settings import Settings
 
         self.theirs = {"inside": 0, "outside": 0}
@@ -121,7 +123,7 @@ class FlagOS:
         """Multiply once more, outside the phase; return what was called."""
         import torch
 
-        from verl_fl_overlay import fused
+        from verl_fl_overlay.kernels import fused
 
         inside = dict(self.routed)
         outside = self.theirs["outside"]

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from logprobs.reference import expected, random_case, relative_error  # noqa: E402
-from verl_fl_overlay import logprobs_torch  # noqa: E402
-from verl_fl_overlay.logprobs import LogprobsInputError, kernels_used, token_logprobs  # noqa: E402
+from verl_fl_overlay.kernels import logprobs_torch  # noqa: E402
+from verl_fl_overlay.kernels.logprobs import LogprobsInputError, kernels_used, token_logprobs  # noqa: E402
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6, torch.float64: 1e-14}
 """Half a unit in the last place of the type the gradient is stored in; fp32: what exp and a sum may lose."""

@@ -12,7 +12,7 @@ pytest.importorskip("verl")
 
 from processes import OVERLAY, run
 
-from verl_fl_overlay.compat.logprobs import FLAGS, logprobs_hook
+from verl_fl_overlay.compat.token_logprobs import FLAGS, logprobs_hook
 
 BF16 = 2**-7
 """What verl's own path may be off by, relative (seen: 0.0057): on a CPU its log-probs are bf16 here, ours fp32."""

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from processes import OVERLAY, run  # noqa: E402
 
-from verl_fl_overlay import parity  # noqa: E402
+from verl_fl_overlay.cli import parity  # noqa: E402
 
 LARGEST = "log-prob, largest difference in bf16 units"
 GROUP = "grad_norm of a.*.w, relative"

@@ -270,8 +270,8 @@ def test_rollout_servers_get_what_the_job_lacks(cluster, tmp_path, first):
     code = f"""
         import json, ray; {first}
         from verl.plugin.platform.platform_cuda import PlatformCUDA
-        from verl_fl_overlay.chips import CHIPS
-        from verl_fl_overlay.compat.chips import platform_class
+        from verl_fl_overlay.devices.chips import CHIPS
+        from verl_fl_overlay.compat.platforms import platform_class
         platforms = PlatformCUDA(), platform_class(CHIPS["mthreads"])()
         print("TOLD " + json.dumps([platform.rollout_env_vars() for platform in platforms]))
     """

@@ -161,7 +161,8 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
     for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
         sys.modules[name] = types.ModuleType(name)
     import verl
-    from verl_fl_overlay import chips, report
+    from verl_fl_overlay import report
+    from verl_fl_overlay.devices import chips
     features = report.build()["features"]
     print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"

@@ -30,13 +30,13 @@ def test_help_tells_the_defaults(command, default, capsys):
 def test_without_torch_a_line_tells_so(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "verl_fl_overlay.flaggems.tune", raising=False)
+    monkeypatch.delitem(sys.modules, "verl_fl_overlay.flaggems.tuning.tune", raising=False)
     assert main([command, str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"verl-fl {command}: torch is not installed: pip install torch\n"
 
 
 def test_another_missing_module_is_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl_fl_overlay.parity", None)
-    monkeypatch.delattr("verl_fl_overlay.parity", raising=False)
+    monkeypatch.setitem(sys.modules, "verl_fl_overlay.cli.parity", None)
+    monkeypatch.delattr("verl_fl_overlay.cli.parity", raising=False)
     with pytest.raises(ModuleNotFoundError):
         main(["parity", str(tmp_path)])

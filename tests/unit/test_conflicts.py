@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from verl_fl_overlay.conflicts import RULES, conflicts
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.conflicts import RULES, conflicts
 
 CASES = {
     "_spelling": (

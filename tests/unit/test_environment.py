@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from verl_fl_overlay.cli import main
-from verl_fl_overlay.environment import as_exports, examine, forwarded
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.settings import VARIABLES, Settings, every_variable, misspelt
-from verl_fl_overlay.stack import STACK
+from verl_fl_overlay.settings.environment import as_exports, examine, forwarded
+from verl_fl_overlay.settings.stack import STACK
 
 
 def test_no_variable_has_two_rows():

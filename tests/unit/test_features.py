@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from verl_fl_overlay import activation, doctor, features, report
+from verl_fl_overlay import activation, features, report
+from verl_fl_overlay.cli import doctor
 from verl_fl_overlay.features import Feature
 from verl_fl_overlay.settings import Settings
 

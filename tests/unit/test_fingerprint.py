@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.compat import pinning, pins
-from verl_fl_overlay.compat.fingerprint import fingerprint
+from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.pins import MISSING
-from verl_fl_overlay.compat.sources import Tree, opened
+from verl_fl_overlay.compat.release import pinning
+from verl_fl_overlay.compat.release.fingerprint import fingerprint
+from verl_fl_overlay.compat.release.sources import Tree, opened
 from verl_fl_overlay.errors import HookError
 
 PLAIN = '''

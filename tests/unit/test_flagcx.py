@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from verl_fl_overlay import flagcx
 from verl_fl_overlay.errors import FlagCXError
+from verl_fl_overlay.features import flagcx
 from verl_fl_overlay.settings import Settings
 
 

@@ -10,11 +10,12 @@ import pytest
 import verl_trees
 
 from verl_fl_overlay import cli, compat
-from verl_fl_overlay.compat import check, pinning, pins
-from verl_fl_overlay.compat.sources import Tree
+from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat.release import check, pinning
+from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 
-FOLDER = Path(pinning.__file__).parent
+FOLDER = Path(compat.__file__).parent
 each_release = pytest.mark.parametrize("release", compat.RELEASES)
 
 
@@ -55,7 +56,7 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert f"against verl {compat.RELEASES[-1]}" in before
     assert "+    return (engine_cls)(*args, **kwargs, new=1)" in before
 
-    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "compat" / "pinning.py"))
+    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "compat" / "release" / "pinning.py"))
     (tmp_path / "compat" / "pins").mkdir(parents=True)
     assert cli.main(["pin", str(tmp_path), "--write"]) == 2, "an installed overlay is left as it is"
     assert capsys.readouterr().err.startswith("verl-fl pin: --write is for a checkout")

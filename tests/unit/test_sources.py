@@ -13,8 +13,8 @@ import pytest
 import verl_trees
 
 from verl_fl_overlay import cli
-from verl_fl_overlay.compat import pinning
-from verl_fl_overlay.compat.sources import Tree, opened
+from verl_fl_overlay.compat.release import pinning
+from verl_fl_overlay.compat.release.sources import Tree, opened
 from verl_fl_overlay.errors import OverlayError
 
 FILES = {"verl/version/version": "0.9.1\n", "verl/protocol.py": "x = 1\n", "verl/data.bin": "no python"}

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from processes import output
 
-from verl_fl_overlay import te_fl
 from verl_fl_overlay.events import engine_built
+from verl_fl_overlay.features import te_fl
 from verl_fl_overlay.flaggems import database
 from verl_fl_overlay.settings import Settings
 
@@ -166,7 +166,7 @@ def test_a_flaggems_that_it_imports_gets_a_database_of_this_process(packages, mo
 PROBE = """
 import json, os
 import transformer_engine.plugin.core as core
-from verl_fl_overlay import te_fl
+from verl_fl_overlay.features import te_fl
 from verl_fl_overlay.settings import Settings
 
 def fails():

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from verl_fl_overlay import turns
+from verl_fl_overlay.kernels import turns
 
 PROGRAM = """
 import json, logging, os, sys, time
 from pathlib import Path
-from verl_fl_overlay import turns
+from verl_fl_overlay.kernels import turns
 
 folder, seconds, turns.LONGEST_WAIT = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from verl_fl_overlay import events, vllm_fl
+from verl_fl_overlay import events
 from verl_fl_overlay.cli import main
+from verl_fl_overlay.dispatch import vllm_fl
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings, every_variable
 

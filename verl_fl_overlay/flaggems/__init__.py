@@ -10,8 +10,8 @@ from typing import Any
 from verl_fl_overlay import phase
 from verl_fl_overlay.flaggems import library
 from verl_fl_overlay.flaggems.choice import Selection, select
+from verl_fl_overlay.flaggems.counts import Record
 from verl_fl_overlay.flaggems.library import FlagGems
-from verl_fl_overlay.flaggems.record import Record
 from verl_fl_overlay.flaggems.routing import Router
 from verl_fl_overlay.settings import Settings
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from verl_fl_overlay import devices
+from verl_fl_overlay.devices import cpu as devices
 
 VARIABLE = "FLAGGEMS_DB_URL"
 

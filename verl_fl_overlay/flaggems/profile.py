@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay import devices
+from verl_fl_overlay.devices import cpu as devices
 from verl_fl_overlay.errors import SettingsError
 
 FORMAT = 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import wrapt
 
-from verl_fl_overlay import turns
 from verl_fl_overlay.flaggems.database import folder
+from verl_fl_overlay.kernels import turns
 
 Policy = Callable[..., tuple[Any, dict[Any, float]]]
 

@@ -1,0 +1,84 @@
+"""Where verl takes it for granted that the flash-attn package is there, on every device but the NPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.features.attention import flash_attn_imports
+from verl_fl_overlay.hooks import Hook
+
+
+def _without_flash_attn(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if flash_attn_imports():
+        return wrapped(*args, **kwargs)
+    try:
+        from verl.utils.npu_flash_attn_utils import index_first_axis, pad_input, rearrange, unpad_input
+    except ImportError as error:
+        raise OverlayError(
+            "flash_attn cannot be imported, and verl's pure-torch padding functions, which take its place, need "
+            f"{error.name}: pip install {error.name}"
+        ) from error
+    return index_first_axis, pad_input, rearrange, unpad_input
+
+
+def _value_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.utils.device import get_device_name
+
+    if flash_attn_imports() or get_device_name() == "npu":  # there transformers has flash_attention_2 without it
+        return wrapped(*args, **kwargs)
+    try:
+        return _load(*args, **kwargs)
+    except ValueError:  # transformers has no token classifier of this kind; verl goes on to trl's
+        return wrapped(*args, **kwargs)
+
+
+def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        pretrained_model_name_or_path=local_path,
+        torch_dtype=torch_dtype,
+        config=model_config,
+        attn_implementation=getattr(model_config, "_attn_implementation", None) or "sdpa",
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def value_model_hook() -> Hook:
+    """Return the hook on the loading of models with a value head."""
+    return Hook(
+        name="attention.value_model",
+        module="verl.utils.model",
+        attribute="load_valuehead_model",
+        wrapper=_value_model,
+        feature="attention",
+        required=False,
+        why="verl loads value models with flash_attention_2 whatever was configured; without that package the "
+        "configured attention is taken.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/model.py#L642",
+        until="verl passes the configured attn_implementation to the value model",
+        relies_on=("verl.utils.device:get_device_name",),
+    )
+
+
+def padding_hook() -> Hook:
+    """Return the hook on the choice of padding functions, which verl 0.7.0 to 0.9.0 need."""
+    return Hook(
+        name="attention.padding",
+        module="verl.utils.attention_utils",
+        attribute="_get_attention_functions",
+        wrapper=_without_flash_attn,
+        feature="attention",
+        required=False,
+        why="verl imports flash_attn's padding helpers on all but NPUs; without that package its own torch ones serve.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.0/verl/utils/attention_utils.py",
+        until="verl 0.9.1, which falls back by itself",
+        relies_on=tuple(
+            f"verl.utils.npu_flash_attn_utils:{name}"
+            for name in ("index_first_axis", "pad_input", "rearrange", "unpad_input")
+        ),
+    )

@@ -1,0 +1,1 @@
+"""verl's releases from their source: pins made and compared; off the load path."""

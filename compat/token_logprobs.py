@@ -1,0 +1,85 @@
+"""Where verl's engines ask for the log-probs of tokens."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from verl_fl_overlay.hooks import Hook, Wrapper
+
+logger = logging.getLogger("verl_fl_overlay")
+
+FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
+"""What verl's function goes by (the first is spelt so): whether flash-attn's kernel is there, and torch_npu's."""
+
+CONSUMERS = {
+    "fsdp": ("verl.workers.engine.fsdp.transformer_impl", True, ""),
+    "torchtitan": ("verl.workers.engine.torchtitan.transformer_impl", True, "torchtitan"),
+    "automodel": ("verl.workers.engine.automodel.transformer_impl", True, "nemo_automodel"),
+    "prefix_grouper": ("verl.trainer.ppo.prefix_grouper_utils", False, "prefix_grouper"),
+    "legacy_actor": ("verl.workers.actor.dp_actor", False, ""),
+}
+"""Who binds the function -> its module, whether a call that does not say may be done in place, the package it needs.
+
+In place is verl's default, but the legacy actor and the prefix grouper compute the entropy from the same logits.
+"""
+
+
+def _wrapper(in_place_by_default: bool) -> Wrapper:
+    def logprobs(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _logprobs(wrapped, in_place_by_default, *args, **kwargs)
+
+    return logprobs
+
+
+def _logprobs(
+    wrapped: Callable[..., Any], in_place_by_default: bool, logits: Any, labels: Any, inplace_backward: Any = None
+) -> Any:
+    import torch
+
+    if type(logits) is not torch.Tensor or _verl_has_a_kernel():
+        return wrapped(logits, labels, *([] if inplace_backward is None else [inplace_backward]))
+    from verl_fl_overlay.kernels.logprobs import token_logprobs
+
+    return token_logprobs(
+        logits, labels, in_place=in_place_by_default if inplace_backward is None else bool(inplace_backward)
+    )
+
+
+def _verl_has_a_kernel() -> bool:
+    """Whether verl computes them by flash-attn or torch_npu, and not one row after the other, or does not tell."""
+    from verl.utils import torch_functional
+
+    try:
+        flash_attn, npu = (getattr(torch_functional, flag) for flag in FLAGS)
+    except AttributeError as error:
+        _warn_once(str(error))
+        return True
+    return bool(npu or (flash_attn and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"))
+
+
+@functools.cache
+def _warn_once(missing: str) -> None:
+    logger.warning("log-probs are computed by verl: %s, by which it told whether it has a kernel of its own", missing)
+
+
+def logprobs_hook(consumer: str) -> Hook:
+    """Return the hook on ``consumer``'s (a key of ``CONSUMERS``) binding of ``logprobs_from_logits``."""
+    module, in_place_by_default, needs = CONSUMERS[consumer]
+    return Hook(
+        name=f"logprobs.{consumer}",
+        module=module,
+        attribute="logprobs_from_logits",
+        wrapper=_wrapper(in_place_by_default),
+        feature="logprobs",
+        required=False,
+        why="without flash-attn and torch_npu, verl computes log-probs one row at a time, rounded to the logits' type; "
+        "they are computed all at once, in fp32.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/torch_functional.py#L73",
+        until="verl computes log-probs in fp32 without a loop where flash-attn is missing",
+        needs=needs,
+        relies_on=tuple(f"verl.utils.torch_functional:{flag}" for flag in FLAGS),
+    )

@@ -1,0 +1,174 @@
+"""``doctor``: what the overlay would do with the verl that is here, every hook tried for real."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay import activation, compat, report
+from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat.release.fingerprint import fingerprint
+from verl_fl_overlay.compat.release.sources import Tree
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
+from verl_fl_overlay.hooks import Hook, HookStatus, State
+from verl_fl_overlay.packages import installed
+from verl_fl_overlay.settings import Settings, environment
+from verl_fl_overlay.settings.readers import names
+
+
+def examine() -> tuple[dict[str, Any], bool]:
+    """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
+    refusals: list[str] = []
+    notes: dict[str, str] = {}
+    try:
+        _import_verl()
+        for status in activation.activate().hooks.report():
+            fault = _import_target(status)
+            if fault and status.hook.needs and not installed(status.hook.needs):
+                notes[status.hook.name] = f"not needed here: {status.hook.needs} is not installed"
+            elif fault:
+                notes[status.hook.name] = fault
+                refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
+    except OverlayError as error:
+        refusals.append(str(error))
+    result = report.build()
+    active = activation.active()
+    by_name = {status.hook.name: status.hook for status in active.hooks.report()} if active else {}
+    for hook in result["hooks"]:
+        hook["pinned"] = _pinned(by_name[hook["name"]])
+        hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
+    unloaded, by_another = _unloaded(active.selection.version) if active else ("", False)
+    result["problems"] += [unloaded] if unloaded else []
+    if refusals:
+        result["verl"]["supported"] = False
+        inactive = "the overlay is not active"
+        checked = environment.examine(os.environ)  # nobody reads the environment where verl cannot be imported
+        others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
+        told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
+        result["problems"] = refusals + told
+    return result, bool(result["verl"]["supported"]) and (not unloaded or by_another)
+
+
+def _import_verl() -> None:
+    try:
+        importlib.import_module("verl")
+    except OverlayError:
+        raise
+    except Exception as error:  # whatever verl raises, or another module that VERL_USE_EXTERNAL_MODULES names
+        missing = isinstance(error, ImportError) and error.name == "verl"
+        advice = f" Needed is verl >= {compat.OLDEST}: pip install verl" if missing else ""
+        raise UnsupportedVerlError(f"verl cannot be imported: {type(error).__name__}: {error}.{advice}") from error
+
+
+def _unloaded(version: str) -> tuple[str, bool]:
+    """Say what to export where verl loads the overlay in no process but this one, and whether another module may."""
+    listed = names(os.environ.get(environment.LOADED_BY, ""))
+    if environment.OVERLAY in listed or compat.finds_plugin(version, environment.OVERLAY):
+        return "", False
+    needed = environment.forwarded(os.environ)[environment.LOADED_BY]
+    unless = f", unless {' or '.join(listed)} imports it" if listed else ""
+    said = f"verl {version} does not load the overlay in training{unless}: export {environment.LOADED_BY}={needed}"
+    return said, bool(listed)
+
+
+def _import_target(status: HookStatus) -> str:
+    """Import the module a hook waits for; return in a line why that failed, "" if the hook waits no more."""
+    if status.state is not State.WAITING:
+        return ""
+    module = status.hook.module
+    try:
+        importlib.import_module(module)
+    except OverlayError:
+        raise
+    except Exception as error:  # whatever a third-party module raises while it is imported
+        if status.state is State.WAITING:
+            return f"import of {module} raises {type(error).__name__}: {error}".splitlines()[0]
+    return f"{module} was imported, and the hook was not called to it" if status.state is State.WAITING else ""
+
+
+def _pinned(hook: Hook) -> str:
+    """Compare the source that is here with this release's pin, or with the newest for a release without pins."""
+    verl = compat.find_verl()
+    if verl is None or not hook.module.startswith("verl."):
+        return "-"
+    by_release = pins.pinned(hook.target)
+    pin = by_release.get(verl.version) or next(reversed(by_release.values()), None)
+    if pin is None:
+        return "no pin"
+    here = fingerprint(Tree(Path(verl.folder).parent, "here"), hook.module, hook.attribute)
+    if here == pins.MISSING:
+        return "missing"
+    if not here.same_contract(pin):
+        return "parameters differ"
+    return "yes" if (here.body, here.decorators) == (pin.body, pin.decorators) else "body differs"
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Lay the report out as aligned text that can be pasted into an issue."""
+    verl = result["verl"]
+    lines = [
+        f"verl-fl-overlay {result['overlay']}",
+        f"verl            {verl['version'] or 'not installed'}"
+        + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
+        + ("" if verl["supported"] else "  NOT SUPPORTED"),
+        f"torch           {result['torch'] or 'not installed'}",
+        f"device          {result['device']}",
+        f"process         {result['summary'] or '-'}",
+        f"settings        {_settings(result['settings'])}",
+        "",
+    ]
+    if result["features"]:
+        lines += _table(
+            ["feature", "on", "what for"],
+            [
+                [name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]]
+                for name, f in result["features"].items()
+            ],
+        )
+        for name, feature in result["features"].items():
+            lines += _detail(name, feature.get("detail", {}))
+    if result["hooks"]:
+        rows = [
+            [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], str(h["calls"]), h["target"]]
+            for h in result["hooks"]
+        ]
+        lines += ["", *_table(["hook", "required", "pinned", "installed", "called", "target"], rows)]
+        details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
+        lines += (["", "notes", *details]) if details else []
+    lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
+    return "\n".join(lines)
+
+
+def _detail(name: str, detail: dict[str, Any]) -> list[str]:
+    """Lay out what a feature says of itself, a line an entry; what is empty is left out."""
+    told = {key: value for key, value in detail.items() if value not in (None, "", [], {}, ())}
+    width = max(map(len, told), default=0)
+    lines = [f"  {key.ljust(width)}  {_value(value)}" for key, value in told.items()]
+    return ["", name, *lines] if lines else []
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Show what differs from the defaults."""
+    default = Settings()
+    changed = {name: value for name, value in settings.items() if value != getattr(default, name)}
+    return ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "all as by default"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
+
+
+def quiet() -> None:
+    """Keep third-party libraries from writing progress and advice between the lines of the report."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,1 @@
+"""The chips that training may run on, the CPU among them."""

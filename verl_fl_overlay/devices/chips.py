@@ -1,0 +1,203 @@
+"""The chips of the FlagOS stack as one table: what each is called by whom, and how to tell which one is here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from verl_fl_overlay import packages
+from verl_fl_overlay.devices.cpu import cpu_module
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.stack import VENDOR_NAMES
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One vendor's chip.
+
+    ``vendor`` is FlagGems' name, ``device`` torch's, ``backend`` the vendor's own collectives in torch ("" where none
+    is known).  ``package`` is what brings ``torch.<device>``: a package, or torch's own build for the chip
+    ("torch+xpu"); "" where any torch has it.  ``command`` is the vendor's tool that lists the chips ("" where another
+    vendor's has the same name), ``ray_resource`` what Ray calls them, ``ipc`` whether processes can share their memory.
+    """
+
+    vendor: str
+    device: str
+    backend: str
+    visible_devices: str
+    package: str
+    command: str
+    ray_resource: str = "GPU"
+    ipc: bool = False
+
+
+CHIPS = {
+    chip.vendor: chip
+    for chip in (
+        Chip("ascend", "npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "torch_npu", "npu-smi", "NPU"),
+        Chip("mthreads", "musa", "mccl", "MUSA_VISIBLE_DEVICES", "torch_musa", "mthreads-gmi"),
+        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", "cnmon", ipc=True),
+        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", "efsmi", ipc=True),
+        Chip("tsingmicro", "txda", "", "TXDA_VISIBLE_DEVICES", "torch_txda", "tsm_smi", "TXDA"),
+        Chip("sunrise", "ptpu", "pccl", "PTPU_VISIBLE_DEVICES", "torch_ptpu", "pt_smi", "PTPU"),
+        Chip("intel", "xpu", "xccl", "ZE_AFFINITY_MASK", "torch+xpu", ""),
+        Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "mx-smi"),
+        Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "ixsmi"),
+        Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "hy-smi"),
+        Chip("amd", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "rocm-smi"),
+        Chip("nvidia", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "nvidia-smi"),
+        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "xpu-smi"),
+    )
+}
+"""FlagGems' name of the vendor -> its chip.
+
+Those whose package or tool nobody else has come first; Kunlunxin's tool has the name of Intel's, which may lie on an
+NVIDIA machine too.
+"""
+
+
+CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
+"""What VERL_FL_DEVICE=cpu trains on; the variable is the one that Ray sets for its workers, there is none for CPUs."""
+
+KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
+"""Vendors whose platform verl has itself."""
+
+
+def _installed(package: str) -> bool:
+    name, _, build = package.partition("+")
+    return _build(name) == build if build else packages.installed(name)
+
+
+@functools.cache
+def _build(package: str) -> str:
+    """Return the build that an installed package's version names, such as xpu of 2.9.0+xpu; it takes milliseconds."""
+    try:
+        return importlib.metadata.version(package).partition("+")[2]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def find(
+    environment: Mapping[str, str] | None = None,
+    *,
+    installed: Callable[[str], bool] = _installed,
+    command: Callable[[str], str | None] = shutil.which,
+) -> tuple[Chip | None, str]:
+    """Return the chip of this machine and what told it; (None, ...) where nothing does.
+
+    No vendor's package is imported: what counts is GEMS_VENDOR by any of its names, then an installed package, then a
+    vendor's tool.
+    """
+    environment = os.environ if environment is None else environment
+    for variable in VENDOR_NAMES:
+        named = environment.get(variable, "").strip().lower()
+        if named in CHIPS:
+            return CHIPS[named], f"{variable}={named}"
+    for chip in CHIPS.values():
+        if chip.package and installed(chip.package):
+            return chip, f"{chip.package} is installed"
+    for chip in CHIPS.values():
+        if chip.command and command(chip.command):
+            return chip, f"{chip.command} is there"
+    return None, "no vendor's package or tool is there"
+
+
+def called(name: str) -> Chip | None:
+    """Return the chip whose vendor, or whose device if no other chip has it, goes by ``name``; None if none."""
+    return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
+
+
+def chosen(settings: Settings) -> tuple[Chip | None, str]:
+    """Return the chip that training is to run on, and what told it; (None, ...) where nothing does.
+
+    The CPU where VERL_FL_DEVICE says so, else what VERL_PLATFORM names, else what is found on this machine.
+    """
+    if settings.device == "cpu":
+        return CPU, "VERL_FL_DEVICE=cpu"
+    named = settings["VERL_PLATFORM"].lower()
+    return (called(named), f"VERL_PLATFORM={named}") if named else find()
+
+
+def without_platform(settings: Settings) -> Chip | None:
+    """Return the chip that training is to run on, if it is one that verl itself has no platform for."""
+    chip, _ = chosen(settings)
+    return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
+
+
+_current: Chip | None = None
+
+
+def start(settings: Settings) -> Callable[[], None]:
+    """Settle on the chip, once: finding it asks the file system, and verl asks for its device in every step."""
+    global _current
+    chip = without_platform(settings)
+    assert chip is not None, "with verl's own platform there is nothing to start"
+    _current = chip
+    return _forget
+
+
+def _forget() -> None:
+    global _current
+    _current = None
+
+
+def current() -> Chip | None:
+    """Return the chip that ``start`` settled on; None before, and after it was stopped."""
+    return _current
+
+
+def device_module(chip: Chip) -> Any:
+    """Return ``torch.<device>`` of ``chip``, its package imported first where torch did not do that itself.
+
+    For the CPU that is ``devices.cpu_module``, which has what verl asks of an accelerator's.
+
+    Raises:
+        ImportError: the package is not there, or does not load.
+    """
+    if chip is CPU:
+        return cpu_module
+    import torch
+
+    if not hasattr(torch, chip.device):
+        importlib.import_module(chip.package)
+    return getattr(torch, chip.device)
+
+
+def is_available(chip: Chip) -> bool:
+    """Return whether torch can compute on ``chip`` in this process."""
+    try:
+        return bool(device_module(chip).is_available())
+    except ImportError:
+        return False
+
+
+def backend(chip: Chip) -> str:
+    """Return the name of the vendor's own collectives.
+
+    Raises:
+        OverlayError: none are known; FlagCX serves the chip.
+    """
+    if not chip.backend:
+        raise OverlayError(f"no collectives are known for {chip.vendor} but FlagCX: export USE_FLAGCX=1")
+    return chip.backend
+
+
+def reason_off(settings: Settings) -> str:
+    """Return why verl's own platforms do, "" where training runs on a chip that needs one from here."""
+    chip, told_by = chosen(settings)
+    if chip is None:
+        return told_by
+    return f"verl has a platform for {chip.vendor} ({told_by})" if chip.vendor in KNOWN_TO_VERL else ""
+
+
+def describe() -> dict[str, str]:
+    """Return the chip's row, and what told it."""
+    chip, told_by = chosen(Settings.parse()[0])
+    return {"told by": told_by, **({} if chip is None else asdict(chip))}

@@ -1,0 +1,1 @@
+"""vllm-plugin-FL's dispatch file."""

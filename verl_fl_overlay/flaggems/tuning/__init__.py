@@ -1,0 +1,1 @@
+"""Which of FlagGems' operators are faster, measured."""

@@ -1,0 +1,78 @@
+"""Whole steps with and without FlagGems' operators, in turns: which operators make a step faster."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from verl_fl_overlay.flaggems import safety
+from verl_fl_overlay.flaggems.library import FlagGems, Kernel
+from verl_fl_overlay.flaggems.routing import Router
+from verl_fl_overlay.flaggems.tuning import timing
+from verl_fl_overlay.flaggems.tuning.calls import Step
+
+ROUNDS = 5
+"""Each side has so many turns; chance alone makes one of them faster in all once in 32 times."""
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def routed(kernels: Iterable[Kernel]) -> Iterator[None]:
+    """Have ``kernels`` answer their operators, as training would have them."""
+    router = Router([safety.seen_by_autograd(kernel) for kernel in kernels])
+    router.enter()
+    try:
+        yield
+    finally:
+        router.leave()
+
+
+class Contest:
+    """Compares sets of FlagGems' functions, given by their names, by the steps that they make."""
+
+    def __init__(self, step: Step, gems: FlagGems, say: Say) -> None:
+        self._step = step
+        self._kernels = [kernel for kernel in gems.kernels if not safety.why_unsafe(kernel)]
+        self._say = say
+
+    def winners(self, kept: list[str], candidates: list[str]) -> list[str]:
+        """Return ``kept`` and what of ``candidates`` makes its steps faster: all, or what does of either half."""
+        if not candidates or self._faster(kept, [*kept, *candidates]):
+            return [*kept, *candidates]
+        if len(candidates) == 1:
+            return kept
+        half = len(candidates) // 2
+        return self.winners(self.winners(kept, candidates[:half]), candidates[half:])
+
+    def times(self, names: Sequence[str]) -> tuple[float, float]:
+        """Return the median times of a step, native and with ``names``, milliseconds."""
+        native, ours = zip(*(self._round([], names) for _ in range(ROUNDS)), strict=True)
+        times = statistics.median(native), statistics.median(ours)
+        self._say(f"whole step, native: {times[0]:.1f} ms; with {', '.join(names)}: {times[1]:.1f} ms")
+        return times
+
+    def step_ms(self, names: Sequence[str]) -> float:
+        """Return the time of a step with ``names`` routed, milliseconds; infinite if a kernel fails in it."""
+        try:
+            with routed(kernel for kernel in self._kernels if kernel.name in names):
+                return timing.step_ms(self._step)
+        except Exception as error:  # whatever a kernel raises at a shape that was not timed
+            if not names:
+                raise
+            self._say(f"whole step with {', '.join(names)}: {type(error).__name__}: {str(error)[:80]}")
+            return float("inf")
+
+    def _round(self, before: Sequence[str], after: Sequence[str]) -> tuple[float, float]:
+        return self.step_ms(before), self.step_ms(after)
+
+    def _faster(self, before: Sequence[str], after: Sequence[str]) -> bool:
+        """Tell whether ``after`` wins every round; the first that it loses is the last."""
+        for number in range(1, ROUNDS + 1):
+            one, other = self._round(before, after)
+            if not other < one:
+                lost = f"round {number} is lost, {other:.1f} ms against {one:.1f}"
+                self._say(f"whole step with {', '.join(after)}: {lost}")
+                return False
+        return True

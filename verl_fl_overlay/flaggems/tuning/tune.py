@@ -1,0 +1,158 @@
+"""``verl-fl tune``: measures, for one model's real training step, which operators are faster from FlagGems.
+
+A step is recorded: every operator FlagGems offers, with the shapes it was called with.  Each is timed native and from
+FlagGems at those shapes, and of the faster ones those are chosen that make whole steps faster.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from verl_fl_overlay.compat import trial
+from verl_fl_overlay.flaggems import names, safety
+from verl_fl_overlay.flaggems.library import FlagGems, Kernel
+from verl_fl_overlay.flaggems.library import load as load_flag_gems
+from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, key_here, load
+from verl_fl_overlay.flaggems.tuning.calls import Call, Step, operator, record
+from verl_fl_overlay.flaggems.tuning.contest import Contest, Say, routed
+from verl_fl_overlay.flaggems.tuning.timing import call_ms
+
+LARGEST, MOST_FREQUENT = 3, 3
+"""Of an operator's different calls, so many are timed: the device's time is in the former, the host's in the latter."""
+
+
+def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
+    """Time the kernel against torch's own at the shapes of ``calls``, both through torch's dispatcher."""
+    reason = safety.why_unsafe(kernel)
+    if not reason:
+        try:
+            native = _spent(kernel.key, calls)
+            with routed([kernel]):
+                ours = _spent(kernel.key, calls)
+            return Measurement(kernel.key, kernel.name, calls.total(), native, ours)
+        except Exception as error:  # whatever a kernel raises at a shape it does not support
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
+    return Measurement(kernel.key, kernel.name, calls.total(), 0.0, 0.0, reason)
+
+
+def _spent(key: str, calls: Counter[Call]) -> float:
+    """Return what all ``calls`` of an operator take, milliseconds: one that is not timed, as much as the nearest."""
+    timed: dict[Call, float] = {}
+    for call in _representative(calls):
+        args, kwargs = call.arguments()
+        timed[call] = call_ms(lambda a=args, k=kwargs: operator(key)(*a, **k))  # type: ignore[misc]
+
+    def of(call: Call) -> float:
+        return timed.get(call) or timed[min(timed, key=lambda one: abs(math.log(one.elements / call.elements)))]
+
+    return sum(count * of(call) for call, count in calls.items())
+
+
+def _representative(calls: Counter[Call]) -> Iterable[Call]:
+    largest = sorted(calls, key=lambda call: -calls[call] * call.elements)[:LARGEST]
+    frequent = (call for call, _ in calls.most_common(MOST_FREQUENT))
+    return dict.fromkeys((*largest, *frequent))
+
+
+def tune(
+    step: Step, gems: FlagGems, key: Key, workload: str, file: Path, *, skip: Collection[str] = (), say: Say = print
+) -> Profile:
+    """Measure and write ``file`` after every operator; a file of the same key and workload is gone on with.
+
+    Args:
+        step: one training step; called with nothing, leaves nothing to wait for but the device.
+        gems: the FlagGems of this process.
+        key: what the profile will hold for.
+        workload: the model and the batch, in words.
+        file: where the profile goes.
+        skip: functions that are not measured, such as matrix products whose autotuning takes minutes.
+        say: told of the progress, a line at a time.
+    """
+    profile = _begun(file, key, workload)
+    step()
+    calls = record(step, gems.kernels)
+    kept = tuple(one for one in profile.measurements if _holds(one, calls))
+    if len(kept) < sum(not one.note for one in profile.measurements):  # of another step: so is what was chosen
+        profile = replace(profile, chosen=(), step_ms={})
+    profile = replace(profile, measurements=kept)
+    done = {one.key for one in profile.measurements}
+    for number, (name, counted) in enumerate(sorted(calls.items(), key=lambda item: -item[1].total()), 1):
+        kernel = next(kernel for kernel in gems.kernels if kernel.key == name)
+        if name in done:
+            continue
+        if kernel.name in skip:
+            one = Measurement(name, kernel.name, counted.total(), 0.0, 0.0, "not measured: skipped")
+        else:
+            one = measure(kernel, counted)
+        profile = replace(profile, measurements=(*profile.measurements, one))
+        profile.save(file)
+        found = one.note or f"native {one.native_ms:.2f}, FlagGems {one.flaggems_ms:.2f} ms"
+        say(f"{number}/{len(calls)} {name}: {found}")
+    profile = _decided(profile, step, gems, say)
+    profile.save(file)
+    return profile
+
+
+def _holds(one: Measurement, calls: Mapping[str, Counter[Call]]) -> bool:
+    """Tell whether a measurement that was found is of this step; what was only noted is tried again."""
+    return not one.note and one.key in calls and one.calls == calls[one.key].total()
+
+
+def tune_model(
+    model: str, file: Path, *, rows: int, length: int, micro_batch: int, skip: Collection[str] = (), say: Say = print
+) -> Profile:
+    """Tune for a model's folder: ``rows`` sequences of at most ``length`` tokens a step, in verl's FSDP2 engine.
+
+    Fused modules and log-probs are as the job will have them; no operator is routed while it is recorded.
+
+    Raises:
+        FlagGemsError: FlagGems cannot be used here.
+        ProfileError: ``file`` is there and damaged or another's, or cannot be written.
+        SettingsError: ``skip`` names what FlagGems does not have.
+    """
+    for variable in ("USE_FLAGGEMS", "TRAINING_FL_FLAGGEMS_ENABLE"):
+        os.environ.pop(variable, None)
+    gems = load_flag_gems()
+    names.check(skip, "--skip", gems)
+    step = trial.steps(model, rows, length, micro_batch)
+    workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
+    return tune(step, gems, key_here(), workload, file, skip=skip, say=say)
+
+
+def _begun(file: Path, key: Key, workload: str) -> Profile:
+    """Return what is to be gone on with, written down: that it cannot be is better known now than after measuring."""
+    profile = Profile(key, workload)
+    if file.exists():
+        profile = load(file)
+        if (profile.key, profile.workload) != (key, workload):
+            raise ProfileError(
+                f"{file} holds another profile and is not overwritten; take another --out, or remove it.\n"
+                f"  it holds: {profile.key}; {profile.workload}\n  this is:  {key}; {workload}"
+            )
+    try:
+        profile.save(file)
+    except OSError as error:
+        raise ProfileError(f"the profile {file} cannot be written: {error.strerror}") from error
+    return profile
+
+
+def _decided(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
+    """Try the functions all of whose keys are faster in whole steps; choose those that make these faster."""
+    by_name: dict[str, list[Measurement]] = {}
+    for one in profile.measurements:
+        by_name.setdefault(one.name, []).append(one)
+    saved = {name: sum(one.native_ms - one.flaggems_ms for one in ones) for name, ones in by_name.items()}
+    candidates = [name for name in sorted(saved, key=lambda n: -saved[n]) if all(one.faster for one in by_name[name])]
+    contest = Contest(step, gems, say)
+    chosen = contest.winners([], candidates)
+    if chosen:
+        native, ours = contest.times(chosen)
+        if ours < native:
+            return replace(profile, chosen=tuple(sorted(chosen)), step_ms={"native": native, "chosen": ours})
+    say("nothing is routed: nothing made whole steps faster")
+    return replace(profile, chosen=(), step_ms={"native": contest.step_ms([])})

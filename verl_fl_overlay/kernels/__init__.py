@@ -1,0 +1,1 @@
+"""Fused kernels, each checked against what it replaces before it is used."""

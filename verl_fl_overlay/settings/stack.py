@@ -1,0 +1,179 @@
+"""The environment variables of the FlagOS stack's other components, one row each.
+
+Defaults and allowed values are what the components' code does, also where their documents say something else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl_fl_overlay.settings.readers import (
+    Variable,
+    choice,
+    choices_per_op,
+    directory,
+    flag,
+    integer,
+    json_file,
+    names,
+    words,
+)
+
+PREFER = ("flagos", "vendor", "reference")
+FLAG = "1 or 0"
+CSV = "names, comma-separated"
+PER_OP = "op=token|token;op=token, tokens: flagos, reference, vendor, vendor:<NAME>, impl:<id>"
+LEVELS = ("debug", "info", "warning", "error", "critical")
+ONE_TRUE = ("1", "true")
+OF_ONE_PROCESS = ("FLAGCX_HOSTID", "FLAGCX_COMM_ID", "FLAGCX_RANK")
+"""FlagCX's variables that must differ between nodes or ranks: by the first it tells which ranks share a node."""
+VENDOR_NAMES = ("GEMS_VENDOR", "FLAGGEMS_VENDOR", "GEMS_BACKEND", "FLAGGEMS_BACKEND")
+"""FlagGems' names of one variable, in the order in which it asks for them; it knows the last three since 5.3.0."""
+
+
+def _flaggems() -> list[Variable[Any]]:
+    component = "FlagGems"
+    return [
+        Variable("GEMS_VENDOR", words, "", "a vendor's name", "The chip's vendor, instead of finding it.", component),
+        *(
+            Variable(name, words, "", "a vendor's name", "Another name of GEMS_VENDOR.", component, since="5.3.0")
+            for name in VENDOR_NAMES[1:]
+        ),
+        Variable(
+            "USE_C_EXTENSION",
+            flag,
+            False,
+            FLAG,
+            "FlagGems' operators in C++, where built.",
+            component,
+            truths=("1",),
+        ),
+        Variable("ARCH", words, "", "an architecture's name", "The chip's architecture within its vendor.", component),
+        Variable("FLAGGEMS_CACHE_DIR", words, "~/.flaggems", "a directory", "Generated code and tuning.", component),
+        Variable("FLAGGEMS_DB_URL", words, "", "an SQLAlchemy URL", "Where tuning results are kept.", component),
+        Variable("USE_FLAGTUNE", flag, False, FLAG, "FlagGems' wider search for tile sizes.", component, since="5.3.0"),
+    ]
+
+
+def _flagcx() -> list[Variable[Any]]:
+    component = "FlagCX"
+    return [
+        Variable(
+            "USE_FLAGCX",
+            flag,
+            False,
+            FLAG,
+            "Collectives of training through FlagCX.",
+            "verl",
+            truths=ONE_TRUE,
+        ),
+        Variable(
+            "FLAGCX_PATH",
+            directory,
+            "",
+            "the directory FlagCX was built in",
+            "Where FlagCX lies; its being set makes rollout (vllm-plugin-FL) use it.",
+            component,
+        ),
+        Variable("FLAGCX_ADAPTOR", words, "", "a vendor's name", "The chip FlagCX is built for.", component, "build"),
+        Variable("FLAGCX_DEBUG", words, "", "a level", "What FlagCX logs.", component),
+        Variable("FLAGCX_USE_HOST_COMM", words, "", FLAG, "Communicate through the hosts' memory.", component),
+        Variable("FLAGCX_USE_HETERO_COMM", words, "", FLAG, "Communicate between unlike chips.", component),
+        Variable("FLAGCX_SOCKET_IFNAME", words, "", "a network interface", "The interface for sockets.", component),
+        Variable("FLAGCX_IB_HCA", words, "", "device names", "The InfiniBand adapters.", component),
+    ]
+
+
+def _te_fl() -> list[Variable[Any]]:
+    def row(name: str, read: Any, default: Any, allowed: str, text: str) -> Variable[Any]:
+        return Variable(name, read, default, allowed, text, "TransformerEngine-FL", "training")
+
+    return [
+        row("TE_FL_PREFER", choice(*PREFER), "flagos", ", ".join(PREFER), "Which kind of implementation goes first."),
+        row("TE_FL_PREFER_VENDOR", flag, False, FLAG, "Older form of TE_FL_PREFER=vendor, which goes before it."),
+        row("TE_FL_STRICT", choice("0", "1"), "", FLAG, "Whether another implementation is tried when one fails."),
+        row("TE_FL_ALLOW_VENDORS", names, (), CSV, "The only vendors whose implementations are used."),
+        row("TE_FL_DENY_VENDORS", names, (), CSV, "Vendors whose implementations are not used."),
+        row("TE_FL_PER_OP", choices_per_op, {}, PER_OP, "The implementations to try, operator by operator."),
+        row("TE_FL_PLUGIN_MODULES", names, (), CSV, "Modules that register further implementations."),
+        row("TE_FL_SKIP_CUDA", integer, 0, FLAG, "Import without the CUDA library."),
+        row("TEFL_LOG_LEVEL", choice(*LEVELS), "info", ", ".join(LEVELS), "What TransformerEngine-FL logs."),
+    ]
+
+
+def _vllm_fl() -> list[Variable[Any]]:
+    def row(name: str, read: Any, default: Any, allowed: str, text: str, truths: tuple[str, ...] = ()) -> Variable[Any]:
+        return Variable(name, read, default, allowed, text, "vllm-plugin-FL", "rollout", truths=truths)
+
+    return [
+        Variable("VLLM_PLUGINS", names, (), CSV, "The plugins vLLM loads; all when not set.", "vLLM", "rollout"),
+        row("VLLM_FL_PREFER_ENABLED", flag, True, FLAG, "0 turns FlagGems and the dispatch off.", ONE_TRUE),
+        row("VLLM_FL_PREFER", choice(*PREFER), "flagos", ", ".join(PREFER), "Which kind of implementation goes first."),
+        row("VLLM_FL_STRICT", choice("0", "1"), "0", FLAG, "Raise when the chosen implementation fails."),
+        row("VLLM_FL_PER_OP", choices_per_op, {}, PER_OP, "The implementations to try, operator by operator."),
+        row("VLLM_FL_ALLOW_VENDORS", names, (), CSV, "The only vendors whose implementations are used."),
+        row("VLLM_FL_DENY_VENDORS", names, (), CSV, "Vendors whose implementations are not used."),
+        row("VLLM_FL_PLUGIN_MODULES", names, (), CSV, "Modules that register further implementations."),
+        row("VLLM_FL_LOG_LEVEL", choice(*LEVELS), "info", ", ".join(LEVELS), "What the plugin logs."),
+        row("VLLM_FL_DISPATCH_DEBUG", flag, False, FLAG, "Log every choice of an implementation.", ONE_TRUE),
+        row("VLLM_FL_CONFIG", words, "", "a YAML file", "The dispatch policy as a file; lists given here go first."),
+        row("VLLM_FL_PLATFORM", words, "", "a platform's name", "The chip, instead of finding it."),
+        row("VLLM_FL_OP_CONFIG", json_file, "", "a JSON file, op: backend", "As VLLM_FL_PER_OP, and before it."),
+        row("VLLM_FL_FLAGOS_WHITELIST", names, (), CSV, "The only FlagGems operators that rollout uses."),
+        row("VLLM_FL_FLAGOS_BLACKLIST", names, (), CSV, "FlagGems operators left out besides the chip's."),
+        row("VLLM_FL_FLAGOS_BLACKLIST_APPEND", names, (), CSV, "The same; the plugin itself adds these."),
+        row("VLLM_FL_OOT_ENABLED", flag, True, FLAG, "Replace vLLM's custom operators.", ONE_TRUE),
+        row("VLLM_FL_OOT_WHITELIST", names, (), CSV, "The only custom operators that are replaced."),
+        row("VLLM_FL_OOT_BLACKLIST", names, (), CSV, "Custom operators left alone besides the chip's."),
+        row("VLLM_FL_OP_FAST_PATH", flag, True, FLAG, "Call chosen implementations without looking them up again."),
+        row("VLLM_FL_USE_FLAGGEMS_VLLM", flag, True, FLAG, "Operators that FlagGems made for vLLM.", ONE_TRUE),
+        row("VLLM_FL_USE_FLAGGEMS_ATTN", flag, False, FLAG, "FlagGems' attention.", ONE_TRUE),
+        row("VLLM_FL_HOPPER_LONG_CONTEXT_OPT", flag, False, FLAG, "Native kernels for long contexts on Hopper."),
+        row("VLLM_FL_IO_DUMP", words, "", "a directory, or 1", "Write operators' inputs and outputs there."),
+        row("VLLM_FL_IO_DUMP_OPS", names, (), CSV, "The operators to write."),
+        row("VLLM_FL_IO_DUMP_MODULES", names, (), "class names, comma-separated", "The modules to write."),
+        row("VLLM_FL_IO_DUMP_LAYERS", words, "", "numbers, ranges or globs", "The layers to write."),
+        row("VLLM_FL_IO_DUMP_MAX_CALLS", words, "", "a whole number", "The calls of each operator to write."),
+        row("VLLM_FL_IO_DUMP_STEP_RANGE", words, "", "first-last", "The steps to write."),
+        row("VLLM_FL_IO_DUMP_RANK", words, "", "a rank", "The rank that writes."),
+        row("VLLM_FL_IO_DUMP_TORCH_FUNCS", words, "", "1 or names", "Write torch's functions too."),
+        row(
+            "FLAGGEMS_ENABLE_OPLIST_PATH",
+            words,
+            "/tmp/flaggems_enable_oplist.txt",
+            "a file",
+            "Where rollout records its FlagGems operators.",
+        ),
+        row("ROLLOUT_FLAGGEMS_PATH", words, "", "a file", "Older name of FLAGGEMS_ENABLE_OPLIST_PATH, read no more."),
+    ]
+
+
+def _megatron() -> list[Variable[Any]]:
+    component = "Megatron-LM-FL"
+    fp16 = "Allow Megatron's deprecated fp16 path."
+    return [
+        Variable("MG_FL_PREFER", words, "", "a vendor's name", "Whose override goes first.", component, "training"),
+        Variable("MG_ALLOW_DEPRECATED_FP16", words, "", FLAG, fp16, component, "training"),
+    ]
+
+
+def _verl() -> list[Variable[Any]]:
+    def row(name: str, default: str, allowed: str, text: str, since: str = "0.9.0") -> Variable[Any]:
+        return Variable(name, words, default, allowed, text, "verl", since=since)
+
+    return [
+        row("VERL_USE_EXTERNAL_MODULES", "", CSV, "Modules verl imports; no blanks, no comma at the end.", ""),
+        row("VERL_USE_EXTERNAL_PLUGINS", "auto", "auto, none or names", "Installed plugins that verl loads."),
+        row("VERL_PLATFORM", "", "a platform's name", "The chip, instead of finding it."),
+        row("VERL_ENGINE_DEVICE", "", "a device", "Choose the training engine's class by this device."),
+        row("VERL_ENGINE_VENDOR", "", "a vendor", "Choose the training engine's class by this vendor."),
+    ]
+
+
+_GROUPS = (_flaggems, _flagcx, _te_fl, _vllm_fl, _megatron, _verl)
+
+STACK: dict[str, Variable[Any]] = {variable.name: variable for group in _GROUPS for variable in group()}
+"""Name -> variable, for every variable that another component reads."""
+
+PREFIXES = ("TE_FL_", "VLLM_FL_", "TRAINING_FL_", "ROLLOUT_FL_")
+"""Beginnings of names that belong to the stack alone: a name that begins so and is not in the table is misspelt."""
