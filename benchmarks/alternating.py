@@ -28,7 +28,7 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
     from verl.workers.engine.fsdp import transformer_impl
 
     from verl_fl_overlay.kernels.fused import ADAM, ROTARY, FusedModules
-    from verl_fl_overlay.settings.readers import FUSED
+    from verl_fl_overlay.settings.variables import FUSED
 
     model, ours = engine.module, transformer_impl.logprobs_from_logits
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
@@ -122,7 +122,7 @@ def main() -> None:
     if device == "cuda":
         from verl_fl_overlay.kernels.agreement import checks
         from verl_fl_overlay.kernels.logprobs import kernels_used
-        from verl_fl_overlay.settings.readers import FUSED
+        from verl_fl_overlay.settings.variables import FUSED
 
         found = {**checks(), **kernels_used()}
         used = set(FUSED) <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}

@@ -196,7 +196,7 @@ def _measure_steps(step: Any, result: dict[str, Any], steps: int) -> None:
 
 
 def _describe(result: dict[str, Any]) -> None:
-    from verl_fl_overlay.report import build
+    from verl_fl_overlay.activation import report as build
 
     built = build()
     result["report"] = built["features"]["flaggems"]
@@ -217,7 +217,7 @@ def _cost() -> dict[str, Any]:
     from verl_fl_overlay.flaggems.routing import Router
     from verl_fl_overlay.settings import Settings
 
-    kernels = select(Settings(ops=("all",)), library.load()).kernels
+    kernels = select(Settings.of(ops=("all",)), library.load()).kernels
     measured = {}
     for name, chosen in {"40": kernels[:40], "all": kernels}.items():
         router = Router(chosen)

@@ -190,7 +190,7 @@ def run_row(row: str, names: list[str], models: Path, steps: int) -> dict[str, A
         if device == "cuda":
             torch.cuda.empty_cache()
     if "verl_fl_overlay" in sys.modules:
-        from verl_fl_overlay.report import build
+        from verl_fl_overlay.activation import report as build
 
         told = build()["features"]
         results["overlay"] = {feature: told[feature].get("detail") for feature in ("logprobs", "fused", "flaggems")}

@@ -9,12 +9,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay.errors import UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.packages import installed
 
 OLDEST = Version("0.7.0")
 RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
@@ -22,17 +24,25 @@ RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What the gate decided: the version found, the shim's name, its hooks, and a warning if it had to guess.
+class Shim:
+    """What the gate decided: the version found, the shim's name (v0_9), its hooks, and a warning if it had to guess.
 
-    ``absent`` are the hooks' modules that a verl which was never tested does not have.
+    Hooks whose module this verl does not have are in one of two tables, name -> reason.  ``left_out`` are those that
+    serve an engine which needs a package: to refuse would hit everybody who trains on another engine.  ``absent`` are
+    all others: a required one of them is refused, an optional one is warned about.
     """
 
     version: str
-    shim: str
+    name: str
     hooks: tuple[Hook, ...]
     warning: str = ""
-    absent: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def warnings(self) -> list[str]:
+        """Return what to warn about at load: a version that was not tested, and the engines here that lost hooks."""
+        engines = [self.left_out[h.name] for h in self.hooks if h.name in self.left_out and installed(h.needs)]
+        return list(dict.fromkeys(filter(None, (self.warning, *engines))))
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ def device_chosen() -> bool:
     return "verl.workers.engine.base" in sys.modules  # before 0.9 the engines keep the helpers they found at import
 
 
-def select(verl: InstalledVerl) -> Selection:
-    """Choose the shim for ``verl``.
+def select(verl: InstalledVerl) -> Shim:
+    """Choose the shim for ``verl``, and look for the modules of its hooks.
 
     A version decides by its release numbers alone, since a git checkout of 0.7.0 says 0.7.0.dev.  A development
     version does not tell which side of a change it is on, so there the source tree is asked for that change.
@@ -117,27 +127,41 @@ def select(verl: InstalledVerl) -> Selection:
             "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
     # What the probe looks for may itself have moved in what comes after the newest release.
-    shim = _shim_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None
-    if shim is None:
-        shim = _shim_by_version(base)
-    hooks, warning = _hooks(shim, base), _warning(version, base, shim)
-    return Selection(verl.version, shim, hooks, warning, _absent(verl, hooks) if warning else frozenset())
+    name = _name_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None
+    if name is None:
+        name = _name_by_version(base)
+    hooks = _hooks(name, base)
+    gone = _without_module(verl, hooks)
+    return Shim(
+        verl.version,
+        name,
+        hooks,
+        _warning(version, base, name),
+        {
+            h.name: f"{gone[h.name]}; an engine of {h.needs} goes without it"
+            for h in hooks
+            if h.name in gone and h.needs
+        },
+        {h.name: gone[h.name] for h in hooks if h.name in gone and not h.needs},
+    )
 
 
-def _absent(verl: InstalledVerl, hooks: tuple[Hook, ...]) -> frozenset[str]:
-    if not os.path.isdir(verl.folder):  # not known, or in a zip
-        return frozenset()
+def _without_module(verl: InstalledVerl, hooks: tuple[Hook, ...]) -> dict[str, str]:
+    """Return hook -> reason for those whose module is not there; none where verl's files cannot be looked at."""
+    if not verl.has("version/version"):  # the folder is not known, or in a zip
+        return {}
     modules = {hook.module for hook in hooks if hook.module.startswith("verl.")}
-    return frozenset(module for module in modules if not verl.has_module(module))
+    gone = {module for module in modules if not verl.has_module(module)}
+    return {h.name: f"verl {verl.version} has no module {h.module}" for h in hooks if h.module in gone}
 
 
-def _shim_by_version(base: Version) -> str:
+def _name_by_version(base: Version) -> str:
     if base < Version("0.8"):
         return "v0_7"
     return "v0_8" if base < Version("0.9") else "v0_9"
 
 
-def _shim_by_probe(verl: InstalledVerl) -> str | None:
+def _name_by_probe(verl: InstalledVerl) -> str | None:
     """Tell the release line by what only it has; None if this is no source folder of verl."""
     if not verl.has("workers/engine/base.py"):
         return None
@@ -146,18 +170,18 @@ def _shim_by_probe(verl: InstalledVerl) -> str | None:
     return "v0_7" if verl.has("workers/fsdp_workers.py") else "v0_8"
 
 
-def _hooks(shim: str, base: Version) -> tuple[Hook, ...]:
+def _hooks(name: str, base: Version) -> tuple[Hook, ...]:
     from verl_fl_overlay.compat import v0_7, v0_8, v0_9
 
-    return tuple({"v0_7": v0_7, "v0_8": v0_8, "v0_9": v0_9}[shim].hooks(base))
+    return tuple({"v0_7": v0_7, "v0_8": v0_8, "v0_9": v0_9}[name].hooks(base))
 
 
-def _warning(version: Version, base: Version, shim: str) -> str:
+def _warning(version: Version, base: Version, name: str) -> str:
     if str(version) in RELEASES:
         return ""
     newer = base > Version(RELEASES[-1])
     return (
         f"verl {version} is {'newer than any' if newer else 'no'} release that verl-fl-overlay was tested with "
-        f"({', '.join(RELEASES)}); using the hooks of {shim}. Each hook's target is checked for its parameters when it "
+        f"({', '.join(RELEASES)}); using the hooks of {name}. Each hook's target is checked for its parameters when it "
         "is installed, and a required one that is gone or differs is refused."
     )

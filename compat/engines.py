@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_fl_overlay.events import engine_built, engine_initialized
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.errors import HookError
+from verl_fl_overlay.events import Engine, engine_built, engine_initialized, failures
+from verl_fl_overlay.hooks import Hook, Wrapper
 from verl_fl_overlay.phase import training
 
 BASE = "verl.workers.engine.base"
@@ -20,24 +22,88 @@ UPSTREAM = "https://github.com/volcengine/verl/blob/v0.9.1/verl/workers/engine"
 Call = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Backend:
+    """One of verl's backends: its class that has an ``initialize`` of its own, the package that its module needs.
+
+    ``floating_type`` is the attribute of that class that holds the type in which the model computes, "" for none.
+    """
+
+    owner: str
+    needs: str = ""
+    floating_type: str = ""
+
+    def relies_on(self, module: str) -> tuple[str, ...]:
+        """Return the attributes that ``told`` reads."""
+        names = filter(None, ("module", "optimizer", self.floating_type))
+        return tuple(f"{module}:{self.owner}.{name}" for name in names)
+
+
+BACKENDS = {
+    "fsdp": Backend("FSDPEngine", floating_type="_autocast_dtype"),
+    "megatron": Backend("MegatronEngine", "megatron.core", "param_dtype"),  # other packages are of that namespace too
+    "veomni": Backend("VeOmniEngine", "veomni"),
+    "torchtitan": Backend("TorchTitanEngine", "torchtitan"),
+    "automodel": Backend("AutomodelEngine", "nemo_automodel"),
+}
+"""Name of verl's folder -> its backend; VeOmni's engine is also an FSDP engine, and others inherit one of these."""
+
+
+def told(engine: Any, name: str, backend: Backend) -> Engine:
+    """Return an initialised ``engine`` of verl in torch's terms.
+
+    What a changed verl no longer has is recorded by name, and the engine is told without it.
+    """
+    module = _attribute(engine, "module")
+    chunks = module if isinstance(module, list | tuple) else [module]  # Megatron and TorchTitan keep a list of them
+    floating_type = _attribute(engine, backend.floating_type) if backend.floating_type else ""
+    return Engine(
+        name,
+        tuple(chunk for chunk in chunks if hasattr(chunk, "named_children")),
+        _attribute(engine, "optimizer"),
+        str(floating_type or "").removeprefix("torch."),
+    )
+
+
+def _attribute(engine: Any, name: str) -> Any:
+    try:
+        return getattr(engine, name)
+    except AttributeError:
+        whose = f"{type(engine).__module__}.{type(engine).__qualname__}"
+        lost = HookError(f"verl's {whose} has no attribute {name}: what the overlay does with it is left out")
+        failures.record(f"{whose}.{name}", lost)
+        return None
+
+
+def _backend_of(engine: Any, registered: str) -> str:
+    """Return the backend whose class ``engine`` has or inherits, else the name that it was registered under."""
+    homes = (cls.__module__.removesuffix(".transformer_impl") for cls in type(engine).__mro__)
+    found = (home.rpartition(".")[2] for home in homes if home.startswith("verl.workers.engine."))
+    return next((name for name in found if name in BACKENDS), registered)
+
+
 def _new(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     engine = wrapped(*args, **kwargs)
-    engine_built.emit(engine)
+    registered = kwargs["backend"] if "backend" in kwargs else args[1]
+    engine_built.emit(Engine(_backend_of(engine, str(registered))))
     return engine
 
 
-def _initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with training.inside("initialize"):
-        result = wrapped(*args, **kwargs)
-    engine_initialized.emit(instance)
-    return result
+def _initialize(name: str, backend: Backend) -> Wrapper:
+    def initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with training.inside("initialize"):
+            result = wrapped(*args, **kwargs)
+        engine_initialized.emit(told(instance, name, backend))
+        return result
+
+    return initialize
 
 
 def _enter(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # After verl's own entering: it moves offloaded weights to the device, which is not training.
     result = wrapped(*args, **kwargs)
     try:
-        training.enter(instance.mode)
+        training.enter(str(_attribute(instance, "mode")))
     except BaseException:
         from verl.workers.engine.base import BaseEngineCtx
 
@@ -138,28 +204,23 @@ def base_hooks() -> list[Hook]:
     ]
 
 
-ENGINES = {
-    "fsdp": ("FSDPEngine", ""),
-    "megatron": ("MegatronEngine", "megatron.core"),  # other packages are of that namespace too
-    "veomni": ("VeOmniEngine", "veomni"),
-    "torchtitan": ("TorchTitanEngine", "torchtitan"),
-    "automodel": ("AutomodelEngine", "nemo_automodel"),
-}
-"""Backend -> the class that has its own ``initialize`` (the others inherit one of these), the package it needs."""
+def initialize_hook(name: str, *, floating_type: bool = True) -> Hook:
+    """Return the hook on the ``initialize`` of a backend (a key of ``BACKENDS``).
 
-
-def initialize_hook(backend: str) -> Hook:
-    """Return the hook on the ``initialize`` of ``backend`` (a key of ``ENGINES``)."""
-    owner, needs = ENGINES[backend]
+    ``floating_type`` is False for a release whose engines do not keep it.
+    """
+    backend = BACKENDS[name] if floating_type else replace(BACKENDS[name], floating_type="")
+    module = f"verl.workers.engine.{name}.transformer_impl"
     return Hook(
-        name=f"engine.initialize.{backend}",
-        module=f"verl.workers.engine.{backend}.transformer_impl",
-        attribute=f"{owner}.initialize",
-        wrapper=_initialize,
+        name=f"engine.initialize.{name}",
+        module=module,
+        attribute=f"{backend.owner}.initialize",
+        wrapper=_initialize(name, backend),
         feature="phase",
         required=True,
         why="verl builds model, optimizer and scheduler here; it is inside the training phase, and features are told.",
-        upstream=f"{UPSTREAM}/{backend}/transformer_impl.py",
+        upstream=f"{UPSTREAM}/{name}/transformer_impl.py",
         until="verl calls a plugin when an engine is initialised",
-        needs=needs,
+        needs=backend.needs,
+        relies_on=backend.relies_on(module),
     )

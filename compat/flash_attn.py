@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.features.attention import flash_attn_imports
 from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.packages import flash_attn_imports
 
 
 def _without_flash_attn(

@@ -7,11 +7,10 @@ a Ray actor's class would be lost when Ray pickles it.  The reference policy is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-from verl_fl_overlay.events import engine_built, engine_initialized
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.events import Engine, engine_built, engine_initialized
+from verl_fl_overlay.hooks import Hook, Wrapper
 from verl_fl_overlay.phase import training
 
 UPSTREAM = "https://github.com/volcengine/verl/blob/v0.7.1/verl/workers"
@@ -29,12 +28,17 @@ def _infer(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
         return wrapped(*args, **kwargs)
 
 
-def _initialize(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    engine_built.emit(instance)  # the worker takes an engine's part
-    with training.inside("initialize"):
-        built = wrapped(*args, **kwargs)
-    engine_initialized.emit(SimpleNamespace(module=built[0], optimizer=built[1]))
-    return built
+def _build(backend: str) -> Wrapper:
+    def build(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        engine_built.emit(Engine(backend))  # the worker takes an engine's part
+        with training.inside("initialize"):
+            built = wrapped(*args, **kwargs)
+        model, optimizer = built[:2]
+        chunks = model if isinstance(model, list | tuple) else [model]  # Megatron's workers build a list of them
+        engine_initialized.emit(Engine(backend, tuple(chunks), optimizer))
+        return built
+
+    return build
 
 
 STEPS = {
@@ -79,7 +83,7 @@ def hooks() -> list[Hook]:
             name=f"legacy.{backend}.{method.strip('_')}",
             module=f"verl.workers.{backend}_workers",
             attribute=f"{owner}.{method}",
-            wrapper=_initialize,
+            wrapper=_build(backend),
             feature="phase",
             required=True,
             why="verl 0.7's default workers build their models here, inside the training phase; features are told.",

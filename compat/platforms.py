@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from verl_fl_overlay import events
 from verl_fl_overlay.compat import engines, ray_env
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.devices.chips import Chip
-from verl_fl_overlay.features import flagcx
 from verl_fl_overlay.hooks import Hook
-from verl_fl_overlay.settings import Settings
 
 SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
 
@@ -21,7 +20,7 @@ Call = Callable[..., Any]
 def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
-    chip = chips.current()
+    chip = events.chip.ask()
     if chip is None:  # the feature has not started yet, or was stopped
         return str(wrapped(*args, **kwargs))
     asked = os.environ.get("VERL_PLATFORM", "").strip().lower()
@@ -34,17 +33,16 @@ def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
 
 
 def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    chip = chips.current()
+    chip = events.chip.ask()
     return chip.device if chip and chips.is_available(chip) else str(wrapped(*args, **kwargs))
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    chip, found = chips.current(), str(wrapped(*args, **kwargs))
-    return chips.backend(chip) if chip and found != flagcx.BACKEND else found
+    return events.flagcx_backend.ask() or events.chip_backend.ask() or str(wrapped(*args, **kwargs))
 
 
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    chip = chips.current()
+    chip = events.chip.ask()
     chosen = os.environ.get("VERL_ENGINE_DEVICE") or os.environ.get("VERL_ENGINE_VENDOR")
     found = engines.class_for_cuda(instance, chip.device, *args, **kwargs) if chip and not chosen else None
     return wrapped(*args, **kwargs) if found is None else found
@@ -114,8 +112,7 @@ def _of_its_own(chip: Chip) -> type[Any]:
             return (ask(device_index) if ask else None) or (None, None)
 
         def communication_backend_name(self) -> str:
-            asked_for = not flagcx.reason_off(Settings.parse()[0])
-            return flagcx.BACKEND if asked_for else chips.backend(chip)
+            return events.flagcx_backend.ask() or chips.backend(chip)
 
         def visible_devices_envvar(self) -> str:
             return chip.visible_devices
@@ -178,6 +175,7 @@ def platform_hooks() -> list[Hook]:
                 "verl.plugin.platform.platform_rocm:PlatformROCm",
                 "verl.plugin.platform.platform_manager:PlatformRegistry.get",
                 "verl.plugin.platform.platform_manager:PlatformRegistry.register",
+                "verl.plugin.platform.platform_manager:_current_platform",  # compat.chosen
             ),
         ),
         engine_class_hook(),

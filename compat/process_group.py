@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from verl_fl_overlay.devices import cpu as devices
-from verl_fl_overlay.features import flagcx
-from verl_fl_overlay.hooks import Hook, Wrapper
+from verl_fl_overlay import events
+from verl_fl_overlay.hooks import Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
 
 Call = Callable[..., Any]
 
 
-def _choosing(choose: Callable[[Any], Any]) -> Wrapper:
-    """Return a wrapper of ``init_process_group`` that lets ``choose`` change the backend's text."""
+NATIVE_ONLY = {
+    "nccl": "NCCL (HCCL on Ascend)",
+    "delta_sharded": "NCCL",
+    "kimi_ckpt_engine": "vLLM's own communicator",
+}
+"""verl's checkpoint engines that communicate past torch's backends -> what they communicate through."""
 
-    def wrapper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            args = (choose(args[0]), *args[1:])
-        elif "backend" in kwargs:
-            kwargs = {**kwargs, "backend": choose(kwargs["backend"])}
-        return wrapped(*args, **kwargs)
 
-    return wrapper
+def _group(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        args = (events.group_backend.ask(args[0]) or args[0], *args[1:])
+    elif "backend" in kwargs:
+        kwargs = {**kwargs, "backend": events.group_backend.ask(kwargs["backend"]) or kwargs["backend"]}
+    return wrapped(*args, **kwargs)
 
 
 def cpu_hook() -> Hook:
@@ -34,7 +35,7 @@ def cpu_hook() -> Hook:
         name="cpu.process_group",
         module="torch.distributed",
         attribute="init_process_group",
-        wrapper=_choosing(devices.without_repeated_pairs),
+        wrapper=_group,
         feature="cpu",
         required=True,
         why="verl asks for 'cpu:gloo,<device>:<backend>'; on a CPU that repeats a pair, which torch refuses.",
@@ -43,17 +44,30 @@ def cpu_hook() -> Hook:
     )
 
 
-def _flagcx_backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return flagcx.BACKEND
+def _backend_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return events.flagcx_backend.ask() or str(wrapped(*args, **kwargs))
 
 
 def _checkpoint_engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    flagcx.refuse_native(args[0] if args else kwargs["backend"])
+    engine = args[0] if args else kwargs["backend"]
+    if engine in NATIVE_ONLY:
+        events.past_torch.ask(
+            f"checkpoint engine {engine!r}",
+            NATIVE_ONLY[engine],
+            "Take another one (actor_rollout_ref.rollout.checkpoint_engine.backend=naive, nixl or mooncake), or leave "
+            "this check out with "
+            "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class,flagcx.stateless_group",
+        )
     return wrapped(*args, **kwargs)
 
 
 def _stateless_group(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    flagcx.refuse_stateless()
+    events.past_torch.ask(
+        "stateless_init_process_group",
+        "NCCL (HCCL on Ascend)",
+        "Take torch's groups, unset USE_FLAGCX, or leave this check out with VERL_FL_DISABLE=flagcx.stateless_group",
+    )
+    return wrapped(*args, **kwargs)
 
 
 def flagcx_hooks() -> list[Hook]:
@@ -63,7 +77,7 @@ def flagcx_hooks() -> list[Hook]:
             name="flagcx.process_group",
             module="torch.distributed",
             attribute="init_process_group",
-            wrapper=_choosing(flagcx.for_group),
+            wrapper=_group,
             feature="flagcx",
             required=True,
             why="Nothing in verl imports FlagCX's torch plugin, and some trainers ask for its backend alone, which "
@@ -74,18 +88,13 @@ def flagcx_hooks() -> list[Hook]:
     ]
 
 
-def backend_bound() -> bool:
-    """Return whether verl's groups keep the function that said nccl when they were imported (0.7, 0.8)."""
-    return "verl.utils.distributed" in sys.modules and "verl.plugin.platform.platform_manager" not in sys.modules
-
-
 def backend_name_hook() -> Hook:
     """Return what the releases without a platform layer (0.7, 0.8) need besides."""
     return Hook(
         name="flagcx.backend",
         module="verl.utils.device",
         attribute="get_nccl_backend",
-        wrapper=_flagcx_backend,
+        wrapper=_backend_name,
         feature="flagcx",
         required=True,
         why="verl says nccl (hccl on an NPU) whatever USE_FLAGCX is; with it on, flagcx is said.",

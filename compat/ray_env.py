@@ -1,8 +1,4 @@
-"""Ray's processes: the overlay and its settings in every worker, on this node and on others.
-
-A Ray worker has the environment its node was started with, and of the driver's only what a runtime environment names.
-What the user put into a runtime environment goes before what is forwarded here.
-"""
+"""Where verl gives Ray the variables of its workers, and which variables they have already."""
 
 from __future__ import annotations
 
@@ -12,20 +8,17 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from verl_fl_overlay.events import runtime_env
 from verl_fl_overlay.hooks import Hook
-from verl_fl_overlay.settings import environment
 
 SOURCE = "https://github.com/volcengine/verl/blob"
 
 Call = Callable[..., Any]
 
 
-def _with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str]) -> dict[str, Any]:
-    """Return the runtime environment ``given`` with the variables to forward, less those set in it or ``elsewhere``."""
-    runtime_env = dict(given or {})
-    own = dict(runtime_env.get("env_vars") or {})
-    added = {name: text for name, text in environment.forwarded(os.environ).items() if name not in elsewhere}
-    return {**runtime_env, "env_vars": {**added, **own}}
+def _with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str]) -> Any:
+    found = runtime_env.ask(given, elsewhere)
+    return given if found is None else found
 
 
 def _of_submitted_job() -> dict[str, str]:

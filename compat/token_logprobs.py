@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from verl_fl_overlay.events import failures, token_logprobs
 from verl_fl_overlay.hooks import Hook, Wrapper
 
-logger = logging.getLogger("verl_fl_overlay")
+Call = Callable[..., Any]
 
 FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
 """What verl's function goes by (the first is spelt so): whether flash-attn's kernel is there, and torch_npu's."""
@@ -29,24 +28,21 @@ In place is verl's default, but the legacy actor and the prefix grouper compute 
 
 
 def _wrapper(in_place_by_default: bool) -> Wrapper:
-    def logprobs(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _logprobs(wrapped, in_place_by_default, *args, **kwargs)
+    def logprobs(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call(*args, **kwargs)
+        in_place = in_place_by_default if call.inplace_backward is None else bool(call.inplace_backward)
+        found = None if _verl_has_a_kernel() else token_logprobs.ask(call.logits, call.labels, in_place)
+        return wrapped(*args, **kwargs) if found is None else found
 
     return logprobs
 
 
-def _logprobs(
-    wrapped: Callable[..., Any], in_place_by_default: bool, logits: Any, labels: Any, inplace_backward: Any = None
-) -> Any:
-    import torch
+class _Call(NamedTuple):
+    """The arguments of verl's function."""
 
-    if type(logits) is not torch.Tensor or _verl_has_a_kernel():
-        return wrapped(logits, labels, *([] if inplace_backward is None else [inplace_backward]))
-    from verl_fl_overlay.kernels.logprobs import token_logprobs
-
-    return token_logprobs(
-        logits, labels, in_place=in_place_by_default if inplace_backward is None else bool(inplace_backward)
-    )
+    logits: Any
+    labels: Any
+    inplace_backward: bool | None = None
 
 
 def _verl_has_a_kernel() -> bool:
@@ -56,14 +52,9 @@ def _verl_has_a_kernel() -> bool:
     try:
         flash_attn, npu = (getattr(torch_functional, flag) for flag in FLAGS)
     except AttributeError as error:
-        _warn_once(str(error))
+        failures.record("verl.utils.torch_functional, which tells whether verl has a kernel for log-probs", error)
         return True
     return bool(npu or (flash_attn and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"))
-
-
-@functools.cache
-def _warn_once(missing: str) -> None:
-    logger.warning("log-probs are computed by verl: %s, by which it told whether it has a kernel of its own", missing)
 
 
 def logprobs_hook(consumer: str) -> Hook:

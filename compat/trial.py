@@ -108,11 +108,8 @@ def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict
     with engine.train_mode():
         output = engine.train_batch(data, loss_function=partial(sft_loss, config=None))
         norms = {name: _norm(parameter.grad) for name, parameter in engine.module.named_parameters()}
-    overlay = None
-    if "verl_fl_overlay" in sys.modules:
-        from verl_fl_overlay.report import build as report
-
-        overlay = report()
+    activation = sys.modules.get("verl_fl_overlay.activation")
+    overlay = activation.report() if activation else None
     return {
         "log_probs": log_probs,
         "loss": float(sum(output["loss"])),

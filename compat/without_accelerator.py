@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.compat import process_group
-from verl_fl_overlay.devices.cpu import cpu_module
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.devices.cpu import CPU_MODULE
+from verl_fl_overlay.events import enough_cpus
 from verl_fl_overlay.hooks import Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
@@ -16,20 +16,17 @@ Call = Callable[..., Any]
 
 
 def _device_module(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return cpu_module
+    return CPU_MODULE
 
 
 def _enough_cpus(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     import ray
 
-    free = ray.available_resources().get("CPU", 0)
-    needed = instance.get_n_gpus()
-    if free < needed:
-        raise OverlayError(
-            f"the training workers need {needed} CPUs of the Ray cluster, one each, and {free:g} are free; a placement "
-            "group would wait for ever. Lower trainer.n_gpus_per_node or trainer.nnodes, or raise "
-            "ray_kwargs.ray_init.num_cpus."
-        )
+    enough_cpus.ask(
+        ray.available_resources().get("CPU", 0),
+        instance.get_n_gpus(),
+        "Lower trainer.n_gpus_per_node or trainer.nnodes, or raise ray_kwargs.ray_init.num_cpus.",
+    )
 
 
 def _accept_cpu_states(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,5 +96,6 @@ def platform_hooks() -> list[Hook]:
             why="verl counts the cluster's GPUs or NPUs before it starts its workers; on a CPU it is CPUs they hold.",
             upstream=f"{SOURCE}/v0.9.1/verl/single_controller/ray/base.py#L226",
             until="verl counts what its platform calls ray_resource_name()",
+            relies_on=("verl.single_controller.ray.base:ResourcePoolManager.get_n_gpus",),
         ),
     ]

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay.settings import every_variable
+from verl_fl_overlay.settings import TABLE
 
 OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_DEVICE": "cpu"}
 """The environment that loads the overlay on a machine without an accelerator."""
@@ -21,7 +21,7 @@ PLAIN = {"VERL_USE_EXTERNAL_PLUGINS": "none"}
 
 def of_the_stack(name: str) -> bool:
     """Tell whether an environment variable is one of verl's, the overlay's or the rest of the stack's."""
-    return name.startswith("VERL_") or name in every_variable()
+    return name.startswith("VERL_") or name in TABLE
 
 
 def clean_environment(extra: dict[str, str]) -> dict[str, str]:

@@ -209,7 +209,7 @@ def main() -> None:
         head, strategy = case.split(":")
         result[case] = run_case(options.model, head, strategy, options.steps, options.plain)
     if "verl_fl_overlay" in sys.modules:
-        from verl_fl_overlay.report import build
+        from verl_fl_overlay.activation import report as build
 
         result["report"] = build()
     print("RESULT " + json.dumps(result))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from verl_fl_overlay.settings import Settings
-from verl_fl_overlay.settings.environment import of_phase, summary
+from verl_fl_overlay.settings.table import of_phase
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -31,9 +31,7 @@ class FLEnvManager:
     @staticmethod
     def is_flaggems_enabled() -> bool:
         """Return whether training uses FlagGems."""
-        settings = Settings.from_environment()
-        own = settings["TRAINING_FL_FLAGGEMS_ENABLE"]
-        return bool(settings["USE_FLAGGEMS"] if own is None else own)
+        return Settings.from_environment().flaggems_in_training
 
     @staticmethod
     def is_flagcx_enabled() -> bool:
@@ -76,7 +74,7 @@ class FLEnvManager:
     @staticmethod
     def get_summary() -> str:
         """Return what is on, such as ``FL[FlagGems, FlagCX]``."""
-        return summary(Settings.from_environment())
+        return Settings.from_environment().summary
 
 
 def may_enable_flag_gems(phase: str = "training") -> None:

@@ -1,7 +1,11 @@
-"""What the overlay raises.
+"""What the overlay raises, and the nearest real name where a user's name is none.
 
 None of these is an ImportError: verl wraps several of its imports in ``except ImportError`` and would swallow it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class OverlayError(RuntimeError):
@@ -22,3 +26,11 @@ class HookError(OverlayError):
 
 class FlagCXError(OverlayError):
     """FlagCX was asked for, and its plugin or library is not there, does not load, or cannot serve what verl asks."""
+
+
+def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:
+    """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does."""
+    from difflib import get_close_matches
+
+    found = ", ".join(get_close_matches(str(name), sorted(known), n=most))
+    return words.format(found) if found else ""

@@ -8,30 +8,44 @@ Settings that turn out impossible always raise.  An answer that fails is raised 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from verl_fl_overlay.errors import SettingsError
+
+if TYPE_CHECKING:
+    from verl_fl_overlay.devices.chips import Chip
 
 logger = logging.getLogger("verl_fl_overlay")
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_strict = False
-_failures: dict[str, str] = {}
 
+class Failures:
+    """What failed since the overlay was activated: where -> its first error."""
 
-def set_strict(strict: bool) -> None:
-    """Choose whether a failing subscriber raises (True) or is logged once (False)."""
-    global _strict
-    _strict = strict
+    def __init__(self) -> None:
+        self.strict = False
+        self._first: dict[str, str] = {}
 
+    def begin(self, strict: bool) -> None:
+        """Forget what failed before; from now on a failure raises (``strict``) or is logged once."""
+        self.strict = strict
+        self._first.clear()
 
-def failures() -> dict[str, str]:
-    """Return what failed so far: subscriber -> its first error."""
-    return dict(_failures)
+    def told(self) -> dict[str, str]:
+        """Return what failed so far."""
+        return dict(self._first)
+
+    def record(self, where: str, error: Exception) -> None:
+        """Log ``error`` and keep it, if it is the first one there; raise it instead under VERL_FL_STRICT=1."""
+        if self.strict:
+            raise error
+        if where not in self._first:
+            self._first[where] = f"{type(error).__name__}: {error}"
+            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it instead)", where, exc_info=error)
 
 
 class Event:
@@ -58,22 +72,14 @@ class Event:
             except SettingsError:
                 raise  # the user asked for something that cannot be: going on natively would hide it
             except Exception as error:
-                if _strict:
-                    raise
-                self._record(subscriber, error)
-
-    def _record(self, subscriber: Callable[..., object], error: Exception) -> None:
-        key = f"{self.name}: {getattr(subscriber, '__module__', '?')}.{getattr(subscriber, '__qualname__', subscriber)}"
-        if key not in _failures:
-            _failures[key] = f"{type(error).__name__}: {error}"
-            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it instead)", key, exc_info=error)
+                whose = getattr(subscriber, "__qualname__", subscriber)
+                failures.record(f"{self.name}: {getattr(subscriber, '__module__', '?')}.{whose}", error)
 
 
 class Question(Generic[P, T]):
     """What a hook wants to know.  One feature answers while it is on; else verl goes on as if nobody had asked."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self._answer: Callable[P, T | None] | None = None
 
     def answer(self, answer: Callable[P, T | None]) -> Callable[[], None]:
@@ -95,9 +101,10 @@ class Question(Generic[P, T]):
 class Engine:
     """An engine of verl, or a worker that does without one, in torch's terms.
 
-    ``backend`` is what trains: fsdp, megatron, veomni, torchtitan or automodel.  ``models`` are the torch modules that
-    it trains (Megatron has one for each pipeline chunk), ``optimizer`` is what steps them, None for a model that is
-    only asked.  ``mixed_precision`` is the floating type in which it computes, "" where verl does not say.
+    ``backend`` is what trains: fsdp, megatron, veomni, torchtitan, automodel, or a name that a plugin registered.
+    ``models`` are the torch modules that it trains (Megatron has one for each pipeline chunk), ``optimizer`` is what
+    steps them, None for a model that is only asked.  ``mixed_precision`` is the floating type in which it computes,
+    "" where verl does not say.
     """
 
     backend: str
@@ -105,6 +112,8 @@ class Engine:
     optimizer: Any = None
     mixed_precision: str = ""
 
+
+failures = Failures()
 
 engine_built = Event("engine built")
 """Emitted with an ``Engine`` that has no model yet, when verl has constructed it."""
@@ -115,5 +124,26 @@ engine_initialized = Event("engine initialized")
 rollout_plugin_found = Event("rollout plugin found")
 """Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""
 
-token_logprobs: Question[[Any, Any, bool], Any] = Question("token log-probs")
+chip: Question[[], Chip] = Question()
+"""Which chip this process trains on, if verl has no platform for it."""
+
+chip_backend: Question[[], str] = Question()
+"""What the collectives of that chip's vendor are called."""
+
+flagcx_backend: Question[[], str] = Question()
+"""What FlagCX is called, where collectives go through it."""
+
+group_backend: Question[[Any], Any] = Question()
+"""What to initialise a process group with, for what verl asked torch for."""
+
+past_torch: Question[[str, str, str], None] = Question()
+"""(what in verl, through what it communicates past torch's backends, the way on): the answer is an error, if any."""
+
+enough_cpus: Question[[float, int, str], None] = Question()
+"""(free CPUs of the Ray cluster, workers to be, the way on): the answer is an error if there are too few."""
+
+runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
+"""(Ray's runtime environment, variables that its workers have from elsewhere) -> the runtime environment to use."""
+
+token_logprobs: Question[[Any, Any, bool], Any] = Question()
 """(logits, labels, whether the gradient may be written over the logits) -> log-probs, as ``kernels.logprobs`` says."""

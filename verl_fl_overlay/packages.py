@@ -1,8 +1,17 @@
-"""Which packages are here, told without importing them; only the package that a dotted name is in is imported."""
+"""Which packages are here.  Nothing is imported to tell, but the package that a dotted name is in."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 from importlib.util import find_spec
+
+FLAGOS_BUILDS = {
+    "TransformerEngine-FL": ("transformer_engine", "plugin/core/__init__.py"),
+    "Megatron-LM-FL": ("megatron", "plugin/decorators.py"),
+}
+"""FlagOS' builds, which have the name and version of NVIDIA's packages -> the package, a file that only they have."""
 
 
 def installed(name: str) -> bool:
@@ -22,3 +31,21 @@ def folders(name: str) -> list[str]:
     except ValueError:
         return []
     return list(spec.submodule_search_locations or ()) if spec else []
+
+
+def flagos_builds() -> dict[str, bool]:
+    """Return which of ``FLAGOS_BUILDS`` are here."""
+    return {
+        build: any(os.path.isfile(os.path.join(folder, file)) for folder in folders(package))
+        for build, (package, file) in FLAGOS_BUILDS.items()
+    }
+
+
+@functools.cache
+def flash_attn_imports() -> bool:
+    """Import flash-attn, once, and return whether that went well: one that was built for another torch fails here."""
+    try:
+        importlib.import_module("flash_attn.bert_padding")
+    except ImportError:
+        return False
+    return True

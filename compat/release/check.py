@@ -120,7 +120,7 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
         reliances = tuple(of(target) for target in hook.relies_on)
         meaning = _meaning(hook, hook.name in broken, fatal, gone=not _module_exists(tree, hook.module))
         findings.append(Finding(hook, of(hook.target), reliances, fatal, meaning))
-    return Report(tree.version, tree.origin, selection.shim, tuple(findings))
+    return Report(tree.version, tree.origin, selection.name, tuple(findings))
 
 
 def _nearest_first(version: str) -> list[str]:

@@ -22,7 +22,7 @@ class _InTree(compat.InstalledVerl):
         return self.tree.has(f"verl/{path}")
 
 
-def selection_for(tree: Tree) -> compat.Selection:
+def selection_for(tree: Tree) -> compat.Shim:
     """Choose the hooks as the overlay would for the verl in ``tree``.
 
     Raises:
@@ -44,7 +44,7 @@ def pins_of(tree: Tree) -> dict[str, Any]:
     """
     selection = selection_for(tree)
     prints = {target: fingerprint(tree, *target.split(":")).to_json() for target in targets(selection.hooks)}
-    return {"verl": tree.version, "shim": selection.shim, "functions": prints}
+    return {"verl": tree.version, "shim": selection.name, "functions": prints}
 
 
 def as_text(pins: dict[str, Any]) -> str:

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 import pytest
 from sft import without_images
 
+from verl_fl_overlay import events
 from verl_fl_overlay.compat.flash_attn import value_model_hook
-from verl_fl_overlay.devices import chips
-from verl_fl_overlay.devices.chips import CHIPS, CPU, KNOWN_TO_VERL, find, reason_off, without_platform
+from verl_fl_overlay.devices.chips import CHIPS, CPU, KNOWN_TO_VERL, find, without_platform
+from verl_fl_overlay.features import reason_off
+from verl_fl_overlay.features.chip import UnknownChip
 from verl_fl_overlay.settings import Settings
 
 pytest.importorskip("torch")
@@ -205,11 +207,12 @@ def test_before_the_feature_has_started_verl_answers_for_itself():
             hook.name: hook.wrapper(verls_own, None, (), {}) for hook in (*platform_hooks(), *device_helper_hooks())
         }
 
-    assert chips.current() is None
+    assert events.chip.ask() is None
     assert set(answers().values()) == {"verl's own"}
-    stop = chips.start(Settings.from_environment({"GEMS_VENDOR": "mthreads", "VERL_PLATFORM": "musa"}))
-    assert chips.current() is CHIPS["mthreads"]
-    stop()
+    feature = UnknownChip(Settings.from_environment({"GEMS_VENDOR": "mthreads", "VERL_PLATFORM": "musa"}))
+    feature.start()
+    assert events.chip.ask() is CHIPS["mthreads"]
+    feature.stop()
     assert set(answers().values()) == {"verl's own"}
 
 
@@ -226,7 +229,7 @@ def test_before_the_feature_has_started_verl_answers_for_itself():
 def test_the_chip_is_chosen(environment, device, reason):
     settings = Settings.from_environment(environment)
     chip = without_platform(settings)
-    assert (chip.device if chip else None, reason_off(settings)) == (device, reason)
+    assert (chip.device if chip else None, reason_off("chip", settings)) == (device, reason)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import verl  # noqa: F401
 
-    from verl_fl_overlay.report import build
+    from verl_fl_overlay.activation import report as build
 
     join_group(plain=False)
     seen = {"initialize": stand_ins.calls.total()}

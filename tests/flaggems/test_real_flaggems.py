@@ -84,7 +84,7 @@ def test_a_kernel_in_place_of_a_decomposition_is_left_out(real_gems, key):
     selection = select(Settings(), real_gems)
     assert key in selection.left_out
     assert key not in {k.key for k in selection.kernels}
-    assert key in {k.key for k in select(Settings(unsafe_ops=(f"aten::{key}",)), real_gems).kernels}
+    assert key in {k.key for k in select(Settings.of(unsafe_ops=(f"aten::{key}",)), real_gems).kernels}
 
 
 @pytest.mark.parametrize("key", ["native_layer_norm", "native_layer_norm_backward"])
@@ -94,7 +94,7 @@ def test_what_is_known_to_be_wrong_is_left_out_too(real_gems, key):
     selection = select(Settings(), real_gems)
     assert "FlagGems/issues/5392" in selection.left_out[key]
     assert key not in {k.key for k in selection.kernels}
-    assert kernel in select(Settings(unsafe_ops=(key,)), real_gems).kernels
+    assert kernel in select(Settings.of(unsafe_ops=(key,)), real_gems).kernels
 
 
 def test_the_names_in_the_stacks_own_documents_are_explained(real_gems):
@@ -147,14 +147,16 @@ import json, torch
 with device_probes():
     import flag_gems
     flag_gems.only_enable(include=["mm", "mul"])
-    from verl_fl_overlay import flaggems, phase
+    from verl_fl_overlay import phase
+    from verl_fl_overlay.features.flaggems import Routing
     from verl_fl_overlay.flaggems.routing import registered_in
     from verl_fl_overlay.settings import Settings
-    stop = flaggems.start(Settings(ops=("mm", "mul", "add"), strict=True))
+    routing = Routing(Settings.of(ops=("mm", "mul", "add"), strict=True))
+    routing.start()
     with phase.training.inside("train"):
         inside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
     outside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
-print(json.dumps([flaggems.describe(), inside, outside, len(flag_gems.all_registered_keys())]))
+print(json.dumps([routing.describe(), inside, outside, len(flag_gems.all_registered_keys())]))
 """,
         tmp_path,
     )

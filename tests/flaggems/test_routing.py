@@ -11,8 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from verl_fl_overlay import flaggems, phase  # noqa: E402
+from verl_fl_overlay import phase  # noqa: E402
 from verl_fl_overlay.errors import SettingsError  # noqa: E402
+from verl_fl_overlay.features.flaggems import Routing  # noqa: E402
 from verl_fl_overlay.flaggems import safety  # noqa: E402
 from verl_fl_overlay.flaggems.library import Kernel  # noqa: E402
 from verl_fl_overlay.flaggems.routing import Router, registered_in  # noqa: E402
@@ -22,15 +23,17 @@ from verl_fl_overlay.settings import Settings  # noqa: E402
 @pytest.fixture
 def routing(on_cpu):
     """Start the feature as activation does; end it with the test."""
-    stops = []
+    features = []
 
     def start(**settings):
-        stops.append(flaggems.start(Settings(**settings)))
+        features.append(Routing(Settings.of(**settings)))
+        features[-1].start()
         return on_cpu
 
+    start.describe = lambda: features[-1].describe()
     yield start
-    for stop in stops:
-        stop()
+    for feature in features:
+        feature.stop()
 
 
 def held_natively(kernels) -> bool:
@@ -94,15 +97,16 @@ def test_the_whole_process_from_the_first_engine_on_if_asked_for(routing):
         pass
     torch.rand(2) * torch.rand(2)
     assert stand_ins.calls == {"mul": 1}
-    assert "process" in flaggems.describe()["scope"]
+    assert "process" in routing.describe()["scope"]
 
 
 def test_stopping_takes_everything_back(on_cpu):
-    stop = flaggems.start(Settings(ops=("mul",), scope="process"))
+    feature = Routing(Settings.of(ops=("mul",), scope="process"))
+    feature.start()
     with phase.training.inside("initialize"):
         pass
     assert not held_natively(on_cpu.KERNELS)
-    stop()
+    feature.stop()
     assert held_natively(on_cpu.KERNELS)
     with phase.training.inside("train"):
         torch.rand(2) * torch.rand(2)
@@ -149,7 +153,7 @@ def test_a_kernel_that_would_cut_the_gradient_is_left_out_and_does_cut_it_when_l
         found, found_gradients = gradients(function, *shapes)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found_gradients, expected_gradients)
-    assert "gradient would be cut" in flaggems.describe()["left out"][key]
+    assert "gradient would be cut" in routing.describe()["left out"][key]
 
 
 @pytest.mark.parametrize("key", CUT)
@@ -177,7 +181,7 @@ def test_a_wrong_name_stops_training_also_when_not_strict(routing):
     for _ in range(2):
         with pytest.raises(SettingsError, match="FlagGems calls it rms_norm"), phase.training.inside("initialize"):
             pass
-    assert "rmsnorm" in flaggems.describe()["state"]
+    assert "rmsnorm" in routing.describe()["state"]
 
 
 def test_a_wrong_unsafe_key_is_told_with_the_keys_of_the_function(routing):
@@ -191,7 +195,7 @@ def test_a_blacklist_routes_the_rest(routing):
     routing(flagos_blacklist=("mul", "mm", "where_self"))
     with phase.training.inside("train"):
         pass
-    described = flaggems.describe()
+    described = routing.describe()
     assert described["routed"] == ["div.Tensor", "rms_norm", "hstack"]
     assert described["source"] == "TRAINING_FL_FLAGOS_BLACKLIST"
 
@@ -212,7 +216,7 @@ def test_what_somebody_else_registered_is_left_to_them(routing, caplog, monkeypa
         assert torch.equal(a * a, a + a)
         assert seen == ["theirs", "theirs"]
         assert stand_ins.calls == {"mm": 1}
-        described = flaggems.describe()
+        described = routing.describe()
         assert described["held by others"] == {"mul.Tensor": __file__}
         assert described["routed"] == ["mm"]
         assert "held by" in caplog.text
@@ -222,7 +226,7 @@ def test_what_somebody_else_registered_is_left_to_them(routing, caplog, monkeypa
     with phase.training.inside("train"):
         a * a
     assert stand_ins.calls["mul"] == 1
-    assert not flaggems.describe()["held by others"]
+    assert not routing.describe()["held by others"]
 
 
 def test_what_torch_itself_registers_from_python_is_overridden_and_comes_back(on_cpu):
@@ -260,7 +264,7 @@ def test_one_that_cannot_be_registered_is_named_and_the_others_stay(monkeypatch,
                 torch.rand(2, 2) * torch.rand(2, 2)
                 torch.rand(2, 2) @ torch.rand(2, 2)
     assert stand_ins.calls == {"mm": 2}
-    assert flaggems.describe()["failed"] == {"mul.Tensor": "RuntimeError: no such schema"}
+    assert routing.describe()["failed"] == {"mul.Tensor": "RuntimeError: no such schema"}
     assert caplog.text.count("mul.Tensor") == 1
 
 
@@ -339,7 +343,7 @@ def test_the_record_counts_what_was_called_and_is_this_ranks_own(routing, tmp_pa
         ["2", "aten::mul.Tensor", "stand_ins.mul"],
         ["1", "aten::mm", "stand_ins.mm"],
     ]
-    assert flaggems.describe()["record"] == str(file)
+    assert routing.describe()["record"] == str(file)
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 

@@ -33,7 +33,7 @@ torch._fused_adamw_ = lambda *args, **options: calls.append(1) or kernel(*args, 
 
 def run(strategy: str, asked: tuple[str, ...], *, resume: bool) -> dict[str, object]:
     """Train two steps and save (or load them), then train two more."""
-    stop = fused.start(Settings(fused=asked)) if asked else lambda: None
+    stop = fused.start(Settings.of(fused=asked)) if asked else lambda: None
     calls.clear()
     torch.manual_seed(0)
     engine = make_engine(model, strategy, "lm", param_offload=offload, optimizer_offload=offload)

@@ -41,7 +41,7 @@ for strategy in ("fsdp", "fsdp2"):
     told, names, groups = {}, {}, {}
     for kind, asked in {"native": (), "fused": ("auto",)}.items():
         torch.manual_seed(0)
-        stop = fused.start(Settings(fused=asked))  # the hook on initialize tells it of the engine
+        stop = fused.start(Settings.of(fused=asked))  # the hook on initialize tells it of the engine
         before = dict(stand_ins.calls)
         engine = make_engine(sys.argv[1], strategy, "lm")
         told[kind] = {"steps": train(engine, "lm", 3), "replaced": fused.describe()["replaced"]}

@@ -312,7 +312,7 @@ def test_an_optimizer_that_verl_has_dropped_is_not_kept(calls, adam):
 def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
     monkeypatch.setattr("verl_fl_overlay.kernels.forward.kernels", lambda: pytest.fail("Triton was imported"))
     optimizer = make()
-    stop = fused.start(Settings(fused=("adam",)))
+    stop = fused.start(Settings.of(fused=("adam",)))
     try:
         events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
         steps(optimizer)
@@ -329,7 +329,7 @@ def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
 
 def test_other_kinds_leave_the_optimizer_alone(calls):
     optimizer = make()
-    stop = fused.start(Settings(fused=("rms_norm",)))
+    stop = fused.start(Settings.of(fused=("rms_norm",)))
     try:
         events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
         steps(optimizer)

@@ -18,7 +18,7 @@ from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
 from verl_fl_overlay.kernels import forward as fused_forward  # noqa: E402
 from verl_fl_overlay.kernels import fused  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
-from verl_fl_overlay.settings.readers import FUSED  # noqa: E402
+from verl_fl_overlay.settings.variables import FUSED  # noqa: E402
 
 SIZE = {
     "vocab_size": 64,
@@ -374,7 +374,7 @@ def test_without_a_device_everything_stays_native(kernels, fuse, monkeypatch):
 
 def test_an_engine_s_model_is_fused_when_verl_has_built_it(kernels):
     model = make("Qwen2")
-    stop = fused.start(Settings(fused=("gated_mlp",)))
+    stop = fused.start(Settings.of(fused=("gated_mlp",)))
     try:
         events.engine_initialized.emit(types.SimpleNamespace(module=[model]))
         step(model)

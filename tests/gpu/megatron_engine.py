@@ -170,8 +170,8 @@ def main() -> None:
     after = None
     report = None
     if "verl_fl_overlay.phase" in sys.modules:
+        from verl_fl_overlay.activation import report as build
         from verl_fl_overlay.phase import training
-        from verl_fl_overlay.report import build
 
         after, report = training.active, build()
     if torch.distributed.get_rank() == 0:

@@ -33,7 +33,7 @@ def router(gems):
     from verl_fl_overlay.settings import Settings
 
     def make(*names, unsafe=()):
-        return Router(select(Settings(ops=names, unsafe_ops=unsafe), gems).kernels)
+        return Router(select(Settings.of(ops=names, unsafe_ops=unsafe), gems).kernels)
 
     return make
 

@@ -20,7 +20,7 @@ from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
 from verl_fl_overlay.kernels import fused  # noqa: E402
 from verl_fl_overlay.kernels.adam import FusedAdam  # noqa: E402
 from verl_fl_overlay.kernels.triton import modules as kernels  # noqa: E402
-from verl_fl_overlay.settings.readers import FUSED  # noqa: E402
+from verl_fl_overlay.settings.variables import FUSED  # noqa: E402
 
 
 def off(found, exact):

@@ -100,17 +100,18 @@ class FlagOS:
         from flaggems import stand_ins
         from fused.stand_ins import StandIns
 
+        from verl_fl_overlay.features.fused import Fused
         from verl_fl_overlay.flaggems import library
         from verl_fl_overlay.kernels import agreement as fused_check
         from verl_fl_overlay.kernels import forward as fused_forward
-        from verl_fl_overlay.kernels import fused
         from verl_fl_overlay.settings import Settings
 
         self.theirs = {"inside": 0, "outside": 0}
         self.routed, self.fused = stand_ins.calls, StandIns()
         library.load = stand_ins.gems
         fused_forward.kernels, fused_check.NATIVE_DEVICES = (lambda: self.fused), ()
-        fused.start(Settings(fused=("gated_mlp", "adam")))  # a CPU has none, so the settings leave it out
+        self.feature = Fused(Settings.of(fused=("gated_mlp", "adam")))  # a CPU has none: the settings leave it out
+        self.feature.start()
 
         def mul(a: Any, b: Any) -> Any:
             self.theirs["inside" if phase_is_on() else "outside"] += 1
@@ -123,8 +124,6 @@ class FlagOS:
         """Multiply once more, outside the phase; return what was called."""
         import torch
 
-        from verl_fl_overlay.kernels import fused
-
         inside = dict(self.routed)
         outside = self.theirs["outside"]
         a = torch.rand(4, 4)
@@ -135,7 +134,7 @@ class FlagOS:
             "routed": inside,
             "routed after": self.routed.total() - sum(inside.values()),
             "fused": self.fused.calls["silu_and_mul"],
-            "replaced": fused.describe()["replaced"],
+            "replaced": self.feature.describe()["replaced"],
         }
 
 
@@ -157,7 +156,7 @@ def main() -> None:
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
-    from verl_fl_overlay.report import build
+    from verl_fl_overlay.activation import report as build
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ join_group(False)
 engine = make_engine(sys.argv[1], "fsdp2", "lm")
 result = {"log_probs": infer(engine, "lm"), "steps": train(engine, "lm", 3), "calls_of_rows": calls}
 
-from verl_fl_overlay.report import build  # noqa: E402
+from verl_fl_overlay.activation import report as build  # noqa: E402
 
 print(json.dumps({**result, "kernels": build()["features"]["logprobs"]["detail"]["kernels"]}))
 torch.distributed.destroy_process_group()

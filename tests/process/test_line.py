@@ -39,7 +39,7 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_one_line_says_what_the_process_runs_with_and_the_report_holds_it():
-    code = "import json; from verl_fl_overlay.report import build; print(json.dumps(build()['summary']))"
+    code = "import json; from verl_fl_overlay.activation import report as build; print(json.dumps(build()['summary']))"
     done = import_verl(code, VERL_FL_DEVICE="cpu", USE_FLAGGEMS="1", GEMS_VENDOR="metax")
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = lines(done)

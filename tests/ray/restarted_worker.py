@@ -34,7 +34,7 @@ class Trainer:
         """Train two steps; return process, losses and the overlay's report."""
         from real_engine import train
 
-        from verl_fl_overlay.report import build
+        from verl_fl_overlay.activation import report as build
 
         losses = [step["loss"].hex() for step in train(self.engine, "lm", 2)]
         return {"pid": os.getpid(), "losses": losses, "report": build()}

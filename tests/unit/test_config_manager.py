@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from verl_fl_overlay.config_manager import FLEnvManager, may_enable_flag_gems
-from verl_fl_overlay.settings import every_variable
+from verl_fl_overlay.settings import TABLE
 
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch):
-    for name in every_variable():
+    for name in TABLE:
         monkeypatch.delenv(name, raising=False)
 
 

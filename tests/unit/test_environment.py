@@ -10,10 +10,12 @@ import sys
 import pytest
 
 from verl_fl_overlay.cli import main
+from verl_fl_overlay.cli.env import as_exports, examine
 from verl_fl_overlay.errors import SettingsError
-from verl_fl_overlay.settings import VARIABLES, Settings, every_variable, misspelt
-from verl_fl_overlay.settings.environment import as_exports, examine, forwarded
+from verl_fl_overlay.settings import TABLE, VARIABLES, Settings
+from verl_fl_overlay.settings.loading import forwarded
 from verl_fl_overlay.settings.stack import STACK
+from verl_fl_overlay.settings.table import misspelt
 
 
 def test_no_variable_has_two_rows():
@@ -21,7 +23,7 @@ def test_no_variable_has_two_rows():
 
 
 def test_every_row_is_filled():
-    for variable in every_variable().values():
+    for variable in TABLE.values():
         assert variable.allowed
         assert variable.help
         assert variable.component
@@ -30,9 +32,7 @@ def test_every_row_is_filled():
 
 def test_a_default_is_what_an_unset_variable_gives():
     settings = Settings.from_environment({})
-    assert {name: settings[name] for name in every_variable()} == {
-        variable.name: variable.default for variable in every_variable().values()
-    }
+    assert {name: settings[name] for name in TABLE} == {variable.name: variable.default for variable in TABLE.values()}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_default_that_is_a_list_is_shown_as_it_would_be_written():
 
 
 def test_errors_beside_exports_are_lines_of_their_own(monkeypatch, capsys):
-    for name in every_variable():
+    for name in TABLE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("USE_FLAGCX", "maybe")
     assert main(["env", "--sh"]) == 1
@@ -197,7 +197,7 @@ def test_a_password_is_not_shown():
 
 
 def test_the_command_tells_value_source_effect_and_faults(monkeypatch, capsys):
-    for name in every_variable():
+    for name in TABLE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("USE_FLAGCX", "maybe")
     assert main(["env", "--json", "--phase", "training"]) == 1

@@ -9,8 +9,10 @@ from importlib.util import find_spec
 
 import pytest
 
+from verl_fl_overlay.compat.process_group import checkpoint_engine_hooks
 from verl_fl_overlay.errors import FlagCXError
-from verl_fl_overlay.features import flagcx
+from verl_fl_overlay.features import flagcx as feature
+from verl_fl_overlay.features import reason_off
 from verl_fl_overlay.settings import Settings
 
 
@@ -23,27 +25,35 @@ def folder(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import os; os.environ.pop('TORCH_DEVICE_BACKEND_AUTOLOAD', None)")
     monkeypatch.setenv("FLAGCX_PATH", str(tmp_path))
-    monkeypatch.setattr(flagcx, "_loaded_from", "")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "flagcx", raising=False)
     yield tmp_path
     sys.modules.pop("flagcx", None)
 
 
+@pytest.fixture
+def flagcx():
+    """The feature, started."""
+    made = feature.FlagCX(Settings())
+    made.start()
+    yield made
+    made.stop()
+
+
 @pytest.mark.parametrize("backend", [None, "nccl", "cpu:gloo,cuda:nccl", "gloo", 3])
-def test_what_does_not_name_flagcx_is_left_alone(folder, backend):
+def test_what_does_not_name_flagcx_is_left_alone(folder, backend, flagcx):
     assert flagcx.for_group(backend) is backend
     assert "flagcx" not in sys.modules
 
 
-def test_the_plugin_is_imported_from_the_path_and_the_environment_kept(folder, monkeypatch):
+def test_the_plugin_is_imported_from_the_path_and_the_environment_kept(folder, monkeypatch, flagcx):
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     assert flagcx.for_group("cpu:gloo,cuda:flagcx") == "cpu:gloo,cuda:flagcx"
     assert flagcx.describe()["plugin"] == str(folder / "plugin/torch/flagcx/__init__.py")
     assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1"
 
 
-def test_a_missing_plugin_is_named_with_the_tried_places(folder):
+def test_a_missing_plugin_is_named_with_the_tried_places(folder, flagcx):
     shutil.rmtree(folder / "plugin")
     with pytest.raises(FlagCXError) as error:
         flagcx.for_group("flagcx")
@@ -56,10 +66,10 @@ def test_a_missing_plugin_is_named_with_the_tried_places(folder):
 def test_a_folder_of_sources_with_that_name_is_no_plugin(folder, monkeypatch, tmp_path):
     (tmp_path / "elsewhere/flagcx").mkdir(parents=True)
     sys.path.insert(0, str(tmp_path / "elsewhere"))
-    assert flagcx.load() == str(folder / "plugin/torch/flagcx/__init__.py")
+    assert feature.load() == str(folder / "plugin/torch/flagcx/__init__.py")
 
 
-def test_without_a_path_the_error_says_so(folder, monkeypatch):
+def test_without_a_path_the_error_says_so(folder, monkeypatch, flagcx):
     monkeypatch.delenv("FLAGCX_PATH")
     with pytest.raises(FlagCXError) as error:
         flagcx.for_group("flagcx")
@@ -69,7 +79,7 @@ def test_without_a_path_the_error_says_so(folder, monkeypatch):
     )
 
 
-def test_a_missing_library_is_named_with_the_tried_places(folder):
+def test_a_missing_library_is_named_with_the_tried_places(folder, flagcx):
     (folder / "build/lib/libflagcx.so").unlink()
     with pytest.raises(FlagCXError) as error:
         flagcx.for_group("flagcx")
@@ -79,7 +89,7 @@ def test_a_missing_library_is_named_with_the_tried_places(folder):
     )
 
 
-def test_a_library_that_does_not_load_is_named(folder):
+def test_a_library_that_does_not_load_is_named(folder, flagcx):
     (folder / "build/lib/libflagcx.so").write_text("no library")
     with pytest.raises(
         FlagCXError, match=f"^{folder}/build/lib/libflagcx.so cannot be loaded: .*Build FlagCX for this"
@@ -87,31 +97,34 @@ def test_a_library_that_does_not_load_is_named(folder):
         flagcx.for_group("flagcx")
 
 
-def test_a_plugin_for_another_torch_is_told(folder):
+def test_a_plugin_for_another_torch_is_told(folder, flagcx):
     (folder / "plugin/torch/flagcx/__init__.py").write_text("from ._C import *")
     with pytest.raises(FlagCXError, match=r"^FlagCX's torch plugin cannot be imported: No module named 'flagcx._C'"):
         flagcx.for_group("flagcx")
 
 
-def test_a_plugin_that_registers_nothing_is_told(folder):
+def test_a_plugin_that_registers_nothing_is_told(folder, flagcx):
     pytest.importorskip("torch")
     with pytest.raises(FlagCXError, match="registered no backend 'flagcx'; build it anew"):
         flagcx.for_group("flagcx")
 
 
 @pytest.mark.parametrize("engine", ["nccl", "kimi_ckpt_engine", "delta_sharded"])
-def test_native_checkpoint_engines_are_refused(engine):
+def test_native_checkpoint_engines_are_refused(engine, flagcx):
+    wrapper = checkpoint_engine_hooks()[0].wrapper
     with pytest.raises(FlagCXError, match=f"checkpoint engine '{engine}' communicates through") as error:
-        flagcx.refuse_native(engine)
+        wrapper(lambda backend: backend, None, (engine,), {})
     # Left out alone, the first two would only lead to the refusal of the group that Ascend's engine opens.
     assert str(error.value).endswith(
         " VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class,flagcx.stateless_group"
     )
-    flagcx.refuse_native("naive")
+    assert wrapper(lambda backend: backend, None, ("naive",), {}) == "naive"
+    flagcx.stop()
+    assert wrapper(lambda backend: backend, None, (engine,), {}) == engine
 
 
 def test_it_is_off_unless_asked_for():
-    assert flagcx.reason_off(Settings.from_environment({"FLAGCX_PATH": "/"})) == "USE_FLAGCX is not on"
-    assert flagcx.reason_off(Settings.from_environment({"USE_FLAGCX": "1"})) == ""
+    assert reason_off("flagcx", Settings.from_environment({"FLAGCX_PATH": "/"})) == "USE_FLAGCX is not on"
+    assert reason_off("flagcx", Settings.from_environment({"USE_FLAGCX": "1"})) == ""
     cpu = {"USE_FLAGCX": "1", "VERL_FL_DEVICE": "cpu"}
-    assert flagcx.reason_off(Settings.from_environment(cpu)) == "VERL_FL_DEVICE=cpu: a CPU communicates through gloo"
+    assert reason_off("flagcx", Settings.from_environment(cpu)) == "VERL_FL_DEVICE=cpu: a CPU communicates through gloo"

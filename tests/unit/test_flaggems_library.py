@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from verl_fl_overlay import events, flaggems, phase
+from verl_fl_overlay import events, phase
+from verl_fl_overlay.features.flaggems import Routing
 from verl_fl_overlay.flaggems import library
 from verl_fl_overlay.flaggems.library import FlagGemsError
 from verl_fl_overlay.settings import Settings
@@ -68,27 +69,28 @@ def test_training_goes_on_natively_after_one_warning_or_stops_when_strict(monkey
         raise FlagGemsError("no chip")
 
     monkeypatch.setattr(library, "load", fail)
-    stop = flaggems.start(Settings(use_flaggems=True))
+    routing = Routing(Settings.of(use_flaggems=True))
+    routing.start()
     try:
         for _ in range(3):
             with phase.training.inside("train"):
                 pass
         assert len(tries) == 1
         assert sum("no chip" in str(record.exc_info) for record in caplog.records) == 1
-        assert flaggems.describe()["state"] == "no chip"
-        monkeypatch.setattr(events, "_strict", True)
+        assert routing.describe()["state"] == "no chip"
+        monkeypatch.setattr(events.failures, "strict", True)
         with pytest.raises(FlagGemsError, match="no chip"), phase.training.inside("train"):
             pass
         assert not phase.training.active
     finally:
-        stop()
-        events._failures.clear()
+        routing.stop()
+        events.failures.begin(strict=False)
 
 
 def test_nothing_heavy_is_imported_at_load():
     code = (
-        "import sys; import verl_fl_overlay, verl_fl_overlay.flaggems as f; from verl_fl_overlay.settings import "
-        "Settings; f.start(Settings(use_flaggems=True)); "
+        "import sys; import verl_fl_overlay; from verl_fl_overlay.features.flaggems import Routing; from "
+        "verl_fl_overlay.settings import Settings; Routing(Settings.of(use_flaggems=True)).start(); "
         "print([m for m in ('torch', 'flag_gems', 'triton', 'sqlalchemy', 'yaml') if m in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout

@@ -20,8 +20,7 @@ def phase():
 @pytest.fixture(autouse=True)
 def forget_failures():
     yield
-    events.set_strict(False)
-    events._failures.clear()
+    events.failures.begin(strict=False)
 
 
 def test_only_the_outermost_moments_are_told(phase):
@@ -51,12 +50,12 @@ def test_failing_subscriber_is_logged_once_and_skipped(phase, caplog):
         with phase.inside("train"):
             pass
     assert [r.message for r in caplog.records if "fails" in r.message].__len__() == 1
-    assert list(events.failures().values()) == ["ValueError: broken feature"]
+    assert list(events.failures.told().values()) == ["ValueError: broken feature"]
     assert phase.log == ["in", "out"] * 2
 
 
 def test_strict_raises_and_still_leaves(phase):
-    events.set_strict(True)
+    events.failures.begin(strict=True)
 
     def fails():
         raise ValueError("broken feature")

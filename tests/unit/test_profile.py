@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.flaggems import choice, profile
 from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError
-from verl_fl_overlay.settings import Settings, SettingsError
+from verl_fl_overlay.settings import Settings
 
 HERE = Key("Chip 1", "2.11.0", "3.6.0", "5.0.0")
 MEASURED = Profile(
@@ -136,10 +137,10 @@ def test_a_torch_built_for_a_chip_that_is_not_there_means_the_cpu(monkeypatch, t
 def test_a_list_comes_before_a_profile_and_a_profile_before_everything(here, monkeypatch):
     MEASURED.save(here / "p.json")
     monkeypatch.setattr(choice.names, "check", lambda *rest: None)
-    settings = Settings(profile=str(here / "p.json"))
+    settings = Settings.of(profile=str(here / "p.json"))
     found = next(c for source in choice.SOURCES if (c := source(settings, None)) is not None)
     assert found.names == ("add",)
-    listed = Settings(profile=str(here / "p.json"), ops=("mul",))
+    listed = Settings.of(profile=str(here / "p.json"), ops=("mul",))
     found = next(c for source in choice.SOURCES if (c := source(listed, None)) is not None)
     assert found.names == ("mul",)
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from verl_fl_overlay import activation, compat, events, report
+from verl_fl_overlay import activation, compat, events
+from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.settings import Settings
 
 
@@ -14,20 +15,19 @@ from verl_fl_overlay.settings import Settings
 def overlay(monkeypatch):
     """Make an overlay with a password in its settings the active one; its hooks are not installed."""
     settings = Settings.from_environment({"FLAGGEMS_DB_URL": "postgresql://me:secret@host/tuning"})
-    made = activation.Overlay(settings, compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")))
-    monkeypatch.setattr(activation, "_active", made)
+    made = Overlay(settings, compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")))
+    monkeypatch.setattr(activation._process, "overlay", made)
 
 
 def test_the_environment_is_reported_without_passwords(overlay):
-    built = report.build()
+    built = activation.report()
     assert built["environment"]["FLAGGEMS_DB_URL"] == "postgresql://***@host/tuning"
     assert "secret" not in json.dumps(built)
 
 
 def test_a_subscriber_that_failed_is_a_problem(overlay, monkeypatch):
-    monkeypatch.setattr(events, "_failures", {})
-    monkeypatch.setattr(events, "_strict", False)
-    assert report.build()["problems"] == []
+    monkeypatch.setattr(events, "failures", events.Failures())
+    assert activation.report()["problems"] == []
 
     def broken():
         raise ValueError("out of order")
@@ -35,6 +35,6 @@ def test_a_subscriber_that_failed_is_a_problem(overlay, monkeypatch):
     moment = events.Event("a moment")
     moment.subscribe(broken)
     moment.emit()
-    (problem,) = report.build()["problems"]
+    (problem,) = activation.report()["problems"]
     assert problem.startswith("a moment: ")
     assert problem.endswith("broken failed and is skipped: ValueError: out of order")

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from verl_fl_overlay.errors import SettingsError
-from verl_fl_overlay.settings import Settings, misspelt
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.table import misspelt
 
 
 def test_nothing_set():

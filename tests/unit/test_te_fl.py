@@ -16,26 +16,29 @@ from pathlib import Path
 import pytest
 from processes import output
 
-from verl_fl_overlay.events import engine_built
-from verl_fl_overlay.features import te_fl
+from verl_fl_overlay.events import Engine, engine_built
+from verl_fl_overlay.features import reason_off
+from verl_fl_overlay.features.te_fl import TransformerEngineFL
 from verl_fl_overlay.flaggems import database
+from verl_fl_overlay.packages import flagos_builds
 from verl_fl_overlay.settings import Settings
 
 STAND_IN = Path(__file__).parents[1] / "te_fl_stand_in.py"
 
 
-class MegatronEngine:
-    __module__ = "verl.workers.engine.megatron.transformer_impl"
+MEGATRON = Engine("megatron")
 
 
-class FSDPEngine:
-    __module__ = "verl.workers.engine.fsdp.transformer_impl"
+def built(settings):
+    """Return the feature after a Megatron engine was built."""
+    te_fl = TransformerEngineFL(settings)
+    te_fl.built(MEGATRON)
+    return te_fl
 
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(te_fl, "_told", {})
     for name in ("transformer_engine", "megatron"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
@@ -53,15 +56,15 @@ def make_fl(folder):
 
 
 def test_nvidias_packages_are_left_alone(packages):
-    assert te_fl.installed() == {"TransformerEngine-FL": False, "Megatron-LM-FL": False}
-    assert te_fl.reason_off(Settings()) == "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
+    assert flagos_builds() == {"TransformerEngine-FL": False, "Megatron-LM-FL": False}
+    assert reason_off("te_fl", Settings()) == "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
     assert "transformer_engine" not in sys.modules
 
 
 def test_megatron_fl_alone_is_told(packages):
     (packages / "megatron/plugin").mkdir()
     (packages / "megatron/plugin/decorators.py").write_text("")
-    te_fl.apply(Settings.from_environment({"MG_FL_PREFER": "metax"}))
+    te_fl = built(Settings.from_environment({"MG_FL_PREFER": "metax"}))
     assert te_fl.describe() == {"TransformerEngine-FL": False, "Megatron-LM-FL": True, "MG_FL_PREFER": "metax"}
 
 
@@ -78,15 +81,16 @@ def test_a_megatron_engine_makes_the_policy_what_the_environment_says(packages, 
     assert core.get_policy().prefer == "flagos"
     monkeypatch.setenv("TE_FL_PREFER", "reference")
     assert core.get_policy().prefer == "flagos"
-    stop = te_fl.start(Settings.from_environment({"TE_FL_PREFER": "reference"}))
+    te_fl = TransformerEngineFL(Settings.from_environment({"TE_FL_PREFER": "reference"}))
+    te_fl.start()
     try:
         with caplog.at_level(logging.WARNING):
-            engine_built.emit(FSDPEngine())
+            engine_built.emit(Engine("fsdp"))
             assert core.get_policy().prefer == "flagos"
-            engine_built.emit(MegatronEngine())
-            engine_built.emit(MegatronEngine())
+            engine_built.emit(MEGATRON)
+            engine_built.emit(MEGATRON)
     finally:
-        stop()
+        te_fl.stop()
     assert core.get_policy().prefer == "reference"
     assert [record.getMessage() for record in caplog.records] == [
         "a Megatron engine starts with TE_FL_PREFER=reference, and TransformerEngine-FL takes reference "
@@ -100,7 +104,7 @@ def test_no_warning_where_flagos_is_asked_for_and_there(packages, monkeypatch, c
 
     register(core, core.BackendImplKind.DEFAULT)
     monkeypatch.setenv("TE_FL_PREFER", "flagos")
-    te_fl.apply(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
+    built(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
     assert not caplog.records
 
 
@@ -111,7 +115,7 @@ def test_flagos_without_its_kernels_is_told(packages, monkeypatch, caplog):
 
     register(core, core.BackendImplKind.REFERENCE)
     monkeypatch.setenv("TE_FL_PREFER", "flagos")
-    te_fl.apply(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
+    te_fl = built(Settings.from_environment({"TE_FL_PREFER": "flagos"}))
     assert [record.getMessage() for record in caplog.records] == [
         "TransformerEngine-FL is to take flagos implementations first and has none here: a Megatron engine runs on "
         "reference; FlagOS' need flag_gems and a device that it knows"
@@ -124,7 +128,7 @@ def test_one_that_does_not_tell_its_implementations_still_tells_its_policy(packa
     import transformer_engine.plugin.core as core
 
     del core.get_default_manager
-    te_fl.apply(Settings())
+    te_fl = built(Settings())
     assert [record.getMessage() for record in caplog.records] == [
         "a Megatron engine starts with TE_FL_PREFER not set, and TransformerEngine-FL takes flagos implementations "
         "first; export TE_FL_PREFER=flagos to be sure of those of FlagOS"
@@ -141,7 +145,7 @@ def test_one_that_cannot_register_its_implementations_still_tells_its_policy(pac
 
     monkeypatch.setattr(core.Manager, "ensure_initialized", no_chip)
     with pytest.raises(RuntimeError, match="no chip"):
-        te_fl.apply(Settings())
+        built(Settings())
     assert len(caplog.records) == 1
 
 
@@ -157,7 +161,7 @@ def test_a_flaggems_that_it_imports_gets_a_database_of_this_process(packages, mo
     import transformer_engine.plugin.core as core
 
     monkeypatch.setattr(core.Manager, "ensure_initialized", lambda manager: importlib.import_module("flag_gems"))
-    te_fl.apply(Settings())
+    built(Settings())
     read = sys.modules["flag_gems"].URL
     assert read == (users or f"sqlite:///{packages}/rank3.db")
     assert os.environ.get(database.VARIABLE, "") == users
@@ -166,7 +170,8 @@ def test_a_flaggems_that_it_imports_gets_a_database_of_this_process(packages, mo
 PROBE = """
 import json, os
 import transformer_engine.plugin.core as core
-from verl_fl_overlay.features import te_fl
+from verl_fl_overlay.events import Engine
+from verl_fl_overlay.features.te_fl import TransformerEngineFL
 from verl_fl_overlay.settings import Settings
 
 def fails():
@@ -192,7 +197,8 @@ def call(op):
 found = {"before": call("probe")}
 os.environ.update(ENVIRONMENT)
 found["unread"] = call("probe")
-te_fl.apply(Settings.from_environment(os.environ))
+te_fl = TransformerEngineFL(Settings.from_environment(os.environ))
+te_fl.built(Engine("megatron"))
 found.update(probe=call("probe"), told=te_fl.describe())
 if "TE_FL_PER_OP" not in os.environ:
     found["faulty"] = call("faulty")
@@ -204,7 +210,7 @@ print(json.dumps(found))
 def path(request, tmp_path):
     """Return the PYTHONPATH on which a TransformerEngine-FL lies."""
     if request.param == "real":
-        if not (find_spec("transformer_engine") and te_fl.installed()["TransformerEngine-FL"]):
+        if not (find_spec("transformer_engine") and flagos_builds()["TransformerEngine-FL"]):
             pytest.skip("needs TransformerEngine-FL")
         return os.environ.get("PYTHONPATH", "")
     (tmp_path / "transformer_engine").mkdir()

@@ -9,25 +9,30 @@ import pytest
 
 from verl_fl_overlay import events
 from verl_fl_overlay.cli import main
-from verl_fl_overlay.dispatch import vllm_fl
+from verl_fl_overlay.dispatch import file as dispatch_file
+from verl_fl_overlay.dispatch import lint
+from verl_fl_overlay.dispatch.render import render
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.settings import Settings, every_variable
+from verl_fl_overlay.features import reason_off
+from verl_fl_overlay.features.rollout import Rollout
+from verl_fl_overlay.settings import TABLE, Settings
 
 yaml = pytest.importorskip("yaml")
 
 
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch):
-    monkeypatch.setattr(vllm_fl, "find_spec", lambda name: None)
-    for name in every_variable():
+    monkeypatch.setattr(dispatch_file, "folders", lambda name: [])
+    monkeypatch.setattr(lint, "find_spec", lambda name: None)
+    for name in TABLE:
         monkeypatch.delenv(name, raising=False)
 
 
 def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
-    assert main(["dispatch", "check", str(vllm_fl.EXAMPLE)]) == 0
-    assert capsys.readouterr().out == f"{vllm_fl.EXAMPLE}: no faults\n"
-    text = vllm_fl.EXAMPLE.read_text()
-    assert [key for key in vllm_fl.KEYS if f"{key}:" not in text] == []
+    assert main(["dispatch", "check", str(dispatch_file.EXAMPLE)]) == 0
+    assert capsys.readouterr().out == f"{dispatch_file.EXAMPLE}: no faults\n"
+    text = dispatch_file.EXAMPLE.read_text()
+    assert [key for key in dispatch_file.KEYS if f"{key}:" not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -87,12 +92,12 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
     (tmp_path / "flag_gems/__init__.py").write_text('_FULL_CONFIG = (("mm", mm), ("mm.out", ops.mm_out, 1))')
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
-    assert vllm_fl.flaggems_names() == {"mm", "mm_out"}
+    assert lint.flaggems_names() == {"mm", "mm_out"}
     (tmp_path / "flag_gems/__init__.py").write_text("")  # read once: it is long, and asked for with every name
-    assert vllm_fl.check({"flagos_whitelist": ["mm_out", "mm_uot"]}) == [
+    assert lint.check({"flagos_whitelist": ["mm_out", "mm_uot"]}) == [
         "flagos_whitelist: the FlagGems that is installed has no function mm_uot; mm_out?"
     ]
-    assert vllm_fl.check({"flagos_blacklist": ["mm_out", "mm_uot"]}) == [
+    assert lint.check({"flagos_blacklist": ["mm_out", "mm_uot"]}) == [
         "note: flagos_blacklist: the FlagGems that is installed has no function mm_uot; mm_out?"
     ]
 
@@ -100,7 +105,7 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
-KEYS = ", ".join(vllm_fl.KEYS)
+KEYS = ", ".join(dispatch_file.KEYS)
 NO_VALUE = "holds a value that is none of its type"
 TWICE = "says prefer twice, and only the last counts; keep one of them"
 
@@ -119,7 +124,7 @@ TWICE = "says prefer twice, and only the last counts; keep one of them"
         (b"a: !!bool maybe", f"{NO_VALUE}: KeyError: 'maybe'"),
         (b"a: !!int ''", f"{NO_VALUE}: IndexError: string index out of range"),
         (b"a: !!timestamp now", f"{NO_VALUE}: AttributeError: 'NoneType' object has no attribute 'groupdict'"),
-        (b"#" * (vllm_fl.LARGEST + 1), "is too long; a dispatch file has at most 65536 bytes"),
+        (b"#" * (dispatch_file.LARGEST + 1), "is too long; a dispatch file has at most 65536 bytes"),
         (b"[" * 60_000, "is nested more than 8 levels deep, which a dispatch file is not"),
         (b"a: [", "cannot be read as YAML: while parsing"),
         (b"\xff\xfe\x00", "cannot be read as YAML: "),
@@ -130,7 +135,7 @@ def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
     file = tmp_path / "dispatch.yaml"
     file.write_bytes(content)
     with pytest.raises(OverlayError) as error:
-        vllm_fl.read(file)
+        dispatch_file.read(file)
     told = str(error.value)
     assert (
         told[: len(f"{file} {message}")] if "YAML: " in message else told
@@ -139,7 +144,7 @@ def test_what_is_no_dispatch_file_is_refused(tmp_path, content, message):
 
 def test_a_file_that_never_ends_is_refused():
     with pytest.raises(OverlayError, match=r"^/dev/zero is too long; a dispatch file has at most 65536 bytes$"):
-        vllm_fl.read(Path("/dev/zero"))
+        dispatch_file.read(Path("/dev/zero"))
 
 
 def test_a_vendor_that_nobody_knows_is_an_error(capsys):
@@ -157,7 +162,7 @@ def test_lists_that_are_none_are_rendered_as_the_plugin_reads_them(tmp_path):
         "VLLM_FL_OOT_BLACKLIST": "rms_norm",
         "VLLM_FL_PER_OP": "rms_norm=vendor",
     }
-    assert yaml.safe_load(vllm_fl.render(Settings.from_environment(environment))) == {
+    assert yaml.safe_load(render(Settings.from_environment(environment))) == {
         "flagos_blacklist": ["softmax"],
         "oot_blacklist": ["{'a': 'b'}", "rms_norm"],
         "op_backends": {"rms_norm": ["vendor"]},
@@ -176,16 +181,16 @@ def test_the_environment_becomes_a_file_that_extends_the_chips_own_lists(monkeyp
     assert main(["dispatch", "render", "--vendor", "nvidia"]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[1] == "# Unset VLLM_FL_FLAGOS_BLACKLIST: set, they go before this file."
-    content, shipped = yaml.safe_load(text), yaml.safe_load(vllm_fl.EXAMPLE.read_text())
+    content, shipped = yaml.safe_load(text), yaml.safe_load(dispatch_file.EXAMPLE.read_text())
     assert content["flagos_blacklist"] == [*shipped["flagos_blacklist"], "softmax"]
     assert content["op_backends"] == {**shipped["op_backends"], "rms_norm": ["vendor:cuda", "flagos"]}
     assert content["strict"] is True
-    assert vllm_fl.check(content) == []
+    assert lint.check(content) == []
 
 
 def test_a_whitelist_stands_alone():
     settings = Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm", "VLLM_FL_PREFER": "vendor"})
-    content = yaml.safe_load(vllm_fl.render(settings, "nvidia"))
+    content = yaml.safe_load(render(settings, "nvidia"))
     assert content["flagos_whitelist"] == ["mm"]
     assert "flagos_blacklist" not in content
     assert content["prefer"] == "vendor"
@@ -198,13 +203,13 @@ def test_the_plugins_own_configuration_goes_before_the_example(tmp_path, monkeyp
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
     settings = Settings.from_environment({"VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"})
-    assert yaml.safe_load(vllm_fl.render(settings, "ascend")) == {"flagos_blacklist": ["sort", "mm"]}
+    assert yaml.safe_load(render(settings, "ascend")) == {"flagos_blacklist": ["sort", "mm"]}
 
 
 def test_the_file_of_the_environment_goes_before_the_plugins_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("{prefer: vendor, flagos_blacklist: [mm]}")
     mine = {"VLLM_FL_CONFIG": str(tmp_path / "mine.yaml"), "VLLM_FL_FLAGOS_BLACKLIST": "softmax,mm"}
-    content = yaml.safe_load(vllm_fl.render(Settings.from_environment(mine)))
+    content = yaml.safe_load(render(Settings.from_environment(mine)))
     assert content == {"prefer": "vendor", "flagos_blacklist": ["mm", "softmax"]}
 
 
@@ -218,7 +223,7 @@ def test_a_named_vendor_and_an_empty_file_of_the_environment_leave_the_defaults(
     monkeypatch.setenv("VLLM_FL_CONFIG", str(file))
     monkeypatch.setenv("GEMS_VENDOR", "nvidia")
     assert main(["dispatch", "render", *vendor]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(vllm_fl.EXAMPLE.read_text())
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(dispatch_file.EXAMPLE.read_text())
 
 
 def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
@@ -227,7 +232,7 @@ def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
     (tmp_path / "vllm_fl/dispatch/config/musa.yaml").write_text("flagos_blacklist: [sort]")
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
-    assert vllm_fl.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
+    assert dispatch_file.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
 
 
 @pytest.fixture
@@ -241,41 +246,42 @@ def broken(tmp_path, monkeypatch):
 
 
 def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(broken, monkeypatch):
-    monkeypatch.setattr(events, "_failures", {})
-    monkeypatch.setattr(events, "_strict", False)
-    stop = vllm_fl.start(Settings.from_environment())
+    monkeypatch.setattr(events, "failures", events.Failures())
+    rollout = Rollout(Settings.from_environment())
+    rollout.start()
     try:
         events.rollout_plugin_found.emit()
     finally:
-        stop()
+        rollout.stop()
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
-    assert list(events.failures().values()) == [f"OverlayError: {broken}"]
+    assert list(events.failures.told().values()) == [f"OverlayError: {broken}"]
 
 
 def test_a_configuration_that_cannot_be_read_is_refused_at_the_start_where_that_is_asked_for(broken, monkeypatch):
     """Not in the plugin, from which vLLM swallows every error: it would go on without any of FlagOS."""
     monkeypatch.setenv("VERL_FL_STRICT", "1")
     with pytest.raises(OverlayError) as error:
-        vllm_fl.start(Settings.from_environment())
+        Rollout(Settings.from_environment()).start()
     assert str(error.value) == broken
 
 
 def test_where_the_environment_names_no_file_the_chips_own_is_not_read_either(tmp_path, monkeypatch):
     """As in the plugin, and as the warning about such a VLLM_FL_CONFIG says."""
     (tmp_path / "metax.yaml").write_text("oot_blacklist: [rotary_embedding]")
-    monkeypatch.setattr(vllm_fl, "_configuration", lambda vendor: tmp_path / f"{vendor}.yaml")
+    monkeypatch.setattr(dispatch_file, "_configuration", lambda vendor: tmp_path / f"{vendor}.yaml")
     monkeypatch.setenv("GEMS_VENDOR", "metax")
     monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
     monkeypatch.setenv("VLLM_FL_CONFIG", str(tmp_path / "no.yaml"))
-    vllm_fl.extend_lists()
+    rollout = Rollout(Settings())
+    rollout.extend_lists()
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
     monkeypatch.delenv("VLLM_FL_CONFIG")
-    vllm_fl.extend_lists()
+    rollout.extend_lists()
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm,rotary_embedding"
 
 
 def test_without_a_list_there_is_nothing_to_extend():
-    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm"})) == (
+    assert reason_off("rollout", Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm"})) == (
         "neither VLLM_FL_FLAGOS_BLACKLIST nor VLLM_FL_OOT_BLACKLIST is set"
     )
-    assert vllm_fl.reason_off(Settings.from_environment({"VLLM_FL_OOT_BLACKLIST": "rms_norm"})) == ""
+    assert reason_off("rollout", Settings.from_environment({"VLLM_FL_OOT_BLACKLIST": "rms_norm"})) == ""

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay import activation, compat, report
+from verl_fl_overlay import activation, compat
+from verl_fl_overlay.cli import env
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook, HookStatus, State
 from verl_fl_overlay.packages import installed
-from verl_fl_overlay.settings import Settings, environment
-from verl_fl_overlay.settings.readers import names
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    doctor = commands.add_parser("doctor", help="try every hook on the verl that is here and report")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; return 1 if training cannot go on with the overlay."""
+    quiet()
+    result, usable = examine()
+    print(json.dumps(result, indent=1) if options.json else as_text(result))
+    return 0 if usable else 1
 
 
 def examine() -> tuple[dict[str, Any], bool]:
@@ -33,18 +51,18 @@ def examine() -> tuple[dict[str, Any], bool]:
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
-    result = report.build()
+    result = activation.report()
     active = activation.active()
     by_name = {status.hook.name: status.hook for status in active.hooks.report()} if active else {}
     for hook in result["hooks"]:
         hook["pinned"] = _pinned(by_name[hook["name"]])
         hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
-    unloaded, by_another = _unloaded(active.selection.version) if active else ("", False)
+    unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
     result["problems"] += [unloaded] if unloaded else []
     if refusals:
         result["verl"]["supported"] = False
         inactive = "the overlay is not active"
-        checked = environment.examine(os.environ)  # nobody reads the environment where verl cannot be imported
+        checked = env.examine(os.environ)  # nobody reads the environment where verl cannot be imported
         others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
@@ -64,12 +82,12 @@ def _import_verl() -> None:
 
 def _unloaded(version: str) -> tuple[str, bool]:
     """Say what to export where verl loads the overlay in no process but this one, and whether another module may."""
-    listed = names(os.environ.get(environment.LOADED_BY, ""))
-    if environment.OVERLAY in listed or compat.finds_plugin(version, environment.OVERLAY):
+    listed = modules(os.environ)
+    if OVERLAY in listed or compat.finds_plugin(version, OVERLAY):
         return "", False
-    needed = environment.forwarded(os.environ)[environment.LOADED_BY]
+    needed = forwarded(os.environ)[LOADED_BY]
     unless = f", unless {' or '.join(listed)} imports it" if listed else ""
-    said = f"verl {version} does not load the overlay in training{unless}: export {environment.LOADED_BY}={needed}"
+    said = f"verl {version} does not load the overlay in training{unless}: export {LOADED_BY}={needed}"
     return said, bool(listed)
 
 

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from fnmatch import fnmatchcase
 from typing import Any
 
 from verl_fl_overlay.flaggems import library, safety
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    ops = commands.add_parser("ops", help="list the operators of the FlagGems that is here, and which training may use")
+    ops.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name, or with * and ?")
+    ops.add_argument("--json", action="store_true", help="print JSON")
+    ops.add_argument("--unsafe", action="store_true", help="only those that training must not use")
+    ops.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the operators; return 1 if there are none.
+
+    Raises:
+        FlagGemsError: there is no FlagGems that can be used here.
+    """
+    found = operators(options.pattern, options.unsafe)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    elif found:
+        print(as_text(found))
+    else:
+        print(f"no operator matches {options.pattern!r}" if options.pattern else "no operators", file=sys.stderr)
+    return 0 if found else 1
 
 
 def operators(pattern: str = "", only_unsafe: bool = False) -> list[dict[str, Any]]:

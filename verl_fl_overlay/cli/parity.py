@@ -1,4 +1,4 @@
-"""``verl-fl parity``: does a step with the overlay compute what verl computes without it, up to rounding?
+"""``parity``: does a step with the overlay compute what verl computes without it, up to rounding?
 
 Three processes run one step of verl's real engine on the same weights and batch: twice without the overlay, which shows
 the noise, and once with the overlay and the environment as the job will have it.
@@ -6,29 +6,37 @@ the noise, and once with the overlay and the environment as the job will have it
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay import compat
-from verl_fl_overlay.devices import chips
-from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.cli.trial import Trial, kernels_of, native_environment, run_trial, run_with_overlay
 
-TRIAL = Path(compat.__file__).parent / "trial.py"
-MODULES, PLUGINS = "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"
 NOISE = 3.0
 """A difference is also allowed if it is at most so many times that between two native runs."""
 
 
-class TrialError(OverlayError):
-    """A run of the engine failed; holds the end of what it printed."""
+def add(commands: Any) -> None:
+    """Add the command."""
+    parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
+    parity.add_argument("model", help="a model's folder, Hugging Face format")
+    parity.add_argument("--rows", type=int, default=4, help="sequences in the batch (default: %(default)s)")
+    parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
+    micro_batch = "sequences computed at a time (default: %(default)s)"
+    parity.add_argument("--micro-batch", type=int, default=2, help=micro_batch)
+    parity.add_argument("--seed", type=int, default=0, help="of the random tokens (default: %(default)s)")
+    parity.add_argument("--json", action="store_true", help="print JSON")
+    parity.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the comparison; return 1 if a difference is too large."""
+    result = examine(Trial(options.model, options.rows, options.length, options.micro_batch, options.seed))
+    print(json.dumps(result, indent=1) if options.json else as_text(result))
+    return 0 if result["same"] else 1
 
 
 @dataclass(frozen=True)
@@ -50,99 +58,6 @@ class Line:
     def holds(self) -> bool:
         """Whether the difference is within the bound or the noise; NaN is not."""
         return self.of_allowed <= 1
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is run: a model's folder, and a batch of ``rows`` sequences of at most ``length`` tokens."""
-
-    model: str
-    rows: int = 4
-    length: int = 256
-    micro_batch: int = 2
-    seed: int = 0
-
-
-def native_environment() -> dict[str, str]:
-    """Return the environment without the overlay; where verl cannot do without it, with no more of it than that.
-
-    That is on a CPU and on a chip that verl does not know.  Other modules that verl loads stay, so that what they do
-    is on both sides; other plugins are off where none is named, since nothing else keeps the overlay's out.
-    """
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG")) and name not in ("RANK", "WORLD_SIZE")
-    }
-    others = {name: _without_overlay(kept.pop(name, "")) for name in (MODULES, PLUGINS)}
-    settings, _ = Settings.parse()
-    if chips.without_platform(settings) is None:
-        plugins = others[PLUGINS] if others[PLUGINS] not in ("", "auto") else "none"
-        return {**kept, MODULES: others[MODULES], PLUGINS: plugins}
-    found = compat.find_verl()
-    hooks = compat.select(found).hooks if found else ()
-    return {
-        **kept,
-        MODULES: ",".join(filter(None, ("verl_fl_overlay", others[MODULES]))),
-        "VERL_FL_DEVICE": settings.device,
-        "VERL_FL_FUSED": "0",
-        "VERL_FL_DISABLE": ",".join(hook.name for hook in hooks if hook.feature == "logprobs"),
-    }
-
-
-def overlay_environment() -> dict[str, str]:
-    """Return this process's environment, with the overlay named in it."""
-    return {**os.environ, MODULES: os.environ.get(MODULES, "verl_fl_overlay")}
-
-
-def _without_overlay(names: str) -> str:
-    return ",".join(name for name in names.split(",") if name.strip() != "verl_fl_overlay")
-
-
-def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
-    """Run ``trial`` in a process of its own; return what ``compat/trial.py`` saved.
-
-    Raises:
-        TrialError: the process failed.
-    """
-    import torch
-
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pt"
-        numbers = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(trial).items() if name != "model"]
-        # By path, and not with its folder first in the search path, in which "logprobs" is another module.
-        program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(TRIAL), trial.model, str(result), *numbers],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not result.exists():
-            raise TrialError(
-                f"the engine failed, exit status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
-            )
-        loaded: dict[str, Any] = torch.load(result, weights_only=True)
-        return loaded
-
-
-def run_with_overlay(trial: Trial) -> dict[str, Any]:
-    """Run ``trial`` in this process's environment.
-
-    Raises:
-        TrialError: it failed, or ran without the overlay.
-    """
-    result = run_trial(trial, overlay_environment())
-    if not result["overlay"]:
-        raise TrialError(f"the overlay was not loaded: {MODULES} has to name verl_fl_overlay")
-    return result
-
-
-def kernels_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the features that compute say of a trial with the overlay: which kernels they used, and why not."""
-    told = result["overlay"]["features"]
-    return {name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]}
 
 
 def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any]) -> list[Line]:

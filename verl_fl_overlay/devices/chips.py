@@ -8,11 +8,11 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay import packages
-from verl_fl_overlay.devices.cpu import cpu_module
+from verl_fl_overlay.devices.cpu import CPU_MODULE
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.stack import VENDOR_NAMES
@@ -131,38 +131,16 @@ def without_platform(settings: Settings) -> Chip | None:
     return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
 
 
-_current: Chip | None = None
-
-
-def start(settings: Settings) -> Callable[[], None]:
-    """Settle on the chip, once: finding it asks the file system, and verl asks for its device in every step."""
-    global _current
-    chip = without_platform(settings)
-    assert chip is not None, "with verl's own platform there is nothing to start"
-    _current = chip
-    return _forget
-
-
-def _forget() -> None:
-    global _current
-    _current = None
-
-
-def current() -> Chip | None:
-    """Return the chip that ``start`` settled on; None before, and after it was stopped."""
-    return _current
-
-
 def device_module(chip: Chip) -> Any:
     """Return ``torch.<device>`` of ``chip``, its package imported first where torch did not do that itself.
 
-    For the CPU that is ``devices.cpu_module``, which has what verl asks of an accelerator's.
+    For the CPU that is ``CPU_MODULE``, which has what verl asks of an accelerator's.
 
     Raises:
         ImportError: the package is not there, or does not load.
     """
     if chip is CPU:
-        return cpu_module
+        return CPU_MODULE
     import torch
 
     if not hasattr(torch, chip.device):
@@ -187,17 +165,3 @@ def backend(chip: Chip) -> str:
     if not chip.backend:
         raise OverlayError(f"no collectives are known for {chip.vendor} but FlagCX: export USE_FLAGCX=1")
     return chip.backend
-
-
-def reason_off(settings: Settings) -> str:
-    """Return why verl's own platforms do, "" where training runs on a chip that needs one from here."""
-    chip, told_by = chosen(settings)
-    if chip is None:
-        return told_by
-    return f"verl has a platform for {chip.vendor} ({told_by})" if chip.vendor in KNOWN_TO_VERL else ""
-
-
-def describe() -> dict[str, str]:
-    """Return the chip's row, and what told it."""
-    chip, told_by = chosen(Settings.parse()[0])
-    return {"told by": told_by, **({} if chip is None else asdict(chip))}

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from types import ModuleType
 from typing import Any
-
-from verl_fl_overlay.errors import SettingsError
 
 
 class CpuModule(ModuleType):
@@ -86,43 +83,5 @@ class CpuModule(ModuleType):
     manual_seed_all = manual_seed
 
 
-cpu_module = CpuModule()
-
-
-def without_repeated_pairs(backend: Any) -> Any:
-    """Drop repeated device:backend pairs: "cpu:gloo,cpu:gloo" -> "cpu:gloo"."""
-    return ",".join(dict.fromkeys(backend.split(","))) if isinstance(backend, str) else backend
-
-
-def refuse_hidden_accelerator() -> None:
-    """Raise if VERL_FL_DEVICE=cpu was asked for where torch sees CUDA: verl decided for CUDA before the overlay loaded.
-
-    Raises:
-        SettingsError: with the variable that hides the GPUs.
-    """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        raise SettingsError(
-            f"VERL_FL_DEVICE=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s) and verl has already "
-            "decided to use them. Hide them too: export CUDA_VISIBLE_DEVICES="
-        )
-
-
-def accelerator() -> Any:
-    """Return torch's module of the accelerator here, such as ``torch.cuda``; None where there is only the CPU.
-
-    A torch built for an accelerator names its module also on a machine without one.
-    """
-    import torch
-
-    module = torch.get_device_module()
-    return module if module is not torch.cpu and module.is_available() else None
-
-
-def chip_name() -> str:
-    """Return the model of the accelerator here, as torch names it: what was compiled or measured is for that one."""
-    module = accelerator()
-    if module is None:
-        return "cpu"
-    name = getattr(module, "get_device_name", None)
-    return str(name() if name else module.__name__)
+CPU_MODULE = CpuModule()
+"""The one that every caller gets; it keeps nothing."""

@@ -1,61 +1,77 @@
-"""The features that hooks serve: what each is for, and when the settings leave it out."""
+"""The features: what each is for, and when the settings leave it out.
+
+A feature's module is imported when it starts, so that one that is off costs nothing where verl is loaded.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import importlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay.devices import chips
-from verl_fl_overlay.dispatch import vllm_fl
-from verl_fl_overlay.features import flagcx, te_fl
-from verl_fl_overlay.packages import installed
+from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.stack import REPLACED_LISTS
 
 
 @dataclass(frozen=True)
-class Feature:
-    """A part of the overlay that can be on or off; ``reason_off`` returns "" when the settings ask for it.
+class Entry:
+    """A feature as it is known before it starts.
 
-    ``start`` subscribes the feature to the events it acts on and returns what takes that back; ``describe`` tells the
-    report, in JSON's types, what the feature did.  Both import the feature's module themselves, so that a feature that
-    is off costs nothing at load.  ``fed_by`` names the feature whose hooks it lives on where that is not itself.
+    ``home`` is its class, as ``module:class`` below this package; "" for one that its hooks alone make up.
+    ``reason_off`` returns "" when the settings ask for it.  ``fed_by`` names the feature whose hooks it lives on where
+    that is not itself.
     """
 
     name: str
     summary: str
+    home: str = ""
     reason_off: Callable[[Settings], str] = lambda settings: ""
-    start: Callable[[Settings], Callable[[], None]] | None = None
-    describe: Callable[[], dict[str, Any]] | None = None
     fed_by: str = ""
 
+    def make(self, settings: Settings) -> Feature:
+        """Import the feature's module and return the feature, not started yet."""
+        module, _, name = self.home.partition(":")
+        made: Feature = getattr(importlib.import_module(f"{__name__}.{module}"), name)(settings)
+        return made
 
-def _describe_logprobs() -> dict[str, Any]:
-    logprobs = sys.modules.get("verl_fl_overlay.kernels.logprobs")  # not there before the first log-prob
-    return {"kernels": logprobs.kernels_used() if logprobs else {}}
+
+def _rollout_off(settings: Settings) -> str:
+    return "" if any(settings[name] for name in REPLACED_LISTS) else f"neither {' nor '.join(REPLACED_LISTS)} is set"
+
+
+def _flagcx_off(settings: Settings) -> str:
+    if settings.device == "cpu":
+        return "VERL_FL_DEVICE=cpu: a CPU communicates through gloo"
+    return "" if settings["USE_FLAGCX"] else "USE_FLAGCX is not on"
+
+
+def _chip_off(settings: Settings) -> str:
+    chip, told_by = chips.chosen(settings)
+    if chip is None:
+        return told_by
+    return f"verl has a platform for {chip.vendor} ({told_by})" if chip.vendor in chips.KNOWN_TO_VERL else ""
+
+
+def _te_fl_off(settings: Settings) -> str:
+    return "" if any(flagos_builds().values()) else "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
+
+
+def _cpu_off(settings: Settings) -> str:
+    return "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu"
 
 
 def _flaggems_off(settings: Settings) -> str:
     if settings.training_flaggems is False:
         return "TRAINING_FL_FLAGGEMS_ENABLE=0"
-    if settings.training_flaggems is None and not settings.use_flaggems:
+    if not settings.flaggems_in_training:
         lists = settings.flagos_whitelist or settings.flagos_blacklist or settings.ops != ("auto",)
         return "USE_FLAGGEMS is not set" + (", so the lists of operators have no effect" if lists else "")
     return "VERL_FL_OPS=none" if settings.ops == ("none",) else ""
-
-
-def _start_flaggems(settings: Settings) -> Callable[[], None]:
-    from verl_fl_overlay import flaggems
-
-    return flaggems.start(settings)
-
-
-def _describe_flaggems() -> dict[str, Any]:
-    from verl_fl_overlay import flaggems
-
-    return flaggems.describe()
 
 
 def _fused_off(settings: Settings) -> str:
@@ -68,71 +84,40 @@ def _fused_off(settings: Settings) -> str:
     return ""
 
 
-def _start_fused(settings: Settings) -> Callable[[], None]:
-    from verl_fl_overlay.kernels import fused
-
-    return fused.start(settings)
-
-
-def _describe_fused() -> dict[str, Any]:
-    from verl_fl_overlay.kernels import fused
-
-    return fused.describe()
-
-
 FEATURES = {
-    feature.name: feature
-    for feature in (
-        Feature("phase", "tells when verl trains: engines built, initialised, entered and left"),
-        Feature("attention", "padding and value models without the flash-attn package, on any device"),
-        Feature("ray", "the overlay and its settings in every process that Ray starts"),
-        Feature(
-            "rollout",
-            "rollout's lists of operators extend the chip's own",
-            vllm_fl.reason_off,
-            start=vllm_fl.start,
-            describe=vllm_fl.describe,
-        ),
-        Feature("flagcx", "collectives of training through FlagCX", flagcx.reason_off, describe=flagcx.describe),
-        Feature(
-            "chip",
-            "chips that verl has no platform for, the CPU among them",
-            chips.reason_off,
-            start=chips.start,
-            describe=chips.describe,
-        ),
-        Feature(
+    entry.name: entry
+    for entry in (
+        Entry("phase", "tells when verl trains: engines built, initialised, entered and left", "engines:Engines"),
+        Entry("attention", "padding and value models without the flash-attn package, on any device"),
+        Entry("ray", "the overlay and its settings in every process that Ray starts", "ray:Ray"),
+        Entry("rollout", "rollout's lists of operators extend the chip's own", "rollout:Rollout", _rollout_off),
+        Entry("flagcx", "collectives of training through FlagCX", "flagcx:FlagCX", _flagcx_off),
+        Entry("chip", "chips that verl has no platform for, the CPU among them", "chip:UnknownChip", _chip_off),
+        Entry(
             "te_fl",
             "the policies of TransformerEngine-FL and Megatron-LM-FL",
-            te_fl.reason_off,
-            start=te_fl.start,
-            describe=te_fl.describe,
+            "te_fl:TransformerEngineFL",
+            _te_fl_off,
             fed_by="phase",
         ),
-        Feature(
+        Entry(
             "logprobs",
             "token log-probs in fp32 where flash-attn is missing, in one pass and without a copy of the logits",
-            describe=_describe_logprobs,
+            "logprobs:Logprobs",
         ),
-        Feature(
-            "cpu",
-            "training on a machine without an accelerator",
-            lambda settings: "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu",
-        ),
-        Feature(
+        Entry("cpu", "training on a machine without an accelerator", "cpu:Cpu", _cpu_off),
+        Entry(
             "flaggems",
             "FlagGems' operators while verl trains",
+            "flaggems:Routing",
             _flaggems_off,
-            start=_start_flaggems,
-            describe=_describe_flaggems,
             fed_by="phase",
         ),
-        Feature(
+        Entry(
             "fused",
             "the model's RMS norms, gated MLPs and rotary embeddings, and its Adam, on fused kernels",
+            "fused:Fused",
             _fused_off,
-            start=_start_fused,
-            describe=_describe_fused,
             fed_by="phase",
         ),
     )
@@ -141,16 +126,33 @@ FEATURES = {
 
 def reason_off(name: str, settings: Settings) -> str:
     """Return why ``settings`` leave the feature out, "" if they do not."""
-    return FEATURES[name].reason_off(settings)
+    return FEATURES[name].reason_off(settings) if name in FEATURES else f"there is no feature {name}"
 
 
-def start(settings: Settings) -> Callable[[], None]:
-    """Start every feature that ``settings`` ask for; call what is returned to stop them, the last one first.
+class Features:
+    """The features that the settings of one activation ask for."""
 
-    If one cannot start, those before it are stopped and its error is raised.
-    """
-    with contextlib.ExitStack() as started:
-        for feature in FEATURES.values():
-            if feature.start and not feature.reason_off(settings):
-                started.callback(feature.start(settings))
-        return started.pop_all().close
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._started: dict[str, Feature] = {}
+        self._stop = ExitStack()
+
+    def start(self) -> None:
+        """Start them in the order of ``FEATURES``.  If one cannot start, all are stopped and its error is raised."""
+        with ExitStack() as stop:
+            for entry in FEATURES.values():
+                if entry.home and not entry.reason_off(self._settings):
+                    feature = entry.make(self._settings)
+                    stop.callback(feature.stop)
+                    feature.start()
+                    self._started[entry.name] = feature
+            self._stop = stop.pop_all()
+
+    def stop(self) -> None:
+        """Stop all of them, the last one first, also where one raises.  The last error is raised in the end."""
+        self._started.clear()
+        self._stop.close()
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Return what a feature says of itself; nothing where it was not started."""
+        return self._started[name].describe() if name in self._started else {}

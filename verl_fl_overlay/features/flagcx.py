@@ -14,7 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay import events
 from verl_fl_overlay.errors import FlagCXError
+from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.settings import Settings
 
 BACKEND = "flagcx"
@@ -22,57 +24,55 @@ LIBRARY = "libflagcx.so"
 LIBRARY_FOLDERS = ("lib", "build/lib")
 PLUGIN_FOLDER = "plugin/torch"
 
-NATIVE_ONLY = {
-    "nccl": "NCCL (HCCL on Ascend)",
-    "delta_sharded": "NCCL",
-    "kimi_ckpt_engine": "vLLM's own communicator",
-}
-"""verl's checkpoint engines that communicate past torch's backends -> what they communicate through."""
 
-_loaded_from = ""
+class FlagCX(Feature):
+    """Gives training's process groups to FlagCX, and refuses what goes past it."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.plugin = ""
+        """The file that the torch plugin came from, "" before the first group."""
 
-def reason_off(settings: Settings) -> str:
-    """Return why training communicates without FlagCX, "" if it was asked for."""
-    if settings.device == "cpu":
-        return "VERL_FL_DEVICE=cpu: a CPU communicates through gloo"
-    return "" if settings["USE_FLAGCX"] else "USE_FLAGCX is not on"
+    def start(self) -> None:
+        """Answer what verl asks about collectives."""
+        self.undo.callback(events.flagcx_backend.answer(lambda: BACKEND))
+        self.undo.callback(events.group_backend.answer(self.for_group))
+        self.undo.callback(events.past_torch.answer(refuse))
 
+    def for_group(self, backend: Any) -> Any:
+        """Return what to initialise a group with instead of ``backend``; import the plugin if the text names FlagCX.
 
-def for_group(backend: Any) -> Any:
-    """Return what to initialise a group with instead of ``backend``, FlagCX's plugin imported if the text names it.
+        A bare ``flagcx`` becomes ``cpu:gloo,<device>:flagcx``, because verl also gathers CPU tensors and objects.
+        Whatever does not name FlagCX is returned as it is.
 
-    A bare ``flagcx`` becomes ``cpu:gloo,<device>:flagcx``: verl also gathers CPU tensors and objects.  Whatever does
-    not name FlagCX is returned as it is.
+        Raises:
+            FlagCXError: the plugin or its library is not there or cannot be loaded; names the file and what was tried.
+        """
+        if not isinstance(backend, str) or BACKEND not in backend.lower():
+            return backend
+        self.plugin = self.plugin or load()
+        return f"cpu:gloo,{self._device()}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
 
-    Raises:
-        FlagCXError: the plugin or its library is not there or cannot be loaded; names the file and the tried places.
-    """
-    if not isinstance(backend, str) or BACKEND not in backend.lower():
-        return backend
-    load()
-    return f"cpu:gloo,{device()}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
+    def _device(self) -> str:
+        """Return the torch device that the imported plugin serves."""
+        from torch.distributed import Backend
 
+        served = [name for name in Backend.backend_capability.get(BACKEND, []) if name != "cpu"]
+        if not served:
+            raise FlagCXError(f"FlagCX's torch plugin ({self.plugin}) registered no backend {BACKEND!r}; build it anew")
+        return str(served[0])
 
-def device() -> str:
-    """Return the torch device that the imported plugin serves."""
-    from torch.distributed import Backend
-
-    served = [name for name in Backend.backend_capability.get(BACKEND, []) if name != "cpu"]
-    if not served:
-        raise FlagCXError(f"FlagCX's torch plugin ({_loaded_from}) registered no backend {BACKEND!r}; build it anew")
-    return str(served[0])
+    def describe(self) -> dict[str, Any]:
+        """Return where the plugin came from ("" before the first group)."""
+        return {"plugin": self.plugin, "library path": os.environ.get("FLAGCX_PATH", "")}
 
 
 def load() -> str:
-    """Import the plugin, once; return the file it came from.
+    """Import the plugin; return the file it came from.
 
     Raises:
-        FlagCXError: see ``for_group``.
+        FlagCXError: see ``FlagCX.for_group``.
     """
-    global _loaded_from
-    if _loaded_from:
-        return _loaded_from
     folder = os.environ.get("FLAGCX_PATH", "").strip()
     if folder:
         _load_library(folder)
@@ -90,8 +90,7 @@ def load() -> str:
     finally:
         if autoload is not None:  # the plugin's import takes it away
             os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
-    _loaded_from = str(getattr(plugin, "__file__", None) or BACKEND)
-    return _loaded_from
+    return str(getattr(plugin, "__file__", None) or BACKEND)
 
 
 def _load_library(folder: str) -> None:
@@ -120,34 +119,10 @@ def _add_plugin(folder: str) -> None:
     sys.path.append(str(place))
 
 
-def refuse_native(engine: str) -> None:
-    """Raise if verl's checkpoint engine ``engine`` communicates past torch's backends, which FlagCX cannot serve.
+def refuse(what: str, through: str, way_on: str) -> None:
+    """Raise: ``what`` of verl communicates ``through`` something past torch's backends, which FlagCX cannot serve.
 
     Raises:
-        FlagCXError: names the engine, what it uses, and the ways on.
+        FlagCXError: names both, and the way on.
     """
-    if engine in NATIVE_ONLY:
-        raise FlagCXError(
-            f"verl's checkpoint engine {engine!r} communicates through {NATIVE_ONLY[engine]}, and USE_FLAGCX=1 asks "
-            "for FlagCX. Take another one (actor_rollout_ref.rollout.checkpoint_engine.backend=naive, nixl or "
-            "mooncake), or leave this check out with "
-            "VERL_FL_DISABLE=flagcx.checkpoint_engine,flagcx.checkpoint_engine_class,flagcx.stateless_group"
-        )
-
-
-def refuse_stateless() -> None:
-    """Raise: verl's stateless groups are vLLM's communicators, which go past torch's backends too.
-
-    Raises:
-        FlagCXError: names what they use, and the ways on.
-    """
-    raise FlagCXError(
-        "verl's stateless_init_process_group communicates through NCCL (HCCL on Ascend), and USE_FLAGCX=1 asks for "
-        "FlagCX. Take torch's groups, unset USE_FLAGCX, or leave this check out with "
-        "VERL_FL_DISABLE=flagcx.stateless_group"
-    )
-
-
-def describe() -> dict[str, Any]:
-    """Return where the plugin came from ("" before the first group)."""
-    return {"plugin": _loaded_from, "library path": os.environ.get("FLAGCX_PATH", "")}
+    raise FlagCXError(f"verl's {what} communicates through {through}, and USE_FLAGCX=1 asks for FlagCX. {way_on}")

@@ -1,71 +1,85 @@
-"""TransformerEngine-FL and Megatron-LM-FL: told from NVIDIA's packages, their policy made what the environment says.
-
-Both call themselves as NVIDIA's do, and so do their versions; what only they have is a ``plugin`` package inside.
-"""
+"""TransformerEngine-FL and Megatron-LM-FL: their policy made what the environment says, and told."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from verl_fl_overlay import packages
-from verl_fl_overlay.events import engine_built
+from verl_fl_overlay.events import Engine, engine_built
+from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
 
 logger = logging.getLogger("verl_fl_overlay")
 
 CORE = "transformer_engine.plugin.core"
 
-_told: dict[str, Any] = {}
 
+class TransformerEngineFL(Feature):
+    """Acts on every Megatron engine that verl builds."""
 
-def installed() -> dict[str, bool]:
-    """Return which of the two are here; nothing is imported."""
-    return {
-        "TransformerEngine-FL": _has("transformer_engine", "plugin", "core", "__init__.py"),
-        "Megatron-LM-FL": _has("megatron", "plugin", "decorators.py"),
-    }
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._told: dict[str, Any] = {}
+        self._warned = False
 
+    def start(self) -> None:
+        """Listen for engines."""
+        self.undo.callback(engine_built.subscribe(self.built))
 
-def _has(package: str, *inside: str) -> bool:
-    return any(os.path.isfile(os.path.join(folder, *inside)) for folder in packages.folders(package))
+    def built(self, engine: Engine) -> None:
+        """Have TransformerEngine-FL read its policy anew, note what it became, and warn once if that is not FlagOS.
 
+        It keeps the first policy that it reads, which may be from before the environment was complete.
+        """
+        if engine.backend != "megatron":
+            return
+        here = flagos_builds()
+        if here["Megatron-LM-FL"]:
+            self._told["MG_FL_PREFER"] = self.settings["MG_FL_PREFER"] or "the device's vendor"
+        if here["TransformerEngine-FL"]:
+            core = importlib.import_module(CORE)
+            core.reset_global_policy()
+            self._told["policy"] = _policy(core.get_policy())
+            try:
+                self._told["implementations"] = _implementations(core)
+            finally:
+                self._warn()
 
-def reason_off(settings: Settings) -> str:
-    """Return why there is nothing to do, "" where one of the two is installed."""
-    return "" if any(installed().values()) else "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
+    def _warn(self) -> None:
+        prefer = self._told["policy"]["prefer"]
+        counted = self._told.get("implementations")
+        here = {prefer} if counted is None else {kind.partition(":")[0] for kind in counted}
+        given = self.settings.given.get("TE_FL_PREFER")
+        asked_for = given is not None and self.settings["TE_FL_PREFER"] == "flagos"
+        if self._warned or (asked_for and prefer in here):
+            return
+        self._warned = True
+        if prefer in here:
+            logger.warning(
+                "a Megatron engine starts with %s, and TransformerEngine-FL takes %s implementations first; "
+                "export TE_FL_PREFER=flagos to be sure of those of FlagOS",
+                f"TE_FL_PREFER={given}" if given is not None else "TE_FL_PREFER not set",
+                prefer,
+            )
+        else:
+            logger.warning(
+                "TransformerEngine-FL is to take %s implementations first and has none here: a Megatron engine runs on "
+                "%s; FlagOS' need flag_gems and a device that it knows",
+                prefer,
+                ", ".join(sorted(here)) or "nothing",
+            )
 
-
-def start(settings: Settings) -> Callable[[], None]:
-    """Act on every Megatron engine that verl builds; call what is returned to stop."""
-
-    def built(engine: Any) -> None:
-        if any("megatron" in cls.__module__.lower() for cls in type(engine).__mro__):
-            apply(settings)
-
-    return engine_built.subscribe(built)
-
-
-def apply(settings: Settings) -> None:
-    """Have TransformerEngine-FL read its policy anew, note what it became, and warn once if that is not FlagOS."""
-    here = installed()
-    _told.update(here)
-    if here["Megatron-LM-FL"]:
-        _told["MG_FL_PREFER"] = settings["MG_FL_PREFER"] or "the device's vendor"
-    if here["TransformerEngine-FL"]:
-        core = importlib.import_module(CORE)
-        core.reset_global_policy()  # it was cached, if anything asked before the environment was complete
-        _told["policy"] = _policy(core.get_policy())
-        try:
-            _told["implementations"] = _implementations(core)
-        finally:
-            _warn(settings)
+    def describe(self) -> dict[str, Any]:
+        """Return what is installed, and the policy of the last Megatron engine that was built."""
+        module = sys.modules.get("transformer_engine_torch")
+        backend = {} if module is None else {"backend": type(module).__name__}
+        return {**flagos_builds(), **self._told, **backend}
 
 
 def _policy(policy: Any) -> dict[str, Any]:
@@ -96,44 +110,10 @@ def _implementations(core: Any) -> dict[str, int] | None:
     return dict(counted)
 
 
-def _own_database() -> contextlib.AbstractContextManager[object]:
-    """Return in what TransformerEngine-FL may import FlagGems, which reads once, then, where its database is."""
-    if "flag_gems" in sys.modules or not packages.installed("flag_gems"):
-        return contextlib.nullcontext()
+def _own_database() -> AbstractContextManager[object]:
+    """Return a context for TransformerEngine-FL's import of FlagGems, which reads only then where its database is."""
+    if "flag_gems" in sys.modules or not installed("flag_gems"):
+        return nullcontext()
     from verl_fl_overlay.flaggems.database import own_database
 
     return own_database()
-
-
-def _warn(settings: Settings) -> None:
-    prefer = _told["policy"]["prefer"]
-    counted = _told.get("implementations")
-    here = {prefer} if counted is None else {kind.partition(":")[0] for kind in counted}
-    given = settings.given.get("TE_FL_PREFER")
-    if "warned" in _told or (given is not None and settings["TE_FL_PREFER"] == "flagos" and prefer in here):
-        return
-    _told["warned"] = True
-    if prefer in here:
-        logger.warning(
-            "a Megatron engine starts with %s, and TransformerEngine-FL takes %s implementations first; "
-            "export TE_FL_PREFER=flagos to be sure of those of FlagOS",
-            f"TE_FL_PREFER={given}" if given is not None else "TE_FL_PREFER not set",
-            prefer,
-        )
-    else:
-        logger.warning(
-            "TransformerEngine-FL is to take %s implementations first and has none here: a Megatron engine runs on %s; "
-            "FlagOS' need flag_gems and a device that it knows",
-            prefer,
-            ", ".join(sorted(here)) or "nothing",
-        )
-
-
-def describe() -> dict[str, Any]:
-    """Return what is installed, and the policy of the last Megatron engine that was built."""
-    told = {**installed(), **_told}
-    told.pop("warned", None)
-    module = sys.modules.get("transformer_engine_torch")
-    if module is not None:
-        told["backend"] = type(module).__name__
-    return told

@@ -1,39 +1,32 @@
-"""What was really called: counts for each kernel, written to a file of this process's own."""
+"""How often each routed kernel was really called, written to a file of this process's own."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay.files import RegularFile, this_process
 from verl_fl_overlay.flaggems.library import Kernel
 
-logger = logging.getLogger("verl_fl_overlay")
 
-INTERVAL = 1.0
-"""Least time between two writings, seconds."""
+class CallCounts:
+    """Counts the calls of kernels.
 
-
-class Record:
-    """Counts the calls of kernels and writes them to ``file_of(path)``.
-
-    The counts come from the dispatcher's calls themselves and not from FlagGems' log, whose level and handlers would
-    have to be changed for it, in every process that shares the logger.
+    The counts come from the dispatcher's own calls.  FlagGems' log would tell them too, but its level and handlers
+    would have to be changed for that, in every process that shares the logger.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        """Write beside ``path``, the value of TRAINING_FLAGGEMS_PATH."""
+        self._path = Path(path)
         self._calls: Counter[Kernel] = Counter()
-        self._last = float("-inf")
         self._written = 0
-        self._broken = False
+        self._file = RegularFile(f"TRAINING_FLAGGEMS_PATH={path}", lambda: self.file, self._text)
 
     def counting(self, kernels: Iterable[Kernel]) -> list[Kernel]:
         """Return ``kernels`` with functions that count their calls."""
@@ -52,33 +45,24 @@ class Record:
     @property
     def file(self) -> Path:
         """This process's file: of two ranks, and of two worker groups that both have a rank 0, none share one."""
-        path = Path(self._path)
         rank = os.environ.get("RANK", "0")
-        return path.with_name(f"{path.stem}.training.rank{rank}.{socket.gethostname()}-{os.getpid()}{path.suffix}")
+        return self._path.with_name(f"{self._path.stem}.training.rank{rank}.{this_process()}{self._path.suffix}")
 
     def write_regularly(self) -> None:
-        """Write, unless nothing was called since the last time or that was less than ``INTERVAL`` ago."""
-        if time.monotonic() - self._last >= INTERVAL:
-            self.write()
+        """Write, unless nothing was called since the last time or that was less than a second ago."""
+        if self._calls.total() != self._written:
+            self._file.write_regularly()
 
     def write(self) -> None:
-        """Write the file whole or not at all; one that cannot be written is warned about once."""
-        total = sum(self._calls.values())
-        if self._broken or total == self._written:
-            return
-        self._last = time.monotonic()
+        """Write, unless nothing was called since the last time."""
+        if self._calls.total() != self._written:
+            self._file.write()
+
+    def _text(self) -> str:
+        self._written = self._calls.total()
         rows = sorted(self._calls.items(), key=lambda row: (-row[1], row[0].key))
-        text = "".join(f"{count:>10}  aten::{kernel.key}  {_origin(kernel)}\n" for kernel, count in rows)
-        file = self.file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.tmp")
-            partial.write_text(f"{'calls':>10}  operator  FlagGems function\n{text}", encoding="utf-8")
-            partial.replace(file)
-        except OSError as error:
-            self._broken = True
-            logger.warning("TRAINING_FLAGGEMS_PATH=%s cannot be written (%s); training goes on", self._path, error)
-        self._written = total
+        lines = (f"{count:>10}  aten::{kernel.key}  {_origin(kernel)}\n" for kernel, count in rows)
+        return f"{'calls':>10}  operator  FlagGems function\n" + "".join(lines)
 
 
 def _origin(kernel: Kernel) -> str:

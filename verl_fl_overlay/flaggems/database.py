@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from verl_fl_overlay.devices import cpu as devices
+from verl_fl_overlay.devices.accelerator import chip_name
 
 VARIABLE = "FLAGGEMS_DB_URL"
 
@@ -41,7 +41,7 @@ def own_database() -> Iterator[bool]:
 def folder() -> Path:
     """Return the folder, made if it is not there, of what was tuned on this chip with this Triton."""
     root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
-    chip = "".join(c if c.isalnum() else "_" for c in devices.chip_name())
+    chip = "".join(c if c.isalnum() else "_" for c in chip_name())
     made = root / "config_cache" / "verl_fl" / f"{chip}-triton{_triton_version()}"
     made.mkdir(parents=True, exist_ok=True)
     return made

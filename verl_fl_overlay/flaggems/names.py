@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
-from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.errors import SettingsError, nearest
 from verl_fl_overlay.flaggems.library import FlagGems
 
 ALIASES = {
@@ -88,5 +87,4 @@ def _explain(name: str, gems: FlagGems) -> str:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=3)
-    return f"did you mean {', '.join(near)}?" if near else "there is nothing like it"
+    return nearest(name, known, 3, "did you mean {}?") or "there is nothing like it"

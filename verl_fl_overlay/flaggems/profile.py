@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay.devices import cpu as devices
+from verl_fl_overlay.devices.accelerator import chip_name
 from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.files import write_whole
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "profiles"
@@ -69,10 +70,7 @@ class Profile:
 
     def save(self, file: Path) -> None:
         """Write the file whole or not at all."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
-        part = file.with_suffix(file.suffix + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_whole(file, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
 def load(file: Path) -> Profile:
@@ -106,7 +104,7 @@ def key_here() -> Key:
     import torch
 
     return Key(
-        chip=devices.chip_name(),
+        chip=chip_name(),
         torch=torch.__version__.partition("+")[0],
         triton=_version("triton"),
         flag_gems=_version("flag-gems"),

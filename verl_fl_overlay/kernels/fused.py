@@ -15,10 +15,8 @@ from types import CodeType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakSet
 
-from verl_fl_overlay.events import engine_initialized
+from verl_fl_overlay.events import Engine
 from verl_fl_overlay.kernels.adam import FusedAdam
-from verl_fl_overlay.settings import Settings
-from verl_fl_overlay.settings.readers import FUSED
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -46,20 +44,20 @@ class FusedModules:
         self._functions: list[tuple[ModuleType, Any, Any]] = []
         self._left_native: set[str] = set()
 
-    def engine_initialized(self, engine: Any) -> None:
+    def engine_initialized(self, engine: Engine) -> None:
         """Fuse the optimizer and the model of an engine that verl has just built.
 
         Raises:
             ModuleNotFoundError: there is no Triton; what its import costs is paid here, and not in the first step.
         """
-        if ADAM in self.kinds and self._optimizers.fuse(getattr(engine, "optimizer", None)):
+        if ADAM in self.kinds and self._optimizers.fuse(engine.optimizer):
             self.counts[ADAM] += 1
         if self.kinds == (ADAM,):
             return
         from verl_fl_overlay.kernels import forward as fused_forward
 
         fused_forward.kernels()
-        for model in _models(engine):
+        for model in engine.models:
             self.fuse(model)
 
     def fuse(self, model: Any) -> None:
@@ -178,36 +176,3 @@ def _sources(model: Any) -> Iterator[ModuleType]:
             continue
         if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]:
             yield sys.modules[name]
-
-
-def _models(engine: Any) -> list[Any]:
-    model = getattr(engine, "module", None)
-    chunks = model if isinstance(model, list | tuple) else [model]  # Megatron keeps a list of them
-    return [chunk for chunk in chunks if hasattr(chunk, "named_children")]
-
-
-_active: FusedModules | None = None
-
-
-def start(settings: Settings) -> Callable[[], None]:
-    """Fuse the model and the optimizer of every engine from now on; call what is returned to take all of it back."""
-    global _active
-    fused = _active = FusedModules(FUSED if settings.fused == ("auto",) else settings.fused)
-    unsubscribe = engine_initialized.subscribe(fused.engine_initialized)
-
-    def stop() -> None:
-        global _active
-        unsubscribe()
-        fused.remove()
-        _active = None
-
-    return stop
-
-
-def describe() -> dict[str, Any]:
-    """Return how many modules, model files (rotary) and optimizers may use a kernel, and what each check found."""
-    check = sys.modules.get("verl_fl_overlay.kernels.agreement")
-    return {
-        "replaced": dict(_active.counts) if _active else {},
-        "checks": check.checks() if check else {},
-    }

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_fl_overlay.devices import cpu as devices
+from verl_fl_overlay.devices import accelerator as devices
 
 logger = logging.getLogger("verl_fl_overlay")
 

@@ -7,46 +7,19 @@ neighbour, or that its own documents describe wrongly: a warning, and an error u
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from verl_fl_overlay.dispatch import vllm_fl
-from verl_fl_overlay.settings.stack import PREFER
+from verl_fl_overlay.errors import nearest
+from verl_fl_overlay.settings.loading import LOADED_BY, modules
+from verl_fl_overlay.settings.stack import PREFER, REPLACED_LISTS
+from verl_fl_overlay.settings.table import EXCLUSIVE, TABLE, Settings
 
-if TYPE_CHECKING:
-    from verl_fl_overlay.settings import Settings
-
-Rule = Callable[["Settings"], Iterator[str]]
+Rule = Callable[[Settings], Iterator[str]]
 
 
 class Remark(str):
     """A conflict that no other value avoids: told, and never an error, which would leave no way to set it."""
-
-
-EXCLUSIVE = (
-    ("TRAINING_FL_FLAGOS_WHITELIST", "TRAINING_FL_FLAGOS_BLACKLIST"),
-    ("VLLM_FL_FLAGOS_WHITELIST", "VLLM_FL_FLAGOS_BLACKLIST"),
-    ("VLLM_FL_OOT_WHITELIST", "VLLM_FL_OOT_BLACKLIST"),
-)
-
-
-def contradictions(settings: Settings) -> list[str]:
-    """Return what cannot be meant."""
-    lists = [
-        f"{white} and {black} are both set: one list says what is used and the other what is not; keep one of them"
-        for white, black in EXCLUSIVE
-        if settings[white] and settings[black]
-    ]
-    return [*lists, *_operator_choices(settings)]
-
-
-def _operator_choices(settings: Settings) -> Iterator[str]:
-    white, black = EXCLUSIVE[0]
-    if settings.ops == ("auto",):
-        return
-    if settings.flagos_whitelist or (settings.flagos_blacklist and settings.ops != ("all",)):
-        other = white if settings.flagos_whitelist else black
-        yield f"VERL_FL_OPS={','.join(settings.ops)} and {other} both choose training's operators; keep one of them"
 
 
 def conflicts(settings: Settings) -> list[str]:
@@ -56,11 +29,8 @@ def conflicts(settings: Settings) -> list[str]:
 
 def _spelling(settings: Settings) -> Iterator[str]:
     """A true value that its component takes for false."""
-    from verl_fl_overlay.settings import every_variable
-
-    table = every_variable()
     for name, text in settings.given.items():
-        variable = table[name]
+        variable = TABLE[name]
         if not variable.truths or settings[name] is not True:
             continue
         if text.lower() not in variable.truths:
@@ -81,10 +51,8 @@ def _rollout_without_flaggems(settings: Settings) -> Iterator[str]:
 
 
 def _training_lists(settings: Settings) -> Iterator[str]:
-    on = settings["TRAINING_FL_FLAGGEMS_ENABLE"]
-    on = settings["USE_FLAGGEMS"] if on is None else on
     for name in EXCLUSIVE[0]:
-        if settings[name] and not on:
+        if settings[name] and not settings.flaggems_in_training:
             yield (
                 f"{name} has no effect: training uses FlagGems only with TRAINING_FL_FLAGGEMS_ENABLE=1 or "
                 "USE_FLAGGEMS=1"
@@ -168,9 +136,26 @@ def _vllm_config(settings: Settings) -> Iterator[str]:
 
 def _vllm_policy(settings: Settings) -> Iterator[str]:
     for name in ("VLLM_FL_ALLOW_VENDORS", "VLLM_FL_DENY_VENDORS"):
-        yield from vllm_fl.vendor_faults(name, settings[name])
+        yield from vendor_faults(name, settings[name])
     for op, tokens in settings["VLLM_FL_PER_OP"].items():
-        yield from vllm_fl.token_faults(f"VLLM_FL_PER_OP: {op}", tokens)
+        yield from token_faults(f"VLLM_FL_PER_OP: {op}", tokens)
+
+
+def vendor_faults(where: str, vendors: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with a list of vendors; ``where`` it stands begins each text."""
+    for vendor in vendors:
+        if str(vendor) != str(vendor).lower():
+            yield f"{where}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
+
+
+def token_faults(where: str, tokens: Iterable[Any]) -> Iterator[str]:
+    """Yield what is wrong with an operator's order of implementations; ``where`` it stands begins each text."""
+    for token in (str(token).strip() for token in tokens):
+        kind, _, name = token.partition(":")
+        if token not in PREFER and not (kind in ("vendor", "impl") and name):
+            yield f"{where}: {token!r} matches nothing{nearest(token, PREFER)}"
+        elif kind == "vendor" and name != name.lower():
+            yield f"{where}: {token!r} matches no vendor; write vendor:{name.lower()}"
 
 
 def _oplist_path(settings: Settings) -> Iterator[str]:
@@ -182,7 +167,7 @@ def _vllm_lists(settings: Settings) -> Iterator[str]:
     if settings["VLLM_FL_FLAGOS_WHITELIST"] and settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"]:
         yield "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them"
     if "*" in settings.disable or "rollout.lists" in settings.disable:
-        for _, name in EXCLUSIVE[1:]:
+        for name in REPLACED_LISTS:
             if settings[name]:
                 yield (
                     f"{name} takes the place of the list in the chip's configuration, whose operators come back into "
@@ -203,10 +188,9 @@ def _vllm_plugins(settings: Settings) -> Iterator[str]:
 
 
 def _external_modules(settings: Settings) -> Iterator[str]:
-    text = settings.given.get("VERL_USE_EXTERNAL_MODULES", "")
+    text, right = settings.given.get(LOADED_BY, ""), ",".join(modules(settings.given))
     if text and any(part != part.strip() or not part for part in text.split(",")):
-        right = ",".join(part.strip() for part in text.split(",") if part.strip())
-        yield f"VERL_USE_EXTERNAL_MODULES={text!r}: verl cannot import names with blanks or empty ones; write {right!r}"
+        yield f"{LOADED_BY}={text!r}: verl cannot import names with blanks or empty ones; write {right!r}"
 
 
 RULES: tuple[Rule, ...] = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_fl_overlay.settings.readers import (
+from verl_fl_overlay.settings.variables import (
     Variable,
     choice,
     choices_per_op,
@@ -174,6 +174,9 @@ _GROUPS = (_flaggems, _flagcx, _te_fl, _vllm_fl, _megatron, _verl)
 
 STACK: dict[str, Variable[Any]] = {variable.name: variable for group in _GROUPS for variable in group()}
 """Name -> variable, for every variable that another component reads."""
+
+REPLACED_LISTS = {"VLLM_FL_FLAGOS_BLACKLIST": "flagos_blacklist", "VLLM_FL_OOT_BLACKLIST": "oot_blacklist"}
+"""Variables that vllm-plugin-FL takes in place of a list in its configuration -> that list's key."""
 
 PREFIXES = ("TE_FL_", "VLLM_FL_", "TRAINING_FL_", "ROLLOUT_FL_")
 """Beginnings of names that belong to the stack alone: a name that begins so and is not in the table is misspelt."""

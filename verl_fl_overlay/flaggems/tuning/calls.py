@@ -113,7 +113,7 @@ class _Recorder:
             self._describing = False
 
 
-def record(step: Step, kernels: Iterable[Kernel]) -> dict[str, Counter[Call]]:
+def calls_of(step: Step, kernels: Iterable[Kernel]) -> dict[str, Counter[Call]]:
     """Return, for each aten key of ``kernels``, the calls of one step that its kernel would have to answer.
 
     They are seen where a routed kernel would see them, so those are there too that an operator makes itself; torch

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from verl_fl_overlay.devices import cpu as devices
+from verl_fl_overlay.devices.accelerator import accelerator
 
 BACK_TO_BACK = 5
 """So many calls are timed at once."""
@@ -19,7 +19,7 @@ def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
     Calls are made back to back, as a step makes them, so that the host starts the next one while the device computes:
     a call takes as long as the slower of the two needs.
     """
-    device = devices.accelerator()
+    device = accelerator()
     times = []
     for _ in range(repeats + 2):
         if device:
@@ -39,7 +39,7 @@ def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
 
 def step_ms(step: Callable[[], None], repeats: int = 3) -> float:
     """Return the median time of a step, milliseconds, after one that is not counted."""
-    device = devices.accelerator()
+    device = accelerator()
     times = []
     for _ in range(repeats + 1):
         begun = time.perf_counter()

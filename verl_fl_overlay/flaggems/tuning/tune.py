@@ -1,4 +1,4 @@
-"""``verl-fl tune``: measures, for one model's real training step, which operators are faster from FlagGems.
+"""Measures, for one training step, which operators are faster from FlagGems.
 
 A step is recorded: every operator FlagGems offers, with the shapes it was called with.  Each is timed native and from
 FlagGems at those shapes, and of the faster ones those are chosen that make whole steps faster.
@@ -7,18 +7,15 @@ FlagGems at those shapes, and of the faster ones those are chosen that make whol
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from verl_fl_overlay.compat import trial
-from verl_fl_overlay.flaggems import names, safety
+from verl_fl_overlay.flaggems import safety
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
-from verl_fl_overlay.flaggems.library import load as load_flag_gems
-from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, key_here, load
-from verl_fl_overlay.flaggems.tuning.calls import Call, Step, operator, record
+from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError, load
+from verl_fl_overlay.flaggems.tuning.calls import Call, Step, calls_of, operator
 from verl_fl_overlay.flaggems.tuning.contest import Contest, Say, routed
 from verl_fl_overlay.flaggems.tuning.timing import call_ms
 
@@ -75,7 +72,7 @@ def tune(
     """
     profile = _begun(file, key, workload)
     step()
-    calls = record(step, gems.kernels)
+    calls = calls_of(step, gems.kernels)
     kept = tuple(one for one in profile.measurements if _holds(one, calls))
     if len(kept) < sum(not one.note for one in profile.measurements):  # of another step: so is what was chosen
         profile = replace(profile, chosen=(), step_ms={})
@@ -101,27 +98,6 @@ def tune(
 def _holds(one: Measurement, calls: Mapping[str, Counter[Call]]) -> bool:
     """Tell whether a measurement that was found is of this step; what was only noted is tried again."""
     return not one.note and one.key in calls and one.calls == calls[one.key].total()
-
-
-def tune_model(
-    model: str, file: Path, *, rows: int, length: int, micro_batch: int, skip: Collection[str] = (), say: Say = print
-) -> Profile:
-    """Tune for a model's folder: ``rows`` sequences of at most ``length`` tokens a step, in verl's FSDP2 engine.
-
-    Fused modules and log-probs are as the job will have them; no operator is routed while it is recorded.
-
-    Raises:
-        FlagGemsError: FlagGems cannot be used here.
-        ProfileError: ``file`` is there and damaged or another's, or cannot be written.
-        SettingsError: ``skip`` names what FlagGems does not have.
-    """
-    for variable in ("USE_FLAGGEMS", "TRAINING_FL_FLAGGEMS_ENABLE"):
-        os.environ.pop(variable, None)
-    gems = load_flag_gems()
-    names.check(skip, "--skip", gems)
-    step = trial.steps(model, rows, length, micro_batch)
-    workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
-    return tune(step, gems, key_here(), workload, file, skip=skip, say=say)
 
 
 def _begun(file: Path, key: Key, workload: str) -> Profile:

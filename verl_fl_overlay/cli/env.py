@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from verl_fl_overlay.settings import Settings, every_variable, misspelt, shown
-from verl_fl_overlay.settings.conflicts import conflicts, contradictions
-from verl_fl_overlay.settings.readers import Variable
-from verl_fl_overlay.settings.stack import OF_ONE_PROCESS
+from verl_fl_overlay.settings import TABLE, Settings
+from verl_fl_overlay.settings.conflicts import conflicts
+from verl_fl_overlay.settings.loading import forwarded
+from verl_fl_overlay.settings.table import contradictions, misspelt, of_phase, shown
+from verl_fl_overlay.settings.variables import Variable
 
-LOADED_BY = "VERL_USE_EXTERNAL_MODULES"
-OVERLAY = "verl_fl_overlay"
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    env = commands.add_parser("env", help="show every variable of the stack, what it does and what is wrong with it")
+    env.add_argument("--phase", choices=["training", "rollout"], default="", help="leave out what only the other reads")
+    form = env.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
+    env.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; return 1 if a value is not allowed."""
+    result = examine(os.environ, options.phase)
+    if options.sh:
+        print(as_exports(os.environ, options.phase))
+        for error in result["errors"]:
+            print(f"verl-fl env: {error}", file=sys.stderr)
+    else:
+        print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else as_text(result))
+    return 1 if result["errors"] else 0
 
 
 def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
@@ -37,11 +60,6 @@ def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
         "errors": problems + contradictions(settings),
         "warnings": [*misspelt(environment), *conflicts(readable)],
     }
-
-
-def of_phase(phase: str) -> list[Variable[Any]]:
-    """Return the variables that are read in ``phase`` or in all phases; every one for ""."""
-    return [v for v in every_variable().values() if not phase or v.phase in (phase, "common")]
 
 
 def _value(variable: Variable[Any], settings: Settings) -> str:
@@ -78,38 +96,6 @@ def _line(row: dict[str, Any]) -> str:
 
 def as_exports(environment: Mapping[str, str], phase: str = "") -> str:
     """Return shell lines that give another process the variables that are set here, and the overlay with them."""
-    of_other_phases = every_variable().keys() - {variable.name for variable in of_phase(phase)}
+    of_other_phases = TABLE.keys() - {variable.name for variable in of_phase(phase)}
     wanted = {name: text for name, text in forwarded(environment).items() if name not in of_other_phases}
     return "\n".join(f"export {name}={shlex.quote(text)}" for name, text in wanted.items())
-
-
-def summary(settings: Settings) -> str:
-    """Return which parts of the stack are on, such as ``FL[training(TE_FL=flagos), FlagGems, FlagCX]``."""
-    own = settings["TRAINING_FL_FLAGGEMS_ENABLE"]
-    parts = [
-        f"training(TE_FL={settings['TE_FL_PREFER']})" if "TE_FL_PREFER" in settings.given else "",
-        f"rollout(VLLM_FL={settings['VLLM_FL_PREFER']})" if "VLLM_FL_PREFER" in settings.given else "",
-        "FlagGems" if (settings["USE_FLAGGEMS"] if own is None else own) else "",
-        "FlagCX" if settings["USE_FLAGCX"] else "",
-    ]
-    return f"FL[{', '.join(filter(None, parts)) or 'disabled'}]"
-
-
-def as_json(result: dict[str, Any]) -> str:
-    """Return the table as JSON."""
-    return json.dumps(result, indent=1, ensure_ascii=False)
-
-
-def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables another process of the same run needs: the table's that are set, and what loads the overlay.
-
-    FlagCX has dozens more than the table, so whatever begins as its own do goes along, but for what tells one node or
-    rank from another.  Nothing else of the environment is copied, and no value that carries a password.
-    """
-    settings, _ = Settings.parse(environment)
-    flagcx = {n: text for n, text in environment.items() if n.startswith("FLAGCX_") and n not in OF_ONE_PROCESS}
-    given = {name: text for name, text in {**settings.given, **flagcx}.items() if "://***@" not in shown(name, text)}
-    modules = [module for module in given.get(LOADED_BY, "").split(",") if module.strip()]
-    if OVERLAY not in modules:
-        modules.append(OVERLAY)
-    return {**given, LOADED_BY: ",".join(modules)}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 T = TypeVar("T")
+
+
+class Values(Protocol):
+    """What holds the parsed values: variable's name -> value, for those that were set."""
+
+    @property
+    def parsed(self) -> Mapping[str, Any]:
+        """The values."""
 
 
 class MalformedError(ValueError):
@@ -157,11 +165,14 @@ def json_file(text: str) -> str:
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One environment variable: ``read`` turns its text into the value, or raises ``MalformedError``.
+    """One environment variable: its name, who reads it and when, and what its text means.
 
-    ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the component's first
-    release that does, "" for all.  ``truths`` are the spellings that the component itself takes for true, where they
-    are fewer than ``flag`` takes.
+    ``read`` turns the text into the value, or raises ``MalformedError``.  ``default`` is the value where the variable
+    is not set.  ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the
+    component's first release that does, "" for all.  ``truths`` are the spellings that the component itself takes for
+    true, where they are fewer than ``flag`` takes.
+
+    As an attribute of ``Settings`` it is the value; as an attribute of the class it is the variable itself.
     """
 
     name: str
@@ -173,3 +184,15 @@ class Variable(Generic[T]):
     phase: str = "common"
     since: str = ""
     truths: tuple[str, ...] = ()
+
+    @overload
+    def __get__(self, settings: None, owner: Any) -> Variable[T]: ...
+
+    @overload
+    def __get__(self, settings: Values, owner: Any) -> T: ...
+
+    def __get__(self, settings: Values | None, owner: Any) -> Variable[T] | T:
+        if settings is None:
+            return self
+        value: T = settings.parsed.get(self.name, self.default)
+        return value

@@ -1,0 +1,114 @@
+"""The seam: outside compat nothing knows verl, and all that compat reads of verl is pinned."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import verl_fl_overlay
+from verl_fl_overlay import compat
+from verl_fl_overlay.compat import pins
+
+PACKAGE = Path(verl_fl_overlay.__file__).parent
+COMPAT = Path(compat.__file__).parent
+OUTSIDE = [file for file in sorted(PACKAGE.rglob("*.py")) if "compat" not in file.relative_to(PACKAGE).parts]
+HOOK_FILES = [file for file in sorted(COMPAT.glob("*.py")) if file.name not in ("pins.py", "trial.py", "__init__.py")]
+
+OF_VERLS_OBJECTS = {"instance", "engine", "registry", "wrapped"}
+"""What hook files call the objects that they get from verl."""
+
+READERS = ("_attribute", "getattr")
+"""Functions that read an attribute by its name."""
+
+
+def hooks() -> list:
+    return [h for r in compat.RELEASES for h in compat.select(compat.InstalledVerl(r, "")).hooks]
+
+
+PINNED = {target for release in compat.RELEASES for target in pins.load(release)}
+LISTED = {target for hook in hooks() for target in (hook.target, *hook.relies_on)}
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    return {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+
+
+def verls_names(tree: ast.AST) -> Iterator[str]:
+    """Yield what in a file is a name of verl's: an import, a module's path, a class that compat hooks."""
+    told = docstrings(tree)
+    modules = {target.partition(":")[0] for target in PINNED}
+    classes = {target.partition(":")[2].split(".")[0] for target in PINNED if "." in target.partition(":")[2]}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "verl")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "verl":
+            yield node.module
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in told:
+            words = set(re.findall(r"[\w.]+", node.value))
+            yield from words & (modules | classes)
+            yield from (word for word in words if re.fullmatch(r"verl\.[a-z_]+(\.\w+)*", word))
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            yield from {name} & classes
+
+
+@pytest.mark.parametrize("file", OUTSIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_name_of_verls_outside_compat(file):
+    assert sorted(set(verls_names(ast.parse(file.read_text(encoding="utf-8"))))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import verl.protocol",
+        "from verl.utils import device",
+        "module = 'verl.workers.engine.base'",
+        "kind = 'FSDPEngine'",
+        "isinstance(x, FSDPEngine)",
+        "base.EngineRegistry",
+    ],
+)
+def test_the_search_finds_a_name_of_verls(text):
+    assert list(verls_names(ast.parse(text)))
+
+
+def read_of_verl(tree: ast.AST) -> Iterator[str]:
+    """Yield what a hook file imports from verl (``module:name``) and reads of its objects (``.name``)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "verl":
+            yield from (f"{node.module}:{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF_VERLS_OBJECTS:
+            yield f".{node.attr}"
+        elif (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("_attribute", "getattr")
+        ):
+            whose, name = node.args[0], node.args[1]
+            if isinstance(whose, ast.Name) and whose.id in OF_VERLS_OBJECTS and isinstance(name, ast.Constant):
+                yield f".{name.value}"
+
+
+@pytest.mark.parametrize("file", HOOK_FILES, ids=lambda file: file.name)
+def test_what_a_hook_reads_of_verl_is_pinned(file):
+    for read in read_of_verl(ast.parse(file.read_text(encoding="utf-8"))):
+        if read.startswith("."):
+            known = any(target.endswith((read, f":{read[1:]}")) for target in LISTED)
+        else:
+            module, _, name = read.partition(":")
+            whole_module = f"{module}.{name}"  # from verl.utils import torch_functional
+            known = any(t == read or t.startswith((f"{read}.", f"{whole_module}:")) for t in LISTED)
+        assert known, f"{file.name} reads {read}, which no hook has in relies_on"
+
+
+def test_the_search_finds_what_is_read():
+    text = "from verl.a import b\ndef w(instance):\n _attribute(instance, 'c')\n getattr(engine, 'd')\n instance.e"
+    assert list(read_of_verl(ast.parse(text))) == ["verl.a:b", ".c", ".d", ".e"]

@@ -1,0 +1,30 @@
+"""``check``: whether the hooks hold on a verl that may not be installed, from its source alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from verl_fl_overlay.compat.release import check, sources
+
+TARGET = "a version, 'latest', a wheel, an sdist, the folder in which verl/ lies, or CHECKOUT@REF"
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("check", help="say whether the hooks hold on a verl release, from its source alone")
+    parser.add_argument("target", help=TARGET)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--against", metavar="RELEASE", help="the pinned release to compare with (default: the nearest)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what each hook meets; return 1 if the overlay would refuse to load."""
+    with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
+        report = check.check(tree, options.against, pinned.tree)
+    print(json.dumps(check.as_json(report), indent=1) if options.json else check.as_text(report))
+    return 0 if report.holds else 1

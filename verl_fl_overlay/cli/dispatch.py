@@ -1,0 +1,40 @@
+"""``dispatch``: vllm-plugin-FL's dispatch file, checked or made from the environment."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay.dispatch import file, lint, render
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings
+
+
+def add(commands: Any) -> None:
+    """Add the command with its two actions."""
+    dispatch = commands.add_parser("dispatch", help="check or write vllm-plugin-FL's dispatch file")
+    actions = dispatch.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="say what the plugin would ignore or take for something else")
+    check.add_argument("file", type=Path)
+    check.set_defaults(run=run_check)
+    make = actions.add_parser("render", help="print the file that does what the environment asks for")
+    make.add_argument("--vendor", default="", help="FlagGems' name of the chip's vendor; found, if not given")
+    make.set_defaults(run=run_render)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Print what is found; return 1 if it is more than notes."""
+    try:
+        findings = lint.check(file.read(options.file))
+    except OverlayError as error:
+        findings = [str(error)]
+    faults = [finding for finding in findings if not finding.startswith(lint.NOTE)]
+    print("\n".join([*findings, *([] if faults else [f"{options.file}: no faults"])]))
+    return 1 if faults else 0
+
+
+def run_render(options: argparse.Namespace) -> int:
+    """Print the file."""
+    print(render.render(Settings.from_environment(), options.vendor), end="")
+    return 0

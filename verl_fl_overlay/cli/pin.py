@@ -1,0 +1,39 @@
+"""``pin``: the fingerprints of a verl release, from its source alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay.cli.check import TARGET
+from verl_fl_overlay.compat.release import pinning, sources
+from verl_fl_overlay.errors import OverlayError
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    pin = commands.add_parser("pin", help="print the pins of a verl release, from its source alone")
+    pin.add_argument("target", help=TARGET)
+    pin.add_argument("--write", action="store_true", help="write them to compat/pins/VERSION.json of this checkout")
+    pin.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the pins, or write them into the checkout that this overlay runs from.
+
+    Raises:
+        OverlayError: ``--write`` where the overlay is installed, and not a checkout.
+    """
+    folder = Path(pinning.__file__).resolve().parents[1]
+    if options.write and not (folder.parent / "pyproject.toml").is_file():
+        raise OverlayError(f"--write is for a checkout, and {folder} is in none; there: pip install -e .")
+    with sources.opened(options.target) as tree:
+        pins = pinning.pins_of(tree)
+    if options.write:
+        file = folder / "pins" / f"{pins['verl']}.json"
+        file.write_text(pinning.as_text(pins), encoding="utf-8")
+        print(file)
+    else:
+        print(pinning.as_text(pins), end="")
+    return 0

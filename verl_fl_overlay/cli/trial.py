@@ -1,0 +1,115 @@
+"""One step of verl's engine in a process of its own, with the overlay and without: what parity and warmup run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay import compat
+from verl_fl_overlay.devices import chips
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, modules
+from verl_fl_overlay.settings.variables import names
+
+PROGRAM = Path(compat.__file__).parent / "trial.py"
+PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"
+
+
+class TrialError(OverlayError):
+    """A run of the engine failed; holds the end of what it printed."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run: a model's folder, and a batch of ``rows`` sequences of at most ``length`` tokens."""
+
+    model: str
+    rows: int = 4
+    length: int = 256
+    micro_batch: int = 2
+    seed: int = 0
+
+
+def native_environment() -> dict[str, str]:
+    """Return the environment without the overlay; where verl cannot do without it, with no more of it than that.
+
+    That is on a CPU and on a chip that verl does not know.  Other modules that verl loads stay, so that what they do
+    is on both sides.  Other plugins are off where none is named, since nothing else keeps the overlay's out.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VERL_FL_", "TRAINING_FL", "USE_FLAG")) and name not in ("RANK", "WORLD_SIZE")
+    }
+    others = ",".join(name for name in modules(os.environ) if name != OVERLAY)
+    plugins = ",".join(name for name in names(os.environ.get(PLUGINS, "")) if name != OVERLAY)
+    settings, _ = Settings.parse()
+    if chips.without_platform(settings) is None:
+        return {**kept, LOADED_BY: others, PLUGINS: plugins if plugins not in ("", "auto") else "none"}
+    found = compat.find_verl()
+    hooks = compat.select(found).hooks if found else ()
+    kept.pop(PLUGINS, None)
+    return {
+        **kept,
+        LOADED_BY: ",".join(filter(None, (OVERLAY, others))),
+        "VERL_FL_DEVICE": settings.device,
+        "VERL_FL_FUSED": "0",
+        "VERL_FL_DISABLE": ",".join(hook.name for hook in hooks if hook.feature == "logprobs"),
+    }
+
+
+def overlay_environment() -> dict[str, str]:
+    """Return this process's environment, with the overlay named in it."""
+    return {**os.environ, LOADED_BY: os.environ.get(LOADED_BY, OVERLAY)}
+
+
+def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
+    """Run ``trial`` in a process of its own; return what ``compat/trial.py`` saved.
+
+    Raises:
+        TrialError: the process failed.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        numbers = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(trial).items() if name != "model"]
+        # By path, and not with its folder first in the search path, in which "logprobs" is another module.
+        program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(PROGRAM), trial.model, str(result), *numbers],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not result.exists():
+            raise TrialError(
+                f"the engine failed, exit status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
+            )
+        loaded: dict[str, Any] = torch.load(result, weights_only=True)
+        return loaded
+
+
+def run_with_overlay(trial: Trial) -> dict[str, Any]:
+    """Run ``trial`` in this process's environment.
+
+    Raises:
+        TrialError: it failed, or ran without the overlay.
+    """
+    result = run_trial(trial, overlay_environment())
+    if not result["overlay"]:
+        raise TrialError(f"the overlay was not loaded: {LOADED_BY} has to name {OVERLAY}")
+    return result
+
+
+def kernels_of(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what the features that compute say of a trial with the overlay: which kernels they used, and why not."""
+    told = result["overlay"]["features"]
+    return {name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]}

@@ -1,0 +1,28 @@
+"""``warmup``: one step in this environment, so that the job's first step finds its kernels in the caches."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from verl_fl_overlay.cli.trial import Trial, kernels_of, run_with_overlay
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    warmup = commands.add_parser("warmup", help="fill the kernels' caches: run one step in this environment")
+    warmup.add_argument("model", help="a model's folder, Hugging Face format")
+    warmup.add_argument("--rows", type=int, default=2, help="sequences in the batch (default: %(default)s)")
+    warmup.add_argument("--length", type=int, default=1024, help="tokens in the longest of them (default: %(default)s)")
+    warmup.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the step and say which kernels it used."""
+    begun = time.perf_counter()
+    used = kernels_of(run_with_overlay(Trial(options.model, options.rows, options.length, micro_batch=options.rows)))
+    print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
+    print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")
+    print(f"  fused modules: {used['fused'].get('checks', {}) if 'fused' in used else 'off'}")
+    return 0

@@ -1,0 +1,47 @@
+"""Training on a machine without an accelerator (VERL_FL_DEVICE=cpu)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from verl_fl_overlay import events
+from verl_fl_overlay.errors import OverlayError, SettingsError
+from verl_fl_overlay.features.feature import Feature
+
+
+class Cpu(Feature):
+    """Makes what verl asks for an accelerator fit a CPU."""
+
+    def start(self) -> None:
+        """Answer what a process group and Ray's workers need on a CPU.
+
+        Raises:
+            SettingsError: torch sees CUDA.  verl took it for its device when it was imported, before the overlay.
+        """
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            raise SettingsError(
+                f"VERL_FL_DEVICE=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s) and verl has already "
+                "decided to use them. Hide them too: export CUDA_VISIBLE_DEVICES="
+            )
+        self.undo.callback(events.group_backend.answer(without_repeated_pairs))
+        self.undo.callback(events.enough_cpus.answer(refuse_too_few))
+
+
+def without_repeated_pairs(backend: Any) -> Any:
+    """Drop repeated device:backend pairs, which torch refuses: "cpu:gloo,cpu:gloo" -> "cpu:gloo"."""
+    return ",".join(dict.fromkeys(backend.split(","))) if isinstance(backend, str) else backend
+
+
+def refuse_too_few(free: float, needed: int, way_on: str) -> None:
+    """Raise where Ray has fewer CPUs free than there are to be workers, which take one each.
+
+    Raises:
+        OverlayError: says how many are there, and the way on.
+    """
+    if free < needed:
+        raise OverlayError(
+            f"the training workers need {needed} CPUs of the Ray cluster, one each, and {free:g} are free; a placement "
+            f"group would wait for ever. {way_on}"
+        )

@@ -1,0 +1,61 @@
+"""Files that a process writes again and again while it trains, for others to read at any moment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger("verl_fl_overlay")
+
+INTERVAL = 1.0
+"""Least time between two regular writings, seconds."""
+
+
+def this_process() -> str:
+    """Return a name that no other process of the cluster has.  A forked child has its own."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``text`` under another name and move it to ``file``, so that a reader finds all of it or the old one.
+
+    Raises:
+        OSError: the folder is not there or cannot be written.
+    """
+    part = file.with_name(f"{file.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+class RegularFile:
+    """One file that is written at most once a second.  Where it cannot be written that is warned about once."""
+
+    def __init__(self, asked_by: str, file: Callable[[], Path], text: Callable[[], str]) -> None:
+        """Take the setting that asked for it ("NAME=value"), and what to call for its place and its content."""
+        self._asked_by = asked_by
+        self._file = file
+        self._text = text
+        self._last = float("-inf")
+        self._broken = False
+
+    def write_regularly(self) -> None:
+        """Write, unless the last writing was less than ``INTERVAL`` ago."""
+        if time.monotonic() - self._last >= INTERVAL:
+            self.write()
+
+    def write(self) -> None:
+        """Write now."""
+        if self._broken:
+            return
+        self._last = time.monotonic()
+        try:
+            file = self._file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, self._text())
+        except OSError as error:
+            self._broken = True
+            logger.warning("%s cannot be written (%s); training goes on", self._asked_by, error)

@@ -1,0 +1,68 @@
+"""The overlay on one verl: its settings, its hooks and its features, started and stopped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+from verl_fl_overlay import events, features
+from verl_fl_overlay.compat import Shim, pins
+from verl_fl_overlay.errors import SettingsError, nearest
+from verl_fl_overlay.features import Features
+from verl_fl_overlay.hooks import Hook, HookSet
+from verl_fl_overlay.settings import Settings
+
+
+class Overlay:
+    """What was chosen for the verl that is here, what in the settings has no effect, the hooks and the features."""
+
+    def __init__(self, settings: Settings, shim: Shim, conflicts: Sequence[str] = ()) -> None:
+        """Prepare; nothing is installed yet.
+
+        Raises:
+            SettingsError: VERL_FL_DISABLE names a hook that does not exist.
+        """
+        self.settings = settings
+        self.conflicts = conflicts
+        self.shim = shim
+        self.hooks = HookSet(
+            shim.hooks,
+            disabled={**shim.left_out, **_disabled(settings, shim.hooks)},
+            absent=shim.absent,
+            strict=settings.strict,
+            verify=pins.verify,
+        )
+        self.features = Features(settings)
+        self.undo = ExitStack()
+        """What else has to be taken back when the overlay stops."""
+
+    def start(self) -> None:
+        """Install the hooks and start the features; all of it or nothing."""
+        events.failures.begin(self.settings.strict)
+        with ExitStack() as undo:
+            undo.callback(self.hooks.remove)
+            self.hooks.install()
+            undo.callback(self.features.stop)
+            self.features.start()
+            self.undo = undo.pop_all()
+
+    def stop(self) -> None:
+        """Stop the features and remove the hooks; all hooks are off also where a feature raises."""
+        self.undo.close()
+
+
+def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
+    """Return the hooks to leave out, each with the reason."""
+    known = [hook.name for hook in hooks]
+    unknown = [name for name in settings.disable if name != "*" and name not in known]
+    if unknown:
+        lines = (f"  {name!r}{nearest(name, known, 3, ': did you mean {}?')}\n" for name in unknown)
+        raise SettingsError(
+            f"VERL_FL_DISABLE names hooks that do not exist for this verl:\n{''.join(lines)}"
+            f"  allowed: *, {', '.join(known)}"
+        )
+    reasons = {feature: features.reason_off(feature, settings) for feature in {hook.feature for hook in hooks}}
+    off = {hook.name: reasons[hook.feature] for hook in hooks if reasons[hook.feature]}
+    by_name = known if "*" in settings.disable else settings.disable
+    with_it = {h.name: f"left out with {h.pair}, which VERL_FL_DISABLE names" for h in hooks if h.pair in by_name}
+    return {**off, **with_it, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}

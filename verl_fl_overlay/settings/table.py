@@ -1,0 +1,292 @@
+"""The environment, parsed once into a frozen ``Settings``: the overlay's own variables, and those of the whole stack.
+
+All problems are collected and raised together, each with the variable, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl_fl_overlay.errors import SettingsError, nearest
+from verl_fl_overlay.settings.stack import PREFIXES, STACK
+from verl_fl_overlay.settings.variables import (
+    FUSED,
+    BlankError,
+    MalformedError,
+    Variable,
+    choice,
+    file,
+    flag,
+    fused,
+    listed,
+    names,
+    operators,
+    path,
+    profile,
+)
+
+OWN_PREFIX = "VERL_FL_"
+
+EXCLUSIVE = (
+    ("TRAINING_FL_FLAGOS_WHITELIST", "TRAINING_FL_FLAGOS_BLACKLIST"),
+    ("VLLM_FL_FLAGOS_WHITELIST", "VLLM_FL_FLAGOS_BLACKLIST"),
+    ("VLLM_FL_OOT_WHITELIST", "VLLM_FL_OOT_BLACKLIST"),
+)
+"""Pairs of lists of which only one can be meant."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parsed environment, and the table of the variables that the overlay acts on: a row is a class attribute.
+
+    What the overlay acts on is an attribute.  Every variable, also the other components', is there by its name:
+    ``settings["USE_FLAGCX"]`` is the parsed value, or the default where it was not set.  ``given`` holds the raw text
+    of the variables that were set, ``parsed`` their values.
+    """
+
+    disable = Variable[tuple[str, ...]](
+        "VERL_FL_DISABLE",
+        names,
+        (),
+        "hook names, comma-separated, or *",
+        "Hooks to leave out, by the names that doctor prints; * leaves out all of them.",
+    )
+    strict = Variable(
+        "VERL_FL_STRICT",
+        flag,
+        False,
+        "1 or 0",
+        "Raise where the overlay would otherwise warn once and go on natively.",
+    )
+    device = Variable(
+        "VERL_FL_DEVICE",
+        choice("auto", "cpu"),
+        "auto",
+        "auto or cpu",
+        "cpu: train on a machine without an accelerator; auto: whatever verl finds.",
+    )
+    report_dir = Variable(
+        "VERL_FL_REPORT_DIR",
+        path,
+        "",
+        "a directory, made if it is not there",
+        "Every process with the overlay writes `<host>-<pid>.json` there.",
+    )
+    use_flaggems = Variable[bool | None](
+        "USE_FLAGGEMS",
+        flag,
+        None,
+        "1 or 0",
+        "Compute with FlagGems' operators: in training where it is 1, in rollout unless it is 0.",
+        "vllm-plugin-FL",
+        truths=("1", "true"),
+    )
+    training_flaggems = Variable[bool | None](
+        "TRAINING_FL_FLAGGEMS_ENABLE",
+        flag,
+        None,
+        "1 or 0",
+        "Decides for training, whatever USE_FLAGGEMS says.",
+        phase="training",
+    )
+    flagos_whitelist = Variable[tuple[str, ...]](
+        "TRAINING_FL_FLAGOS_WHITELIST",
+        listed,
+        (),
+        "names of FlagGems functions, comma-separated",
+        "Route these operators in training and no others.",
+        phase="training",
+    )
+    flagos_blacklist = Variable[tuple[str, ...]](
+        "TRAINING_FL_FLAGOS_BLACKLIST",
+        listed,
+        (),
+        "names of FlagGems functions, comma-separated",
+        "Route all operators in training but these.",
+        phase="training",
+    )
+    ops = Variable[tuple[str, ...]](
+        "VERL_FL_OPS",
+        operators,
+        ("auto",),
+        "auto, all, none, or names of FlagGems functions, comma-separated",
+        "Which operators training routes to FlagGems.",
+        phase="training",
+    )
+    unsafe_ops = Variable[tuple[str, ...]](
+        "VERL_FL_UNSAFE_OPS",
+        listed,
+        (),
+        "aten keys such as where.ScalarOther, comma-separated",
+        "Route these although FlagGems' kernel cuts or falsifies a gradient.",
+        phase="training",
+    )
+    scope = Variable(
+        "VERL_FL_SCOPE",
+        choice("phase", "process"),
+        "phase",
+        "phase or process",
+        "phase: route while verl trains and be native between; process: from the first engine on, for good.",
+        phase="training",
+    )
+    fused = Variable[tuple[str, ...]](
+        "VERL_FL_FUSED",
+        fused,
+        ("auto",),
+        f"auto, 0, or some of {', '.join(FUSED)}",
+        "What of a model and its optimizer runs on fused kernels; auto: all of it, where Triton is installed.",
+        phase="training",
+    )
+    profile = Variable(
+        "VERL_FL_PROFILE",
+        profile,
+        "auto",
+        "auto, 0, or a file made by verl-fl tune",
+        "Which measured choice of operators to route; auto: the one shipped for this chip and these versions.",
+        phase="training",
+    )
+    record = Variable(
+        "TRAINING_FLAGGEMS_PATH",
+        file,
+        "",
+        "a file; every process puts its rank and number into the name",
+        "Count the calls of FlagGems' operators in training and write them there.",
+        phase="training",
+    )
+
+    given: Mapping[str, str] = field(default_factory=dict)
+    parsed: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """Return settings with these values of the overlay's own variables, by attribute: ``of(device="cpu")``."""
+        return cls(parsed={VARIABLES[attribute].name: value for attribute, value in values.items()})
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """Parse ``environment`` (the process's own by default).
+
+        Raises:
+            SettingsError: values that are not allowed, or that contradict each other; its text lists every problem.
+        """
+        settings, problems = cls.parse(environment)
+        problems += contradictions(settings)
+        if problems:
+            raise SettingsError("verl-fl-overlay cannot use these settings:\n" + "\n".join(f"  {p}" for p in problems))
+        return settings
+
+    @classmethod
+    def parse(cls, environment: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+        """Parse what can be parsed, and say of each other variable what is allowed; those keep their defaults."""
+        environment = os.environ if environment is None else environment
+        parsed: dict[str, Any] = {}
+        given: dict[str, str] = {}
+        problems: list[str] = []
+        for name, variable in TABLE.items():
+            text = environment.get(name)
+            if text is None:
+                continue
+            given[name] = text
+            try:
+                parsed[name] = variable.read(text)
+            except BlankError:
+                del given[name]
+            except MalformedError as error:
+                problems.append(f"{name}={shown(name, text)!r}: allowed is {error}{_quoted(text)}")
+        return cls(given, parsed), problems
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of a variable by its name.
+
+        Raises:
+            KeyError: the table has no variable of that name.
+        """
+        return self.parsed.get(name, TABLE[name].default)
+
+    @property
+    def flaggems_in_training(self) -> bool:
+        """Whether training uses FlagGems: TRAINING_FL_FLAGGEMS_ENABLE decides, else USE_FLAGGEMS."""
+        return bool(self.use_flaggems if self.training_flaggems is None else self.training_flaggems)
+
+    @property
+    def summary(self) -> str:
+        """Which parts of the stack are on, such as ``FL[training(TE_FL=flagos), FlagGems, FlagCX]``."""
+        parts = [
+            f"training(TE_FL={self['TE_FL_PREFER']})" if "TE_FL_PREFER" in self.given else "",
+            f"rollout(VLLM_FL={self['VLLM_FL_PREFER']})" if "VLLM_FL_PREFER" in self.given else "",
+            "FlagGems" if self.flaggems_in_training else "",
+            "FlagCX" if self["USE_FLAGCX"] else "",
+        ]
+        return f"FL[{', '.join(filter(None, parts)) or 'disabled'}]"
+
+
+VARIABLES: dict[str, Variable[Any]] = {
+    attribute: row for attribute, row in vars(Settings).items() if isinstance(row, Variable)
+}
+"""Attribute of ``Settings`` -> its variable: those that the overlay acts on."""
+
+TABLE: dict[str, Variable[Any]] = {**{row.name: row for row in VARIABLES.values()}, **STACK}
+"""Name -> variable, for the whole stack, the overlay's own first."""
+
+
+def of_phase(phase: str) -> list[Variable[Any]]:
+    """Return the variables that are read in ``phase`` or in all phases; every one for ""."""
+    return [variable for variable in TABLE.values() if not phase or variable.phase in (phase, "common")]
+
+
+def contradictions(settings: Settings) -> list[str]:
+    """Return what cannot be meant."""
+    lists = [
+        f"{white} and {black} are both set: one list says what is used and the other what is not; keep one of them"
+        for white, black in EXCLUSIVE
+        if settings[white] and settings[black]
+    ]
+    return [*lists, *_operator_choices(settings)]
+
+
+def _operator_choices(settings: Settings) -> Iterator[str]:
+    white, black = EXCLUSIVE[0]
+    if settings.ops == ("auto",):
+        return
+    if settings.flagos_whitelist or (settings.flagos_blacklist and settings.ops != ("all",)):
+        other = white if settings.flagos_whitelist else black
+        yield f"VERL_FL_OPS={','.join(settings.ops)} and {other} both choose training's operators; keep one of them"
+
+
+def _quoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return "; the quotes are part of the value, take them away" if quoted else ""
+
+
+LONGEST_SHOWN = 200
+"""Characters of a value that are shown; the rest is only counted."""
+
+
+def shown(name: str, text: str) -> str:
+    """Return the value of variable ``name`` as it may be printed: a URL without its user and password, and not long."""
+    if "://" in text:
+        scheme, _, rest = text.partition("://")
+        text = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else text
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
+
+
+def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Return a warning, with the nearest real name, for every variable that only looks like one of the table's."""
+    environment = os.environ if environment is None else environment
+    warnings = []
+    for name in sorted(environment):
+        if name in TABLE:
+            continue
+        if name.startswith("ROLLOUT_FL_"):
+            warnings.append(f"{name} is read by nothing; rollout reads {name.replace('ROLLOUT_FL_', 'VLLM_FL_')}")
+        elif name.startswith((OWN_PREFIX, *PREFIXES)):
+            whose = (
+                "is not a variable of verl-fl-overlay"
+                if name.startswith(OWN_PREFIX)
+                else "is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to Ray's workers"
+            )
+            warnings.append(f"{name} {whose}{nearest(name, TABLE)}")
+    return warnings
