@@ -1,7 +1,7 @@
-"""Hooks: what is put on somebody else's function, when, and how it is taken back.
+"""Hooks: what is put around a function of another package, when, and how it is taken back.
 
-Nothing here knows verl.  A ``Hook`` says where and why; a ``HookSet`` installs its hooks when their modules are
-imported (by others: it imports none), counts their calls, reports their state and removes them exactly.
+Nothing here knows verl.  A ``Hook`` says where and why.  A ``HookSet`` installs its hooks when somebody imports their
+modules (it imports none itself), counts their calls, reports their state and removes them exactly.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Hook:
     the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
     which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
     ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the hook that
-    undoes what this one does, or does what this one undoes: left out by name, it takes this one with it.
+    undoes what this one does, or the other way round.  If a user leaves that one out by name, this one is left out too.
     """
 
     name: str
@@ -87,7 +87,7 @@ class HookStatus:
 class _Installed:
     """What exact removal needs: where the wrapper sits, and the wrapper itself.
 
-    ``live`` turns a wrapper off that cannot be taken out, because a plain closure of somebody else's holds it.
+    Somebody else's closure may hold a wrapper, so that it cannot be taken out; ``live`` = False turns it off instead.
     """
 
     parent: Any
@@ -96,7 +96,7 @@ class _Installed:
     live: bool = True
 
     def lost(self, hook: Hook) -> bool:
-        """Tell whether the module was executed anew, and what it defines now is without the wrapper."""
+        """Tell whether the module was executed again, so that what it defines now has no wrapper."""
         try:
             parent, _, found = wrapt.resolve_path(sys.modules[hook.module], hook.attribute)
         except (KeyError, wrapt.PathResolutionError):
@@ -116,7 +116,7 @@ class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
 
 
 class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
-    """A wrapper that pickles as what it wraps would: by name, so that whoever loads it gets what is there."""
+    """A wrapper that is pickled like the function in it, by name: who loads it gets the function that is there."""
 
     __bound_function_wrapper__ = _BoundWrapper
 
@@ -129,7 +129,10 @@ def _being_imported(module: ModuleType) -> bool:
 
 
 def call_again_on_import(module: ModuleType, callback: Callable[[ModuleType], None]) -> None:
-    """Register for ``module`` once more: the import system forgets it when we raise, and a retry must raise too."""
+    """Register for ``module`` once more.
+
+    When a callback raises, the import system forgets the module; a second try to import it must raise again.
+    """
     if not _being_imported(module):
         return
     name = module.__name__
@@ -143,9 +146,9 @@ def call_again_on_import(module: ModuleType, callback: Callable[[ModuleType], No
 class HookSet:
     """Installs hooks lazily, a group at a time, and takes them back.
 
-    The hooks of one feature in one module are a group: all of them are installed or none.  If a required hook fails,
-    or under ``strict`` any hook, the whole set is taken off and ``HookError`` is raised out of the import that brought
-    the module, then and on every later try until ``remove``, so that nobody trains on half an overlay.
+    The hooks of one feature in one module are a group: all of them are installed or none.  If a required hook fails
+    (under ``strict``: any hook), the whole set is taken off, and the import that brought the module raises
+    ``HookError``, and so does every later one until ``remove``.  So nobody trains on half an overlay.
     """
 
     def __init__(
@@ -157,9 +160,10 @@ class HookSet:
         strict: bool = False,
         verify: Verify | None = None,
     ) -> None:
-        """Take the hooks; ``disabled`` maps the names of those to leave out to the reason.
+        """Take the hooks.
 
-        ``absent`` maps the names of those whose module is known never to come to what says so.
+        ``disabled`` are those to leave out, name -> reason.  ``absent`` are those whose module does not exist, name ->
+        what says so.  ``verify`` is called with a hook and its target before the target is wrapped.
         """
         self._status = {hook.name: HookStatus(hook) for hook in hooks}
         for name, reason in (disabled or {}).items():

@@ -1,6 +1,6 @@
-"""A tuning database for each process: FlagGems' SQLite file, shared by the ranks of a host, makes them lock each other.
+"""A tuning database for each process.  FlagGems has one SQLite file a host, and ranks that share it lock each other.
 
-The file is found again by the next run, so what was tuned stays tuned.
+The next run finds the file again, so that what was tuned stays tuned.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _seats: list[int] = []
 
 @contextmanager
 def own_database() -> Iterator[bool]:
-    """Let FlagGems find a database of this process's own while it is imported; a URL set by the user stays.
+    """Name a database of this process's own while FlagGems is imported, unless the user has named one.
 
-    FlagGems reads the variable once, at import.  Afterwards it is unset again, or a child process would inherit it.
-    Yields whether the database is ours.
+    FlagGems reads the variable once, at its import.  Afterwards the variable is unset, because a child process would
+    inherit it.  Yields whether the database is ours.
     """
     if os.environ.get(VARIABLE):
         yield False
@@ -39,7 +39,7 @@ def own_database() -> Iterator[bool]:
 
 
 def folder() -> Path:
-    """Return the folder, made if it is not there, of what was tuned on this chip with this Triton."""
+    """Make and return the folder for what is tuned on this chip with this Triton."""
     root = Path(os.environ.get("FLAGGEMS_CACHE_DIR") or Path.home() / ".flaggems")
     chip = "".join(c if c.isalnum() else "_" for c in chip_name())
     made = root / "config_cache" / "verl_fl" / f"{chip}-triton{_triton_version()}"
@@ -48,9 +48,9 @@ def folder() -> Path:
 
 
 def _claim(folder: Path) -> Path:
-    """Return this rank's file in ``folder``, or the next that no live process holds.
+    """Return this rank's file in ``folder``, or the next one that no living process holds.
 
-    The rank alone does not tell processes apart: an actor's and a critic's worker group both have a rank 0.
+    The rank alone is not enough: an actor's and a critic's worker group both have a rank 0.
     """
     rank = os.environ.get("RANK", "0")
     for seat in count():

@@ -25,7 +25,7 @@ class ProfileError(SettingsError):
 
 @dataclass(frozen=True)
 class Key:
-    """What a measurement holds for; nothing of it may differ."""
+    """The chip and the versions that a measurement is valid for; all of them must be the same."""
 
     chip: str
     torch: str
@@ -40,8 +40,8 @@ class Key:
 class Measurement:
     """One aten key in one step: how often it is called, and what a step spends in it, in milliseconds.
 
-    A time is the larger of what the device needs and what the host needs to start it, and holds that of the operators
-    which this one calls.  Of many shapes the largest and the most frequent are timed; the others count as the nearest.
+    A time is the larger one of the device's and the host's, and includes the operators that this one calls.  Of many
+    shapes the largest and the most frequent are timed; another shape counts as the nearest of these.
     """
 
     key: str

@@ -1,7 +1,7 @@
-"""FlagGems' autotuner, one process of a node at a time: the others take over what the first one found.
+"""FlagGems' autotuner, used by one process of a node at a time; the others take what the first one found.
 
-Each process keeps its own tuning database (``database``); what is shared is the chosen tiling of one kernel for one
-key, left in the turn of the process that timed them.
+Each process has its own tuning database (``database``).  Shared is the tiling that was chosen for one kernel and one
+key; the process that timed the tilings leaves it in its turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Policy = Callable[..., tuple[Any, dict[Any, float]]]
 
 
 def take_turns() -> None:
-    """Make FlagGems' tuners, which have been imported, take turns; a FlagGems without them tunes as it does."""
+    """Make the tuners of the imported FlagGems take turns; nothing is done for a FlagGems that has none."""
     module = sys.modules.get("flag_gems.utils.libentry")  # of that name there is also a function
     tuner = getattr(module, "LibTuner", None)
     for kind in getattr(tuner, "_dispatch_table", {}).values():

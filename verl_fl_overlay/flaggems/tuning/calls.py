@@ -1,4 +1,4 @@
-"""The operators that one training step calls, with what they are called with, so that a call can be made again."""
+"""The operators that one training step calls, each with its arguments described so that the call can be repeated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Like:
 
 
 def _distinct(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the size without what an expanded tensor only repeats."""
+    """Return the size of what is stored: a dimension that an expanded tensor only repeats counts as 1."""
     return tuple(1 if step == 0 else length for length, step in zip(size, stride, strict=True))
 
 
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def elements(self) -> int:
-        """The elements of all tensors, and one: also a call without tensors has a size."""
+        """The elements of all tensors, plus one, so that a call without tensors has a size too."""
         return 1 + sum(math.prod(leaf.size) for leaf in self.leaves if isinstance(leaf, Like))
 
 
@@ -83,7 +83,7 @@ def operator(key: str) -> Any:
 
 
 class _Recorder:
-    """Counts calls from kernels of its own, each of which has the operator that it stands for compute."""
+    """Counts calls with kernels of its own, each of which then lets torch's operator compute."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Counter[Call]] = {}
@@ -104,7 +104,7 @@ class _Recorder:
         return router
 
     def _count(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._describing:  # a call by which a call is described
+        if self._describing:  # this call was made only to describe another one
             return
         self._describing = True
         try:
@@ -114,11 +114,11 @@ class _Recorder:
 
 
 def calls_of(step: Step, kernels: Iterable[Kernel]) -> dict[str, Counter[Call]]:
-    """Return, for each aten key of ``kernels``, the calls of one step that its kernel would have to answer.
+    """Return, for each aten key of ``kernels``, the calls of one step that its kernel would get.
 
-    They are seen where a routed kernel would see them, so those are there too that an operator makes itself; torch
-    computes them.  A ``TorchDispatchMode`` sees neither these nor the real step, since autograd accumulates out of
-    place while one is on.
+    They are counted where a routed kernel would be called, so calls that one operator makes of another are counted too;
+    torch computes them.  A ``TorchDispatchMode`` would not see those, and not the real step either: while one is on,
+    autograd adds gradients out of place.
     """
     recorder = _Recorder()
     routers = [recorder.router(kernel) for kernel in kernels]

@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 
 @contextlib.contextmanager
 def routed(kernels: Iterable[Kernel]) -> Iterator[None]:
-    """Have ``kernels`` answer their operators, as training would have them."""
+    """Let ``kernels`` compute their operators for the length of a ``with`` block, registered as in training."""
     router = Router([safety.seen_by_autograd(kernel) for kernel in kernels])
     router.enter()
     try:
@@ -38,7 +38,7 @@ class Contest:
         self._say = say
 
     def winners(self, kept: list[str], candidates: list[str]) -> list[str]:
-        """Return ``kept`` and what of ``candidates`` makes its steps faster: all, or what does of either half."""
+        """Return ``kept`` and those of ``candidates`` that make steps faster: all of them, else what is left of each half."""
         if not candidates or self._faster(kept, [*kept, *candidates]):
             return [*kept, *candidates]
         if len(candidates) == 1:

@@ -1,4 +1,4 @@
-"""How long a call or a step takes, on whatever device torch has here."""
+"""How long a call or a step takes on the device that torch has here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from verl_fl_overlay.devices.accelerator import accelerator
 
 BACK_TO_BACK = 5
-"""So many calls are timed at once."""
+"""Number of calls that are timed together."""
 
 
 def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:

@@ -1,7 +1,7 @@
 """Measures, for one training step, which operators are faster from FlagGems.
 
-A step is recorded: every operator FlagGems offers, with the shapes it was called with.  Each is timed native and from
-FlagGems at those shapes, and of the faster ones those are chosen that make whole steps faster.
+One step tells which of FlagGems' operators are called, and with which shapes.  Each operator is timed at those shapes,
+native and from FlagGems.  Of the faster ones, those are chosen that make whole steps faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl_fl_overlay.flaggems.tuning.contest import Contest, Say, routed
 from verl_fl_overlay.flaggems.tuning.timing import call_ms
 
 LARGEST, MOST_FREQUENT = 3, 3
-"""Of an operator's different calls, so many are timed: the device's time is in the former, the host's in the latter."""
+"""How many of an operator's calls are timed: the largest cost the device's time, the most frequent the host's."""
 
 
 def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
@@ -38,7 +38,7 @@ def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
 
 
 def _spent(key: str, calls: Counter[Call]) -> float:
-    """Return what all ``calls`` of an operator take, milliseconds: one that is not timed, as much as the nearest."""
+    """Return the time of all ``calls`` of an operator, milliseconds.  One that is not timed counts as the nearest one."""
     timed: dict[Call, float] = {}
     for call in _representative(calls):
         args, kwargs = call.arguments()
@@ -59,7 +59,7 @@ def _representative(calls: Counter[Call]) -> Iterable[Call]:
 def tune(
     step: Step, gems: FlagGems, key: Key, workload: str, file: Path, *, skip: Collection[str] = (), say: Say = print
 ) -> Profile:
-    """Measure and write ``file`` after every operator; a file of the same key and workload is gone on with.
+    """Measure, and write ``file`` after every operator.  A file of the same key and workload is continued.
 
     Args:
         step: one training step; called with nothing, leaves nothing to wait for but the device.
@@ -74,7 +74,7 @@ def tune(
     step()
     calls = calls_of(step, gems.kernels)
     kept = tuple(one for one in profile.measurements if _holds(one, calls))
-    if len(kept) < sum(not one.note for one in profile.measurements):  # of another step: so is what was chosen
+    if len(kept) < sum(not one.note for one in profile.measurements):  # some are of another step, and so is the choice
         profile = replace(profile, chosen=(), step_ms={})
     profile = replace(profile, measurements=kept)
     done = {one.key for one in profile.measurements}
@@ -96,12 +96,12 @@ def tune(
 
 
 def _holds(one: Measurement, calls: Mapping[str, Counter[Call]]) -> bool:
-    """Tell whether a measurement that was found is of this step; what was only noted is tried again."""
+    """Tell whether a measurement in the file is of this step.  One without times is made again."""
     return not one.note and one.key in calls and one.calls == calls[one.key].total()
 
 
 def _begun(file: Path, key: Key, workload: str) -> Profile:
-    """Return what is to be gone on with, written down: that it cannot be is better known now than after measuring."""
+    """Return the profile to continue, and write it: a file that cannot be written is better known before measuring."""
     profile = Profile(key, workload)
     if file.exists():
         profile = load(file)
@@ -118,7 +118,7 @@ def _begun(file: Path, key: Key, workload: str) -> Profile:
 
 
 def _decided(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
-    """Try the functions all of whose keys are faster in whole steps; choose those that make these faster."""
+    """Try the functions all of whose keys are faster in whole steps, and choose those that make steps faster."""
     by_name: dict[str, list[Measurement]] = {}
     for one in profile.measurements:
         by_name.setdefault(one.name, []).append(one)
