@@ -38,7 +38,7 @@ class Contest:
         self._say = say
 
     def winners(self, kept: list[str], candidates: list[str]) -> list[str]:
-        """Return ``kept`` and those of ``candidates`` that make steps faster: all of them, else what is left of each half."""
+        """Return ``kept`` and those of ``candidates`` that make steps faster: all, or what remains of each half."""
         if not candidates or self._faster(kept, [*kept, *candidates]):
             return [*kept, *candidates]
         if len(candidates) == 1:

@@ -38,7 +38,7 @@ def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
 
 
 def _spent(key: str, calls: Counter[Call]) -> float:
-    """Return the time of all ``calls`` of an operator, milliseconds.  One that is not timed counts as the nearest one."""
+    """Return the time of all ``calls`` of an operator, milliseconds; one that is not timed counts as the nearest."""
     timed: dict[Call, float] = {}
     for call in _representative(calls):
         args, kwargs = call.arguments()
