@@ -3,6 +3,11 @@
 Importing this package activates the overlay as soon as verl is there, which is now when verl itself loads it.
 """
 
+import os
+
+if os.path.isdir(os.path.join(os.path.dirname(__path__[0]), "compat", "pins")):
+    __path__.append(os.path.dirname(__path__[0]))  # a checkout has compat/ beside this folder, an installation in it
+
 from verl_fl_overlay.activation import activate_with_verl
 from verl_fl_overlay.errors import HookError, OverlayError, SettingsError, UnsupportedVerlError
 
