@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import nox
+from packaging.version import Version
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "out" / "compat"
 TORCH = "2.13.0"
-RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
+CONSTRAINTS = HERE / "compat" / "constraints"
+# A release has a file of constraints here and one in compat/pins; a test holds that the two folders have the same ones.
+RELEASES = sorted((file.stem.removeprefix("verl-") for file in CONSTRAINTS.glob("verl-*.txt")), key=Version)
 # What verl's engines import beyond verl's own requirements; see constraints for the versions.
 ENGINE_NEEDS = ("einops", "uvicorn", "fastapi", "cachetools", "pyzmq", "msgspec")
 
@@ -127,10 +130,9 @@ def installer_environment() -> dict[str, str]:
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
     """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together."""
     session.env["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too, these sessions are about the CPU
-    constraints = HERE / "compat" / "constraints" / f"verl-{verl}.txt"
     needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
     fresh = [] if torch else ["--upgrade"]
-    session.install(*fresh, *needs, "-c", str(constraints), env=installer_environment())
+    session.install(*fresh, *needs, "-c", str(CONSTRAINTS / f"verl-{verl}.txt"), env=installer_environment())
     session.install("--force-reinstall", "--no-deps", ".")
     if instead:  # which need not fit what the rest asks for
         session.install("--no-deps", *instead)

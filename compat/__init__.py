@@ -5,6 +5,7 @@ The gate takes the version of the verl that is here and gives the hooks of its r
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -14,13 +15,41 @@ from dataclasses import dataclass, field
 
 from packaging.version import InvalidVersion, Version
 
-from verl_fl_overlay.errors import UnsupportedVerlError
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.packages import installed
 
 OLDEST = Version("0.7.0")
-RELEASES = ("0.7.0", "0.7.1", "0.8.0", "0.9.0", "0.9.1")
-"""The releases that the overlay was written for and is tested with; ``pins/`` has a file for each."""
+
+
+def _pinned() -> tuple[str, ...]:
+    """Return the releases of which ``pins/`` has a file, oldest first.
+
+    A file with any other name than that of a release (``0.9.2.json.part``, ``0.9.2.dev0.json``) is passed over.
+
+    Raises:
+        OverlayError: there is none, so that nothing could be checked.
+    """
+    try:
+        names = os.listdir(os.path.join(os.path.dirname(__file__), "pins"))
+    except OSError:  # from within a zip
+        from importlib.resources import files
+
+        pins = files(__name__).joinpath("pins")
+        names = [file.name for file in pins.iterdir()] if pins.is_dir() else []
+    found = []
+    for name in names:
+        with contextlib.suppress(InvalidVersion):
+            version = Version(name.removesuffix(".json"))
+            if f"{version}.json" == name and not version.is_prerelease:
+                found.append(version)
+    if not found:
+        raise OverlayError("verl_fl_overlay/compat/pins holds the pins of no release: reinstall verl-fl-overlay")
+    return tuple(map(str, sorted(found)))
+
+
+RELEASES = _pinned()
+"""The releases that the overlay was written for and is tested with: those that are pinned."""
 
 
 @dataclass(frozen=True)
