@@ -1,26 +1,66 @@
-"""The installed distribution: what lies where, and what it asks for."""
+"""The installed distribution: what lies where, and what it asks for; and the checkout that is not installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from processes import output, run
 
+import verl_fl_overlay
 from verl_fl_overlay import __version__, compat
 
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"verl_fl_overlay": ROOT / "verl_fl_overlay", "verl_fl_overlay.compat": ROOT / "compat"}
 DISTRIBUTION = importlib.metadata.distribution("verl-fl-overlay")
 
 
-def test_compat_is_inside_the_package_only():
+def files_of(folder: Path, *patterns: str) -> list[Path]:
+    return [file for pattern in patterns for file in folder.rglob(pattern) if "__pycache__" not in file.parts]
+
+
+def installed_files() -> set[str]:
+    """Return the files of the distribution that was made of this checkout, or skip the test."""
     files = {str(file) for file in DISTRIBUTION.files or ()}
     if DISTRIBUTION.read_text("RECORD") is None or "verl_fl_overlay/__init__.py" not in files:
         pytest.skip("installed with -e: there is no list of installed files")
+    if Path(verl_fl_overlay.__file__) != Path(str(DISTRIBUTION.locate_file("verl_fl_overlay/__init__.py"))):
+        pytest.skip("the overlay that is tested is not the one that is installed")
+    return files
+
+
+def test_compat_is_inside_the_package_only():
+    files = installed_files()
     assert "verl_fl_overlay/compat/__init__.py" in files
     assert "verl_fl_overlay/py.typed" in files
     assert {f"verl_fl_overlay/compat/pins/{release}.json" for release in compat.RELEASES} <= files
-    assert not {file for file in files if file.startswith(("compat/", "tests/"))}
+    assert not {file for file in files if file.startswith(("compat/", "tests/", "tools/"))}
+
+
+def test_every_file_that_is_read_is_installed():
+    wanted = {
+        f"{package.replace('.', '/')}/{file.relative_to(folder).as_posix()}"
+        for package, folder in FOLDERS.items()
+        for file in files_of(folder, "*.py", "*.json", "*.yaml", "py.typed")
+    }
+    assert sorted(wanted - installed_files()) == []
+
+
+def test_every_room_is_among_the_packages():
+    """A folder that pyproject forgets is there in a checkout and missing in the wheel."""
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    setuptools = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    rooms = {
+        ".".join((package, *file.parent.relative_to(folder).parts)): file.parent.relative_to(ROOT).as_posix()
+        for package, folder in FOLDERS.items()
+        for file in files_of(folder, "*.py")
+    }
+    assert setuptools["packages"] == sorted(rooms)
+    assert setuptools["package-dir"] == {room: f for room, f in rooms.items() if room.replace(".", "/") != f}
 
 
 def test_only_two_hard_dependencies():
@@ -33,3 +73,47 @@ def test_entry_points():
     assert ("console_scripts", "verl-fl", "verl_fl_overlay.cli:main") in points
     assert ("verl.plugins", "verl_fl_overlay", "verl_fl_overlay") in points
     assert DISTRIBUTION.version == __version__
+
+
+@pytest.fixture(params=["nothing", "a file with the link's text"])
+def checkout(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a copy of the checkout's two folders.
+
+    Until 0.1.0 a link to ../compat lay in the one, and where links are not known a text file takes the place of such.
+    """
+    for folder in FOLDERS.values():
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    if request.param != "nothing":
+        (tmp_path / "verl_fl_overlay" / "compat").write_text("../compat")
+    return tmp_path
+
+
+def test_a_checkout_that_is_not_installed_finds_compat(checkout):
+    code = """
+        import multiprocessing
+        from verl_fl_overlay import compat
+        from verl_fl_overlay.compat.release import check
+
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # it is sent the class by name
+            verl = pool.apply(compat.InstalledVerl, ("0.9.1", ""))
+        print(compat.__file__, compat.__name__, check.__name__, compat.select(verl).name, compat.RELEASES)
+    """
+    said = output(code, env={"PYTHONPATH": str(checkout)})
+    names = "verl_fl_overlay.compat verl_fl_overlay.compat.release.check"
+    assert said == f"{checkout / 'compat' / '__init__.py'} {names} v0_9 {compat.RELEASES}"
+
+
+def test_a_checkout_that_is_not_installed_runs_as_a_module(checkout):
+    done = run("-m", "verl_fl_overlay", "--version", env={}, cwd=checkout)
+    assert done.stdout == f"verl-fl-overlay {__version__}\n", done.stderr
+
+
+def test_a_release_is_its_pin_file(checkout):
+    pins = checkout / "compat" / "pins"
+    for name in ("0.10.0.json", "0.9.1.post1.json", "0.9.2.json.part", "0.9.2.dev0.json", "latest.json", "v0.9.3.json"):
+        (pins / name).touch()
+    code = "from verl_fl_overlay import compat; print(compat.RELEASES)"
+    assert output(code, env={"PYTHONPATH": str(checkout)}) == str((*compat.RELEASES, "0.9.1.post1", "0.10.0"))
+    for file in pins.iterdir():
+        file.unlink()
+    assert "holds the pins of no release: reinstall" in run("-c", code, env={"PYTHONPATH": str(checkout)}).stderr
