@@ -172,10 +172,14 @@ def minimum(session: nox.Session) -> None:
 
 @nox.session
 def drift(session: nox.Session) -> None:
-    """The pins against the wheel of every release, and upstream changes of every kind; neither verl nor torch."""
-    wheels = HERE / "out" / "wheels"
+    """The pins against the wheel of every release, and upstream changes of every kind; neither verl nor torch.
+
+    The wheels are those in the folder that VERL_WHEELS names; without it they are downloaded.
+    """
+    given = os.environ.get("VERL_WHEELS")
+    wheels = Path(given or HERE / "out" / "wheels").absolute()
     for release in RELEASES:
-        if not list(wheels.glob(f"verl-{release}-*.whl")):
+        if not given and not list(wheels.glob(f"verl-{release}-*.whl")):
             download = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
             session.run(sys.executable, *download, f"verl=={release}", external=True)
     session.install(".", "pytest", "pytest-xdist", "pyyaml", "cloudpickle")

@@ -11,6 +11,10 @@ for name in filter(of_the_stack, list(os.environ)):
     if name != "VERL_WHEELS":  # the tests' own
         del os.environ[name]  # what a developer has set there is no part of any test
 
+if "VERL_WHEELS" in os.environ:  # all that a test fetches comes from there, by pip or uv, and no index is asked
+    wheels = str(Path(os.environ["VERL_WHEELS"]).absolute())
+    os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, UV_OFFLINE="1", UV_FIND_LINKS=wheels)
+
 
 @pytest.fixture(autouse=True)
 def overlay_off():

@@ -25,7 +25,7 @@ from verl_fl_overlay.compat.release.check import Status
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.hooks import Hook, HookSet, State
 
-NEWEST = next((r for r in reversed(compat.RELEASES) if verl_trees.find(r)), compat.RELEASES[-1])
+NEWEST = compat.RELEASES[-1]
 ALL_HOOKS = [h for h in compat.select(compat.InstalledVerl(NEWEST, "")).hooks if h.module.startswith("verl.")]
 HOOKS = [h for h in ALL_HOOKS if pins.pinned(h.target)[NEWEST].at == h.target]
 BOUND = [h for h in ALL_HOOKS if h not in HOOKS]

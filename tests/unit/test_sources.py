@@ -136,6 +136,8 @@ def test_neither_file_nor_version() -> None:
 
 
 def test_unreachable_index(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("PIP_NO_INDEX", "UV_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("PIP_INDEX_URL", "UV_INDEX_URL", "UV_DEFAULT_INDEX"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
     for name in ("PIP_FIND_LINKS", "UV_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
