@@ -152,6 +152,7 @@ def lint(session: nox.Session) -> None:
     settings = str(HERE / "pyproject.toml")
     session.chdir(session.create_tmp())
     session.run("mypy", "--config-file", settings, "-p", "verl_fl_overlay")
+    session.run("mypy", "--config-file", settings, str(HERE / "tools"))
     session.run("lint-imports", "--config", settings)
 
 
@@ -211,13 +212,13 @@ def next_release(session: nox.Session) -> None:
         session.run("verl-fl", "check", "latest", "--json", stdout=output, success_codes=[0, 1])
     newest = json.loads(checked.read_text())
     if newest["verl"] in RELEASES and newest["holds"]:
-        session.run("python", ".ci/next.py", str(checked))
+        session.run("python", "tools/next.py", str(checked))
         return
     result.unlink(missing_ok=True)
     session.install(f"verl=={newest['verl']}", f"torch=={TORCH}", *ENGINE_NEEDS, env=installer_environment())
     tests = ("tests/contract", "tests/train", "-n", "2", "--dist", "loadgroup", f"--junitxml={result}")
     session.run("pytest", *tests, *session.posargs, success_codes=[0, 1])
-    session.run("python", ".ci/next.py", str(checked), str(result))
+    session.run("python", "tools/next.py", str(checked), str(result))
 
 
 @nox.session(tags=["demo"])
@@ -301,12 +302,12 @@ def megatron(session: nox.Session, verl: str) -> None:
 
 @nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
-def coverage(session: nox.Session, verl: str) -> None:
-    """Every engine and worker that a release offers, and compat/coverage.md from the results: minutes a release."""
+def engines(session: nox.Session, verl: str) -> None:
+    """Every engine and worker that a release offers, and compat/engines.md from the results: minutes a release."""
     install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
-    result = f"out/coverage/{verl}-cpu.xml"
-    session.run("pytest", "tests/coverage", f"--junitxml={result}", *session.posargs, success_codes=[0, 1])
-    session.run("python", ".ci/coverage.py", "out/coverage")
+    result = f"out/engines/{verl}-cpu.xml"
+    session.run("pytest", "tests/engines", f"--junitxml={result}", *session.posargs, success_codes=[0, 1])
+    session.run("python", "tools/engines.py", "out/engines")
 
 
 @nox.session(venv_backend="none", default=False)
@@ -333,4 +334,4 @@ def report(session: nox.Session) -> None:
         file = row.result.with_suffix(".json")
         if not file.exists() or "not run" in json.loads(file.read_text()):
             record(row.result, {**row.asked, "device": "cpu", "not run": ""})
-    session.run(sys.executable, ".ci/matrix.py", str(RESULTS), *session.posargs, external=True)
+    session.run(sys.executable, "tools/matrix.py", str(RESULTS), *session.posargs, external=True)

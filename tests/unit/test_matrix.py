@@ -23,7 +23,7 @@ def table(folder: Path, junit: str | None, **more: Any) -> tuple[int, str]:
     (folder / "row.json").write_text(json.dumps(row))
     if junit is not None:
         (folder / "row.xml").write_text(f"<testsuites><testsuite>{junit}</testsuite></testsuites>")
-    command = [sys.executable, ROOT / ".ci" / "matrix.py", folder, "--print"]
+    command = [sys.executable, ROOT / "tools" / "matrix.py", folder, "--print"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.stderr
     return done.returncode, done.stdout.splitlines()[-1]
@@ -50,5 +50,5 @@ def test_row(junit: str | None, more: dict[str, Any], status: int, said: str, tm
 
 
 def test_without_results_it_fails(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "matrix.py", tmp_path, "--print"], check=False)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "matrix.py", tmp_path, "--print"], check=False)
     assert done.returncode == 1

@@ -10,5 +10,5 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_tables_are_up_to_date():
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], cwd="/", check=False)
-    assert done.returncode == 0, "run: python .ci/readme.py"
+    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], cwd="/", check=False)
+    assert done.returncode == 0, "run: python tools/readme.py"

@@ -1,4 +1,4 @@
-"""The matrix, from its results: ``python .ci/matrix.py out/compat`` prints it and writes it into README.md.
+"""The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into README.md.
 
 A row is a JSON file, which says what it ran on, with a JUnit file beside it.  What has no result says "not run"; exit
 status 1 if a row failed that may not.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from junit import cases
 from tables import README, markdown, replaced
 
 HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
@@ -22,11 +22,8 @@ HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that p
 def outcomes(junit: Path) -> dict[str, Counter[str]]:
     """Return, per folder of tests, how many passed, failed and were skipped."""
     counted: dict[str, Counter[str]] = {}
-    for case in ElementTree.parse(junit).getroot().iter("testcase"):
-        area = (case.get("classname", "") or case.get("name", "")).split(".")[1:2]
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        counted.setdefault(area[0] if area else "?", Counter())[outcome] += 1
+    for case in cases(junit):
+        counted.setdefault(case.folder, Counter())[case.outcome] += 1
     return counted
 
 
@@ -49,6 +46,7 @@ def result(about: dict[str, Any], counts: dict[str, Counter[str]]) -> tuple[str,
 
 
 def main() -> int:
+    """Print the table and write it into the README; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--print", action="store_true", help="leave README.md as it is")

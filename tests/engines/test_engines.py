@@ -1,4 +1,4 @@
-"""Every engine and worker that a release offers, with either head: ``.ci/coverage.py`` makes a table of the outcomes.
+"""Every engine and worker that a release offers, with either head: ``tools/engines.py`` makes a table of the outcomes.
 
 A row of it is a parameter, a column a test, what is not run a skip with its reason.
 """
@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def classes() -> dict[str, Any]:
-    found = result(TESTS / "coverage" / "real_classes.py", env=environment())
+    found = result(TESTS / "engines" / "real_classes.py", env=environment())
     assert set(found) <= set(ROWS), "verl offers an engine that has no row here"
     return found
 

@@ -1,4 +1,4 @@
-"""What a maintainer has to do for the newest verl:  python .ci/next.py CHECK.json [RESULT.xml]
+"""What a maintainer has to do for the newest verl:  python tools/next.py CHECK.json [RESULT.xml]
 
 CHECK.json is the output of ``verl-fl check latest --json``, RESULT.xml the matrix row that was run on it.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from junit import cases
 
 from verl_fl_overlay import compat
 
@@ -34,7 +35,7 @@ def main(check: Path, result: Path | None) -> None:
         todo += [
             f"write compat/constraints/verl-{version}.txt from the environment of this session (pip freeze)",
             f"verl-fl pin {version} --write",
-            f"add {version} to RELEASES in compat/__init__.py and noxfile.py",
+            "python tools/readme.py",
             f"nox -s \"compat(verl='{version}')\"",
         ]
     print("\n".join(f"{number}. {task}" for number, task in enumerate(todo, 1)))
@@ -46,8 +47,7 @@ def failures(result: Path | None) -> list[str]:
         return []
     if not result.is_file():
         return ["the row of the matrix ended without a result"]
-    cases = ElementTree.parse(result).iter("testcase")
-    return [f"{c.get('name')} fails" for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return [f"{case.name} fails" for case in cases(result) if case.outcome == "failed"]
 
 
 if __name__ == "__main__":

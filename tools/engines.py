@@ -1,6 +1,6 @@
-"""Write compat/coverage.md from results: ``python .ci/coverage.py out/coverage``.
+"""Write compat/engines.md from results: ``python tools/engines.py out/engines``.
 
-A result is the JUnit file of ``pytest tests/coverage``, one a release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
+A result is the JUnit file of ``pytest tests/engines``, one a release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
 Cells for which the folder has no result stay what they were; exit status 1 if a test failed.
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-TABLE = Path(__file__).parents[1] / "compat" / "coverage.md"
+from junit import Case, cases
+from tables import ROOT, markdown
+
+TABLE = ROOT / "compat" / "engines.md"
 COLUMNS = {
     ("cpu", "test_hooks_on_the_real_class"): "hooks on the real class",
     ("cpu", "test_phase_on_in_training"): "training, CPU",
@@ -23,20 +25,18 @@ KEY = ["verl", "backend", "head"]
 HEAD = [*KEY, *COLUMNS.values()]
 INTRODUCTION = """# What was run with each engine and worker
 
-Made by `.ci/coverage.py` from the results of `nox -s coverage` (on a GPU: `pytest tests/coverage`), not by hand.
+Made by `tools/engines.py` from the results of `nox -s engines` (on a GPU: `pytest tests/engines`), not by hand.
 Training and inference "passed" means that verl's real engine or worker did it, with the training phase on in every
 forward pass and off after it.  Megatron has its own local layers there, since TransformerEngine was not installed; on a
 CPU, what it asks torch.cuda is answered for the CPU.
 """
 
 
-def outcome(case: ElementTree.Element) -> str:
+def said(case: Case) -> str:
     """Return what a cell says of one test."""
-    skipped = case.find("skipped")
-    if skipped is None:
-        return "FAILED" if case.find("failure") is not None or case.find("error") is not None else "passed"
-    why = skipped.get("message", "")
-    return "not in that release" if why.startswith("not in verl") else f"not run ({why})"
+    if case.outcome == "skipped":
+        return "not in that release" if case.why.startswith("not in verl") else f"not run ({case.why})"
+    return case.outcome.replace("failed", "FAILED")
 
 
 def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -44,10 +44,10 @@ def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for file in sorted(folder.glob("*.xml")):
         release, device = file.stem.rsplit("-", 1)
-        for case in ElementTree.parse(file).getroot().iter("testcase"):
-            match = re.fullmatch(r"(\w+)\[(.+) (\w+)\]", case.get("name", ""))
+        for case in cases(file):
+            match = re.fullmatch(r"(\w+)\[(.+) (\w+)\]", case.name)
             if match and (device, match[1]) in COLUMNS:
-                found.setdefault((release, match[2], match[3]), {})[COLUMNS[device, match[1]]] = outcome(case)
+                found.setdefault((release, match[2], match[3]), {})[COLUMNS[device, match[1]]] = said(case)
     return found
 
 
@@ -58,7 +58,7 @@ def before() -> dict[tuple[str, ...], dict[str, str]]:
     return {tuple(row[: len(KEY)]): dict(zip(HEAD, row, strict=True)) for row in rows[2:]}
 
 
-def cells(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
+def row(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
     """Return a row; what a release lacks was not run on any device."""
     lacking = "not in that release" in known.values()
     nothing = "not in that release" if lacking else "not run (no result)"
@@ -66,15 +66,15 @@ def cells(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
 
 
 def main() -> int:
+    """Write the table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     rows = before()
     for key, known in results(parser.parse_args().folder).items():
         rows[key] = {**rows.get(key, {}), **known}
-    table = [cells(key, known) for key, known in sorted(rows.items())]
-    lines = ["| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *table]]
-    TABLE.write_text("\n".join([INTRODUCTION, *lines, ""]), encoding="utf-8")
-    failed = [" ".join(row[: len(KEY)]) for row in table if "FAILED" in row]
+    table = [row(key, known) for key, known in sorted(rows.items())]
+    TABLE.write_text(f"{INTRODUCTION}\n{markdown(HEAD, table)}\n", encoding="utf-8")
+    failed = [" ".join(cells[: len(KEY)]) for cells in table if "FAILED" in cells]
     print(f"{TABLE}: {len(table)} rows, failed: {', '.join(failed) or 'none'}")
     return 1 if failed or not table else 0
 

@@ -1,4 +1,4 @@
-"""Write the tables of the two READMEs that are made from the code: ``python .ci/readme.py [--check]``."""
+"""Write the tables of the two READMEs that are made from the code: ``python tools/readme.py [--check]``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ TABLES = {README: {"releases": releases, "settings": settings}, ROOT / "compat" 
 
 
 def main() -> int:
+    """Write the tables that are not up to date, or only tell whether there are any; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     options = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> int:
     for file, tables in TABLES.items():
         text = made = file.read_text(encoding="utf-8")
         for name, make in tables.items():
-            made = replaced(made, name, ".ci/readme.py", make())
+            made = replaced(made, name, "tools/readme.py", make())
         if made != text:
             changed[file] = made
     if options.check:
