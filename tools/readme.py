@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Mapping
 
 from tables import README, ROOT, markdown, replaced
 
-sys.path.insert(0, str(ROOT))  # the tables are this checkout's, also where another overlay is installed
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # the tables are this checkout's, also where another overlay is installed
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.devices.chips import CHIPS, CPU, KNOWN_TO_VERL, Chip
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import VARIABLES
 
 
-def by_release() -> dict[str, dict[str, Hook]]:
-    """Return release -> name -> hook."""
-    chosen = {r: compat.select(compat.InstalledVerl(r, "")).hooks for r in compat.RELEASES}
-    return {release: {hook.name: hook for hook in hooks} for release, hooks in chosen.items()}
+def by_release() -> dict[str, tuple[Hook, ...]]:
+    """Return release -> its hooks."""
+    return {release: compat.select(compat.InstalledVerl(release, "")).hooks for release in compat.RELEASES}
 
 
-def hooks() -> str:
-    """Return the table of hooks: one row a hook, and the releases that have it."""
-    releases = by_release()
-    every = {name: hook for hooks in releases.values() for name, hook in hooks.items()}
-    rows = []
-    for name, hook in every.items():
-        having = [release for release, hooks in releases.items() if name in hooks]
-        where = "all" if len(having) == len(releases) else ", ".join(having)
-        required = "yes" if hook.required else "no"
-        target = f"[`{hook.module.removeprefix('verl.')}:{hook.attribute}`]({hook.upstream})"
-        rows.append([f"`{name}`", target, where, required, hook.why, hook.until])
+def hooks(releases: Mapping[str, Iterable[Hook]]) -> str:
+    """Return the table of hooks: all that is said of one, and the releases of which it holds.
+
+    A hook has one row, or several where a release says something else of it, such as another target.
+    """
+    having: dict[tuple[str, ...], list[str]] = {}
+    for release, chosen in releases.items():
+        for hook in chosen:
+            target = f"[`{hook.module.removeprefix('verl.')}:{hook.attribute}`]({hook.upstream})"
+            said = (f"`{hook.name}`", target, "yes" if hook.required else "no", hook.why, hook.until)
+            having.setdefault(said, []).append(release)
+    names = list(dict.fromkeys(name for name, *_ in having))
+    rows = [
+        [name, target, "all" if len(where) == len(releases) else ", ".join(where), *more]
+        for (name, target, *more), where in sorted(having.items(), key=lambda row: names.index(row[0][0]))
+    ]
     return markdown(["hook", "on", "verl", "required", "why", "until"], rows)
 
 
@@ -40,7 +47,7 @@ def releases() -> str:
     for release in compat.RELEASES:
         chosen = compat.select(compat.InstalledVerl(release, ""))
         file = f"compat/constraints/verl-{release}.txt"
-        rows.append([release, chosen.shim, str(len(chosen.hooks)), f"[{file}]({file})"])
+        rows.append([release, chosen.name, str(len(chosen.hooks)), f"[{file}]({file})"])
     return markdown(["verl", "shim", "hooks", "a set of versions it runs with"], rows)
 
 
@@ -50,7 +57,32 @@ def settings() -> str:
     return markdown(["variable", "allowed", "what it does"], rows)
 
 
-TABLES = {README: {"releases": releases, "settings": settings}, ROOT / "compat" / "README.md": {"hooks": hooks}}
+def chips() -> str:
+    """Return the table of chips: what each is called, and what trains on it."""
+    rows = []
+    for chip in (*sorted(CHIPS.values(), key=lambda chip: chip.vendor), CPU):
+        name = f"{chip.vendor} (`VERL_FL_DEVICE=cpu`)" if chip is CPU else chip.vendor
+        own = chip.backend or "none: FlagCX only"
+        rows.append([name, chip.device, own, f"`{chip.visible_devices}`", *platform(chip)])
+    return markdown(["chip", "torch device", "collectives", "visible devices", "verl 0.9", "verl 0.7, 0.8"], rows)
+
+
+def platform(chip: Chip) -> tuple[str, str]:
+    """Say what serves as verl's platform for a chip: on 0.9, and on 0.7 and 0.8, which have none."""
+    if chip is CPU:
+        return "the overlay's platform", "the overlay's helpers"
+    if chip.vendor in KNOWN_TO_VERL:
+        return "verl's own platform", "verl's own helpers"
+    if chip.device == "cuda":
+        base = "rocm" if chip.visible_devices == "HIP_VISIBLE_DEVICES" else "cuda"
+        return f"verl's platform for {base}, under the vendor's name", "as cuda"
+    return "the overlay's platform", "under torchrun; not with Ray or the legacy workers"
+
+
+TABLES = {
+    README: {"releases": releases, "settings": settings, "chips": chips},
+    ROOT / "compat" / "README.md": {"hooks": lambda: hooks(by_release())},
+}
 
 
 def main() -> int:
