@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -127,13 +128,20 @@ def installer_environment() -> dict[str, str]:
     return found
 
 
+def install_overlay(session: nox.Session, *more: str) -> None:
+    """Install this tree's wheel, and ``more``; what an earlier build left behind would be taken into it."""
+    for left in ("build", "verl_fl_overlay.egg-info"):
+        shutil.rmtree(HERE / left, ignore_errors=True)
+    session.install(".", *more)
+
+
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
     """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together."""
     session.env["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too, these sessions are about the CPU
     needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
     fresh = [] if torch else ["--upgrade"]
     session.install(*fresh, *needs, "-c", str(CONSTRAINTS / f"verl-{verl}.txt"), env=installer_environment())
-    session.install("--force-reinstall", "--no-deps", ".")
+    install_overlay(session, "--force-reinstall", "--no-deps")
     if instead:  # which need not fit what the rest asks for
         session.install("--no-deps", *instead)
     elif session.venv_backend == "uv":
@@ -145,7 +153,7 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types (strict) and the seam: outside compat nothing imports verl."""
-    session.install("ruff", "mypy", "import-linter", ".")
+    install_overlay(session, "ruff", "mypy", "import-linter")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     # On the installed package, from elsewhere: in this folder compat does not lie where it is imported from.
@@ -159,7 +167,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def unit(session: nox.Session) -> None:
     """What needs neither verl nor torch."""
-    session.install(".", "pytest")
+    install_overlay(session, "pytest")
     session.run("pytest", "tests/unit", *session.posargs)
 
 
@@ -167,7 +175,7 @@ def unit(session: nox.Session) -> None:
 def minimum(session: nox.Session) -> None:
     """The oldest dependencies that pyproject allows, on every Python that is here."""
     dependencies = nox.project.load_toml(HERE / "pyproject.toml")["project"]["dependencies"]
-    session.install(".", "pytest", *(dependency.split(",")[0].replace(">=", "==") for dependency in dependencies))
+    install_overlay(session, "pytest", *(dependency.split(",")[0].replace(">=", "==") for dependency in dependencies))
     session.run("pytest", "tests/unit", *session.posargs)
 
 
@@ -183,7 +191,7 @@ def drift(session: nox.Session) -> None:
         if not given and not list(wheels.glob(f"verl-{release}-*.whl")):
             download = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
             session.run(sys.executable, *download, f"verl=={release}", external=True)
-    session.install(".", "pytest", "pytest-xdist", "pyyaml", "cloudpickle")
+    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle")
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 
@@ -207,7 +215,7 @@ def next_release(session: nox.Session) -> None:
     folder = HERE / "out" / "next"
     folder.mkdir(parents=True, exist_ok=True)
     checked, result = folder / "check.json", folder / "row.xml"
-    session.install(".", "pytest", "pytest-xdist")
+    install_overlay(session, "pytest", "pytest-xdist")
     with checked.open("w") as output:
         session.run("verl-fl", "check", "latest", "--json", stdout=output, success_codes=[0, 1])
     newest = json.loads(checked.read_text())
