@@ -57,8 +57,7 @@ def _like_cuda(chip: Chip) -> type[Any]:
     """Return verl's own platform for a chip that calls itself cuda in torch, under its vendor's name."""
     from verl.plugin.platform import platform_cuda, platform_rocm
 
-    hip = chip.visible_devices == "HIP_VISIBLE_DEVICES"
-    base = platform_rocm.PlatformROCm if hip else platform_cuda.PlatformCUDA
+    base = platform_rocm.PlatformROCm if chip.on_rocm else platform_cuda.PlatformCUDA
     return type(f"Platform{chip.vendor.title()}", (base,), {"vendor_name": chip.vendor})
 
 

@@ -74,8 +74,7 @@ def platform(chip: Chip) -> tuple[str, str]:
     if chip.vendor in KNOWN_TO_VERL:
         return "verl's own platform", "verl's own helpers"
     if chip.device == "cuda":
-        base = "rocm" if chip.visible_devices == "HIP_VISIBLE_DEVICES" else "cuda"
-        return f"verl's platform for {base}, under the vendor's name", "as cuda"
+        return f"verl's platform for {'rocm' if chip.on_rocm else 'cuda'}, under the vendor's name", "as cuda"
     return "the overlay's platform", "under torchrun; not with Ray or the legacy workers"
 
 

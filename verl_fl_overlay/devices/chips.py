@@ -37,6 +37,11 @@ class Chip:
     ray_resource: str = "GPU"
     ipc: bool = False
 
+    @property
+    def on_rocm(self) -> bool:
+        """Whether torch calls the chip cuda and reaches it through ROCm."""
+        return self.visible_devices == "HIP_VISIBLE_DEVICES"
+
 
 CHIPS = {
     chip.vendor: chip
