@@ -16,8 +16,8 @@ import torch
 import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
+from verl_fl_overlay.features.fused import Fused
 from verl_fl_overlay.kernels import agreement as fused_check
-from verl_fl_overlay.kernels import fused
 from verl_fl_overlay.settings import Settings
 
 join_group(False)
@@ -33,7 +33,9 @@ torch._fused_adamw_ = lambda *args, **options: calls.append(1) or kernel(*args, 
 
 def run(strategy: str, asked: tuple[str, ...], *, resume: bool) -> dict[str, object]:
     """Train two steps and save (or load them), then train two more."""
-    stop = fused.start(Settings.of(fused=asked)) if asked else lambda: None
+    fused = Fused(Settings.of(fused=asked))
+    if asked:
+        fused.start()
     calls.clear()
     torch.manual_seed(0)
     engine = make_engine(model, strategy, "lm", param_offload=offload, optimizer_offload=offload)
@@ -45,7 +47,7 @@ def run(strategy: str, asked: tuple[str, ...], *, resume: bool) -> dict[str, obj
         train(engine, "lm", 2)
         engine.save_checkpoint(f"{folder}/{strategy}", global_step=2)
     told = {"steps": train(engine, "lm", 2), "replaced": fused.describe()["replaced"], "calls": len(calls)}
-    stop()
+    fused.stop()
     return told
 
 

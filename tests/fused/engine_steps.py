@@ -16,15 +16,15 @@ import verl  # noqa: F401
 from real_engine import join_group, make_engine, train
 
 from fused.stand_ins import StandIns
+from verl_fl_overlay.features.fused import Fused
 from verl_fl_overlay.kernels import agreement as fused_check
-from verl_fl_overlay.kernels import forward as fused_forward
-from verl_fl_overlay.kernels import fused
 from verl_fl_overlay.settings import Settings
 
 torch.set_num_threads(1)
 join_group(False)
 stand_ins = StandIns()
-fused_forward.kernels, fused_check.NATIVE_DEVICES = lambda: stand_ins, ()
+sys.modules.update(stand_ins.modules())
+fused_check.NATIVE_DEVICES = ()
 own_kernel = torch._fused_adamw_
 
 
@@ -41,14 +41,15 @@ for strategy in ("fsdp", "fsdp2"):
     told, names, groups = {}, {}, {}
     for kind, asked in {"native": (), "fused": ("auto",)}.items():
         torch.manual_seed(0)
-        stop = fused.start(Settings.of(fused=asked))  # the hook on initialize tells it of the engine
+        fused = Fused(Settings.of(fused=asked))
+        fused.start()  # the hook on initialize tells it of the engine
         before = dict(stand_ins.calls)
         engine = make_engine(sys.argv[1], strategy, "lm")
         told[kind] = {"steps": train(engine, "lm", 3), "replaced": fused.describe()["replaced"]}
         told[kind]["calls"] = {name: count - before[name] for name, count in stand_ins.calls.items()}
         names[kind] = list(engine.module.state_dict())
         groups[kind] = engine.optimizer.state_dict()["param_groups"]
-        stop()
+        fused.stop()
     assert names["fused"] == names["native"]
     assert groups["fused"] == groups["native"]
     result[strategy] = told

@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import logging
+import pickle
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +19,8 @@ torch = pytest.importorskip("torch")
 from processes import OVERLAY, result  # noqa: E402
 
 from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.features.fused import Fused  # noqa: E402
 from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
-from verl_fl_overlay.kernels import fused  # noqa: E402
 from verl_fl_overlay.kernels.adam import FusedAdam  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 
@@ -27,7 +29,7 @@ KERNELS = {torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the calls of torch's fused kernels, which it has for the CPU too; every check is made anew."""
+    """Count the calls of torch's fused kernels, which it has for the CPU too."""
     counts = dict.fromkeys(KERNELS.values(), 0)
 
     def counting(name, kernel):
@@ -40,13 +42,12 @@ def calls(monkeypatch):
     for name in counts:
         monkeypatch.setattr(torch, name, counting(name, getattr(torch, name)))
     monkeypatch.setattr(fused_check, "NATIVE_DEVICES", ())
-    monkeypatch.setattr(fused_check, "_checks", {})
     return counts
 
 
 @pytest.fixture
-def adam():
-    made = FusedAdam()
+def adam(agreement):
+    made = FusedAdam(agreement)
     yield made
     made.remove()
 
@@ -78,14 +79,14 @@ def saved(optimizer):
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
 @pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
-def test_the_kernel_is_used_and_gives_torch_s_numbers(kind, options, calls, adam):
+def test_the_kernel_is_used_and_gives_torch_s_numbers(kind, options, calls, adam, agreement):
     expected = steps(make(kind, **options))
     optimizer = make(kind, **options)
     assert adam.fuse(optimizer)
     torch.testing.assert_close(steps(optimizer), expected, rtol=1e-6, atol=1e-6)
     name = KERNELS[kind]
     assert calls == {**dict.fromkeys(KERNELS.values(), 0), name: 3 + 3}, "of the check, and its own"
-    assert fused_check.checks() == {f"adam in {kind.__name__}, float32": "same"}
+    assert agreement.checks() == {f"adam in {kind.__name__}, float32": "same"}
 
 
 @pytest.mark.parametrize("chosen", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
@@ -239,7 +240,7 @@ def test_removal_leaves_torch_s_own_step(calls, adam):
 
 @pytest.mark.parametrize("wrong", [{"weight_decay": 0.0}, {"amsgrad": False}, {"maximize": False}], ids=str)
 @pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
-def test_a_kernel_with_other_numbers_is_not_used(kind, wrong, calls, adam, monkeypatch, caplog):
+def test_a_kernel_with_other_numbers_is_not_used(kind, wrong, calls, adam, monkeypatch, caplog, agreement):
     right = getattr(torch, KERNELS[kind])
     monkeypatch.setattr(torch, KERNELS[kind], lambda *args, **options: right(*args, **{**options, **wrong}))
     given = {name: True for name in wrong if name in ("amsgrad", "maximize")}
@@ -251,12 +252,78 @@ def test_a_kernel_with_other_numbers_is_not_used(kind, wrong, calls, adam, monke
     adam.fuse(optimizer)
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
-    assert fused_check.checks()[f"adam in {kind.__name__}, float32"] != "same"
+    assert agreement.checks()[f"adam in {kind.__name__}, float32"] != "same"
     assert sum(f"adam of {kind.__name__} stays native" in record.message for record in caplog.records) == 1
     assert optimizer.param_groups[0]["fused"] is None, "anything else would keep torch from its own fast default"
 
 
-def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch):
+OTHER_NUMBERS = {
+    "no epsilon": {"eps": 0.0},
+    "half of epsilon": {"eps": 0.05},
+    "another beta of the mean": {"beta1": 0.9},
+    "another beta of the squares": {"beta2": 0.7},
+    "no decay": {"weight_decay": 0.0},
+    "half the decay": {"weight_decay": 0.05},
+}
+"""What a wrong kernel makes of the numbers that the check gives to it."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wrong", OTHER_NUMBERS)
+@pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+def test_a_kernel_with_other_numbers_is_seen_in_every_type(kind, wrong, dtype, calls, adam, monkeypatch, agreement):
+    right = getattr(torch, KERNELS[kind])
+    change = OTHER_NUMBERS[wrong]
+    monkeypatch.setattr(torch, KERNELS[kind], lambda *args, **options: right(*args, **{**options, **change}))
+    optimizer = make(kind, dtype)
+    adam.fuse(optimizer)
+    steps(optimizer, 1)
+    assert "output 0 differs" in agreement.checks()[f"adam in {kind.__name__}, {str(dtype).removeprefix('torch.')}"]
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("kind", KERNELS, ids=lambda kind: kind.__name__)
+def test_torch_s_own_kernel_agrees_in_every_type(kind, options, dtype, calls, adam, agreement):
+    optimizer = make(kind, dtype, **options)
+    adam.fuse(optimizer)
+    steps(optimizer, 1)
+    assert set(agreement.checks().values()) == {"same"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_an_amsgrad_that_forgets_its_maximum_is_seen_in_every_type(dtype, calls, adam, monkeypatch, agreement):
+    right = torch._fused_adamw_
+
+    def forgetful(params, grads, means, squares, largest, counts, **options):
+        return right(params, grads, means, squares, [], counts, **{**options, "amsgrad": False})
+
+    monkeypatch.setattr(torch, "_fused_adamw_", forgetful)
+    optimizer = make(dtype=dtype, amsgrad=True)
+    adam.fuse(optimizer)
+    steps(optimizer, 1)
+    assert "output 0 differs" in next(iter(agreement.checks().values()))
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda groups: pickle.loads(pickle.dumps(groups))], ids=["copied", "pickled"]
+)
+def test_the_overlay_s_choice_is_known_after_a_copy_and_a_user_s_is_never_taken_for_it(way, calls, adam):
+    optimizer = make()
+    adam.fuse(optimizer)
+    steps(optimizer)
+    (group,) = optimizer.param_groups
+    group.update(way({name: value for name, value in group.items() if name != "params"}))
+    assert optimizer.state_dict()["param_groups"][0]["fused"] is None
+    for chosen in (True, 1):
+        optimizer.param_groups[0]["fused"] = chosen
+        assert optimizer.state_dict()["param_groups"][0]["fused"] is chosen
+    adam.remove()
+    assert optimizer.param_groups[0]["fused"] == 1, "as its user left it"
+
+
+def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch, agreement):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     expected = steps(make())
     optimizer = make()
@@ -264,17 +331,17 @@ def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch):
     torch.testing.assert_close(steps(optimizer), expected, rtol=0, atol=0)
     assert not any(calls.values())
     assert optimizer.param_groups[0]["fused"] is None
-    assert "torch has no aten::_fused_adamw_ for cpu" in fused_check.checks()["adam in AdamW, float32"]
+    assert "torch has no aten::_fused_adamw_ for cpu" in agreement.checks()["adam in AdamW, float32"]
 
 
-def test_parameters_on_the_cpu_step_natively(calls, adam, monkeypatch):
+def test_parameters_on_the_cpu_step_natively(calls, adam, monkeypatch, agreement):
     monkeypatch.setattr(fused_check, "NATIVE_DEVICES", ("cpu",))
     optimizer = make()
     adam.fuse(optimizer)
     torch.testing.assert_close(steps(optimizer), steps(make()), rtol=0, atol=0)
     assert not any(calls.values())
     assert optimizer.param_groups[0]["fused"] is None
-    assert fused_check.checks() == {}
+    assert agreement.checks() == {}
 
 
 def test_adam_with_adamw_s_decay_is_compared_as_such(calls, adam, monkeypatch):
@@ -292,11 +359,11 @@ def test_adam_with_adamw_s_decay_is_compared_as_such(calls, adam, monkeypatch):
     assert asked == ["aten::_fused_adamw_"]
 
 
-def test_bf16_parameters_are_within_their_own_rounding(calls, adam):
+def test_bf16_parameters_are_within_their_own_rounding(calls, adam, agreement):
     optimizer = make(dtype=torch.bfloat16)
     adam.fuse(optimizer)
     torch.testing.assert_close(steps(optimizer), steps(make(dtype=torch.bfloat16)), rtol=2e-2, atol=2e-2)
-    assert fused_check.checks() == {"adam in AdamW, bfloat16": "same"}
+    assert agreement.checks() == {"adam in AdamW, bfloat16": "same"}
 
 
 def test_an_optimizer_that_verl_has_dropped_is_not_kept(calls, adam):
@@ -310,16 +377,18 @@ def test_an_optimizer_that_verl_has_dropped_is_not_kept(calls, adam):
 
 
 def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
-    monkeypatch.setattr("verl_fl_overlay.kernels.forward.kernels", lambda: pytest.fail("Triton was imported"))
+    for file in ("rms_norm", "gate", "rotary"):
+        monkeypatch.setitem(sys.modules, f"verl_fl_overlay.kernels.triton.{file}", None)  # its import raises
     optimizer = make()
-    stop = fused.start(Settings.of(fused=("adam",)))
+    fused = Fused(Settings.of(fused=("adam",)))
+    fused.start()
     try:
-        events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
+        events.engine_initialized.emit(events.Engine("fsdp", (torch.nn.Linear(2, 2),), optimizer))
         steps(optimizer)
         assert fused.describe() == {"replaced": {"adam": 1}, "checks": {"adam in AdamW, float32": "same"}}
         assert calls["_fused_adamw_"]
     finally:
-        stop()
+        fused.stop()
     assert fused.describe()["replaced"] == {}
     before = dict(calls)
     steps(optimizer)
@@ -329,12 +398,13 @@ def test_an_engine_s_optimizer_alone_needs_no_triton(calls, monkeypatch):
 
 def test_other_kinds_leave_the_optimizer_alone(calls):
     optimizer = make()
-    stop = fused.start(Settings.of(fused=("rms_norm",)))
+    fused = Fused(Settings.of(fused=("rms_norm",)))
+    fused.start()
     try:
-        events.engine_initialized.emit(SimpleNamespace(module=torch.nn.Linear(2, 2), optimizer=optimizer))
+        events.engine_initialized.emit(events.Engine("fsdp", (torch.nn.Linear(2, 2),), optimizer))
         steps(optimizer)
     finally:
-        stop()
+        fused.stop()
     assert not any(calls.values())
 
 

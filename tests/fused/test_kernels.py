@@ -14,13 +14,12 @@ from processes import output
 
 PROGRAM = """
 import json, torch
-from verl_fl_overlay.kernels import logprobs
-from verl_fl_overlay.kernels import logprobs_torch
+from verl_fl_overlay.kernels import logprobs, logprobs_torch
+from verl_fl_overlay.kernels.triton import gate, rms_norm, rotary
 from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
-from verl_fl_overlay.kernels.triton import modules as kernels
 
 torch.cpu.current_device = lambda: None  # the interpreter has no device
-kernels.NORM_PROGRAMS = 3  # so that one program takes several blocks of rows
+rms_norm.PROGRAMS = 3  # so that one program takes several blocks of rows
 torch.manual_seed(0)
 
 
@@ -58,23 +57,23 @@ def turned(q, k):
 told = {}
 for rows, size in ((1, 7), (37, 96), (5, 2500), (40, 512)):
     values, weight = torch.randn(rows, size), torch.randn(size)
-    told[f"rms_norm {rows} x {size}"] = off(lambda x, w: kernels.rms_norm(x, w, 1e-6), norm, values, weight)
+    told[f"rms_norm {rows} x {size}"] = off(lambda x, w: rms_norm.rms_norm(x, w, 1e-6), norm, values, weight)
 strided = torch.randn(4, 3, 5, 16).transpose(1, 2)
-told["rms_norm of a view"] = off(lambda x, w: kernels.rms_norm(x, w, 1e-6), norm, strided, torch.randn(16))
+told["rms_norm of a view"] = off(lambda x, w: rms_norm.rms_norm(x, w, 1e-6), norm, strided, torch.randn(16))
 told["silu_and_mul"] = off(
-    kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, torch.randn(3, 700), torch.randn(3, 700)
+    gate.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, torch.randn(3, 700), torch.randn(3, 700)
 )
 for batch in (1, 2):
     cos, sin = torch.randn(batch, 5, 48)[..., ::2], torch.randn(batch, 5, 30)[..., :24]
     heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 48)
     told[f"rotate, {batch} of angles"] = off(
-        lambda q, k: kernels.rotate(q, k[..., ::2], cos, sin), lambda q, k: turned(q, k[..., ::2]), *heads
+        lambda q, k: rotary.rotate(q, k[..., ::2], cos, sin), lambda q, k: turned(q, k[..., ::2]), *heads
     )
 told["rms_norm, expanded"] = off(
-    expanded(lambda x, w: kernels.rms_norm(x, w, 1e-6)), expanded(norm), torch.randn(3, 16), torch.randn(16)
+    expanded(lambda x, w: rms_norm.rms_norm(x, w, 1e-6)), expanded(norm), torch.randn(3, 16), torch.randn(16)
 )
 told["silu_and_mul, expanded"] = off(
-    expanded(kernels.silu_and_mul),
+    expanded(gate.silu_and_mul),
     expanded(lambda g, u: torch.nn.functional.silu(g) * u),
     torch.randn(3, 16),
     torch.randn(3, 16),
@@ -82,7 +81,7 @@ told["silu_and_mul, expanded"] = off(
 
 poisoned = torch.randn(3, 16)
 poisoned[1, 2] = float("nan")
-told["NaN in a norm"] = torch.isnan(kernels.rms_norm(poisoned, torch.ones(16), 1e-6)).any(-1).tolist()
+told["NaN in a norm"] = torch.isnan(rms_norm.rms_norm(poisoned, torch.ones(16), 1e-6)).any(-1).tolist()
 
 logits, labels, upstream = torch.randn(3, 5000) * 8, torch.tensor([0, 4999, 17]), torch.tensor([1.0, 0.0, -2.0])
 logits[1, 3] = float("nan")
@@ -99,10 +98,13 @@ good = [0, 2]
 told["log-probs"] = float((result - exact)[good].norm() / exact[good].norm())
 told["gradient"] = float((gradient - exact_gradient)[good].norm() / exact_gradient[good].norm())
 
-logprobs._kernels = lambda device, dtype: logprobs_triton if dtype == torch.float32 else logprobs_torch
+def log_probs(values):
+    return logprobs._apply(values, labels, False, logprobs_triton if values.dtype == torch.float32 else logprobs_torch)
+
+
 for name, labels in (("a column", torch.randint(0, 50, (4, 6))[:, -1:]), ("every third", torch.arange(12)[::3])):
     told[f"log-probs of {name} of labels"] = off(
-        lambda values: logprobs.token_logprobs(values, labels),
+        log_probs,
         lambda values: values.log_softmax(-1).gather(-1, labels.reshape(-1, 1))[:, 0],
         torch.randn(4, 50) * 4,
     )
@@ -123,7 +125,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from verl_fl_overlay.kernels import turns
-from verl_fl_overlay.kernels.triton.modules import _silu_and_mul
+from verl_fl_overlay.kernels.triton.gate import _silu_and_mul
 
 hits = []
 triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.nn import functional  # noqa: E402
+
 from logprobs.reference import expected, random_case, relative_error  # noqa: E402
+from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.features.logprobs import Logprobs  # noqa: E402
+from verl_fl_overlay.kernels import agreement as agreement_module  # noqa: E402
 from verl_fl_overlay.kernels import logprobs_torch  # noqa: E402
-from verl_fl_overlay.kernels.logprobs import LogprobsInputError, kernels_used, token_logprobs  # noqa: E402
+from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
+from verl_fl_overlay.kernels.logprobs import LogprobsInputError, TokenLogprobs  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
+
+token_logprobs = TokenLogprobs(Agreement())
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6, torch.float64: 1e-14}
 """Half a unit in the last place of the type the gradient is stored in; fp32: what exp and a sum may lose."""
@@ -145,7 +157,7 @@ def test_misfits_are_refused_with_what_was_found():
 
 def test_who_computed_is_told():
     run(*random_case((2, 8), torch.bfloat16))
-    assert kernels_used()["cpu, bfloat16"] == "torch"
+    assert token_logprobs.used["cpu, bfloat16"] == "torch"
 
 
 def test_a_chip_whose_torch_cannot_assert_computes_all_the_same(monkeypatch):
@@ -155,3 +167,115 @@ def test_a_chip_whose_torch_cannot_assert_computes_all_the_same(monkeypatch):
     monkeypatch.setattr(torch, "_assert_async", missing)
     logits, labels = torch.empty(4, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
     assert token_logprobs(logits, labels).shape == (4,)
+
+
+class Lookalikes:
+    """What a chip's Triton could make of the kernels; ``right`` is what they should give."""
+
+    @staticmethod
+    def right(values):
+        return values
+
+    @staticmethod
+    def first_block_alone(values):
+        return torch.where(torch.arange(values.shape[-1]) < 4096, values, -torch.inf)
+
+    @staticmethod
+    def the_rest_of_the_last_block_counts_as_zeros(values):
+        return functional.pad(values, (0, 2 * 4096 - values.shape[-1]))
+
+    @staticmethod
+    def in_bf16(values):
+        return values.bfloat16().float()
+
+    @staticmethod
+    def at_another_temperature(values):
+        return values / 1.01
+
+
+def triton_that(change, gradient_of):
+    """Return a module with kernels that see the logits so, and whose gradient is so."""
+
+    def forward(logits, labels, result, normalizer):
+        seen = change(logits.float())
+        normalizer.copy_(torch.logsumexp(seen, -1))
+        result.copy_(seen.gather(-1, labels[:, None])[:, 0] - normalizer)
+
+    def backward(logits, labels, normalizer, upstream, gradient):
+        seen = gradient_of(logits.float())[:, : logits.shape[-1]]
+        softmax = (seen - normalizer[:, None]).exp()
+        one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
+        gradient.copy_(upstream[:, None] * (one_hot - softmax))
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+def chosen(monkeypatch, dtype, triton):
+    """Return what computed where these are the kernels of Triton, and a CPU has them."""
+    import verl_fl_overlay.kernels.triton
+
+    name = "verl_fl_overlay.kernels.triton.logprobs"
+    monkeypatch.setitem(sys.modules, name, triton)
+    monkeypatch.delattr(verl_fl_overlay.kernels.triton, "logprobs", raising=False)
+    monkeypatch.setattr(agreement_module, "NATIVE_DEVICES", ())
+    log_probs = TokenLogprobs(Agreement())
+    case = random_case((3, 50), dtype)
+    assert relative_error(log_probs(*case[:2]), expected(*case)[0]) < 1e-5
+    (told,) = log_probs.used.values()
+    return told
+
+
+ON_TRITON = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+WRONG = [name for name in vars(Lookalikes) if name[0] != "_" and name != "right"]
+
+
+@ON_TRITON
+def test_kernels_that_agree_are_used(monkeypatch, dtype):
+    assert chosen(monkeypatch, dtype, triton_that(Lookalikes.right, Lookalikes.right)) == "triton"
+
+
+@ON_TRITON
+@pytest.mark.parametrize("wrong", WRONG)
+def test_kernels_with_other_log_probs_are_not_used(monkeypatch, dtype, wrong):
+    if (wrong, dtype) == ("in_bf16", torch.bfloat16):
+        pytest.skip("these logits are in bf16")
+    told = chosen(monkeypatch, dtype, triton_that(getattr(Lookalikes, wrong), Lookalikes.right))
+    assert told.startswith("torch (output 0 differs")
+
+
+@ON_TRITON
+@pytest.mark.parametrize("wrong", ["first_block_alone", "at_another_temperature"])
+def test_kernels_with_another_gradient_are_not_used(monkeypatch, dtype, wrong):
+    told = chosen(monkeypatch, dtype, triton_that(Lookalikes.right, getattr(Lookalikes, wrong)))
+    assert told.startswith("torch (gradient 0 differs")
+
+
+@ON_TRITON
+def test_log_probs_that_were_rounded_are_seen(monkeypatch, dtype):
+    triton = triton_that(Lookalikes.right, Lookalikes.right)
+
+    def rounded(logits, labels, result, normalizer, forward=triton.forward):
+        forward(logits, labels, result, normalizer)
+        result.copy_(result.half())
+
+    triton.forward = rounded
+    assert chosen(monkeypatch, dtype, triton).startswith("torch (output 0 differs")
+
+
+def test_a_triton_that_cannot_be_imported_is_told(monkeypatch):
+    assert chosen(monkeypatch, torch.float32, None).startswith("torch (ModuleNotFoundError: ")
+
+
+def test_the_feature_answers_while_it_is_on():
+    logits, labels, _ = random_case((4, 8), torch.bfloat16)
+    for _ in range(2):
+        feature = Logprobs(Settings.of())
+        assert events.token_logprobs.ask(logits, labels, False) is None
+        feature.start()
+        assert feature.describe() == {"kernels": {}}
+        torch.testing.assert_close(events.token_logprobs.ask(logits, labels, False), token_logprobs(logits, labels))
+        assert feature.describe() == {"kernels": {"cpu, bfloat16": "torch"}}
+        mine = type("Mine", (torch.Tensor,), {})
+        assert events.token_logprobs.ask(logits.as_subclass(mine), labels, False) is None, "verl's own computes these"
+        feature.stop()
+        assert feature.describe() == {"kernels": {}}

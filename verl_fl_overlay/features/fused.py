@@ -1,30 +1,65 @@
-"""Fused kernels."""
+"""The fused kernels in the models and optimizers that verl trains."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from verl_fl_overlay.events import engine_initialized
+from verl_fl_overlay import events
 from verl_fl_overlay.features.feature import Feature
-from verl_fl_overlay.kernels.fused import FusedModules
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.variables import FUSED
 
+if TYPE_CHECKING:
+    from verl_fl_overlay.kernels.adam import FusedAdam
+    from verl_fl_overlay.kernels.agreement import Agreement
+    from verl_fl_overlay.kernels.model import FusedModules
+
+ADAM = "adam"
+"""The kind that is the optimizer's; the others are the model's."""
+
 
 class Fused(Feature):
-    """Fused."""
+    """Fuses the models and the optimizer of each engine."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.modules = FusedModules(FUSED if settings.fused == ("auto",) else settings.fused)
+        self._kinds = FUSED if settings.fused == ("auto",) else settings.fused
+        self._made: tuple[Agreement, FusedAdam, FusedModules] | None = None
 
     def start(self) -> None:
-        """Start."""
-        self.undo.callback(self.modules.remove)
-        self.undo.callback(engine_initialized.subscribe(self.modules.engine_initialized))
+        """Act on the engines that verl builds from now on."""
+        self.undo.callback(self._remove)
+        self.undo.callback(events.engine_initialized.subscribe(self._fuse))
 
     def describe(self) -> dict[str, Any]:
-        """Describe."""
-        check = sys.modules.get("verl_fl_overlay.kernels.agreement")
-        return {"replaced": dict(self.modules.counts), "checks": check.checks() if check else {}}
+        """Return how many modules, model files (rotary) and optimizers may use a kernel, and what each check found."""
+        if self._made is None:
+            return {"replaced": {}, "checks": {}}
+        agreement, optimizers, modules = self._made
+        return {"replaced": {**optimizers.counts, **modules.counts}, "checks": agreement.checks()}
+
+    def _fuse(self, engine: events.Engine) -> None:
+        """Fuse an engine that verl has just built.
+
+        Raises:
+            ModuleNotFoundError: a kind needs Triton, which is not there; the optimizer is fused.
+        """
+        if self._made is None:  # these import torch, which a process that has an engine has imported too
+            from verl_fl_overlay.kernels.adam import FusedAdam
+            from verl_fl_overlay.kernels.agreement import Agreement
+            from verl_fl_overlay.kernels.model import FusedModules
+
+            agreement = Agreement()
+            self._made = agreement, FusedAdam(agreement), FusedModules(self._kinds, agreement)
+        _, optimizers, modules = self._made
+        if ADAM in self._kinds:
+            optimizers.fuse(engine.optimizer)
+        for model in engine.models:
+            modules.fuse(model)
+
+    def _remove(self) -> None:
+        if self._made is not None:
+            _, optimizers, modules = self._made
+            optimizers.remove()
+            modules.remove()
+            self._made = None

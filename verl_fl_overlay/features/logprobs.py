@@ -1,32 +1,42 @@
-"""Log-probs."""
+"""Log-probabilities of tokens in fp32, where verl has no kernel of its own for them."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl_fl_overlay import events
 from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.settings import Settings
+
+if TYPE_CHECKING:
+    from verl_fl_overlay.kernels.logprobs import TokenLogprobs
 
 
 class Logprobs(Feature):
-    """Log-probs."""
+    """Answers verl's question for the log-probs of the tokens in a batch."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._made: TokenLogprobs | None = None
 
     def start(self) -> None:
-        """Start."""
-        self.undo.callback(events.token_logprobs.answer(_token_logprobs))
+        """Answer from now on."""
+        self.undo.callback(setattr, self, "_made", None)
+        self.undo.callback(events.token_logprobs.answer(self._compute))
 
     def describe(self) -> dict[str, Any]:
-        """Describe."""
-        logprobs = sys.modules.get("verl_fl_overlay.kernels.logprobs")
-        return {"kernels": logprobs.kernels_used() if logprobs else {}}
+        """Return what computed so far, as ``TokenLogprobs.used``."""
+        return {"kernels": dict(self._made.used) if self._made else {}}
 
+    def _compute(self, logits: Any, labels: Any, in_place: bool) -> Any:
+        """Return the log-probs; None for a tensor of another class (a DTensor), which verl itself knows to compute."""
+        from torch import Tensor  # not at the top, where it would be imported at load
 
-def _token_logprobs(logits: Any, labels: Any, in_place: bool) -> Any:
-    import torch
+        if type(logits) is not Tensor:
+            return None
+        if self._made is None:
+            from verl_fl_overlay.kernels.agreement import Agreement
+            from verl_fl_overlay.kernels.logprobs import TokenLogprobs
 
-    if type(logits) is not torch.Tensor:
-        return None
-    from verl_fl_overlay.kernels.logprobs import token_logprobs
-
-    return token_logprobs(logits, labels, in_place=in_place)
+            self._made = TokenLogprobs(Agreement())
+        return self._made(logits, labels, in_place=in_place)

@@ -1,15 +1,13 @@
 """Log-probabilities of tokens in fp32, vectorised, in chunks, forward and backward, on any device.
 
-``token_logprobs`` needs no second copy of 16-bit logits: forward keeps one number a token, and backward, where it is
-allowed to, writes the gradient over the logits.  On a device with Triton its kernels do the work (once they were seen
-to give the right numbers there), elsewhere torch's own operators.
+No second copy of 16-bit logits is needed: forward keeps one number a token, and backward, where it is allowed to,
+writes the gradient over the logits.  On a device with Triton its kernels do the work (once they were seen to give the
+right numbers there), elsewhere torch's own operators.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -19,41 +17,69 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.kernels import logprobs_torch, turns
-
-logger = logging.getLogger("verl_fl_overlay")
+from verl_fl_overlay.kernels import logprobs_torch
+from verl_fl_overlay.kernels.agreement import Agreement, Pair, Run, Samples, can_be_checked
 
 
 class LogprobsInputError(OverlayError):
     """Logits and labels that do not belong together, or a label that is no token of the vocabulary."""
 
 
-def token_logprobs(logits: Tensor, labels: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return ``log_softmax(logits)[..., label]`` of every token.
+class TokenLogprobs:
+    """Computes log-probs of tokens, with the kernels that agree with torch's operators.
 
-    Args:
-        logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides.
-        labels: token ids, one for each row of ``logits``; int32 or int64, each in [0, vocabulary).
-        in_place: let backward write the gradient over 16-bit ``logits``.  Whoever else has saved them for a backward
-            of its own then gets torch's error about a tensor modified in place, never a wrong gradient.
-
-    Returns:
-        Log-probs of shape ``logits.shape[:-1]``: fp32, or fp64 for fp64 logits.  NaN in a row gives NaN.
-
-    Raises:
-        LogprobsInputError: wrong types or sizes, or, on the CPU, a label outside the vocabulary.  On other devices a
-            label is checked without waiting for it, where torch can: it raises a device-side assertion, as its
-            ``gather`` does.
+    Attributes:
+        used: what computed so far: "device type, logits type" -> "triton" or "torch", with the reason.
     """
-    _refuse_misfits(logits, labels)
-    # Who computes in fp32 too, as verl's distillation does, saves a copy of 16-bit logits and wider ones themselves.
-    result: Tensor = _TokenLogprobs.apply(logits, labels, in_place and logits.element_size() == 2)
+
+    def __init__(self, agreement: Agreement) -> None:
+        self.used: dict[str, str] = {}
+        self._agreement = agreement
+        self._kernels: dict[tuple[torch.device, torch.dtype], ModuleType] = {}
+
+    def __call__(self, logits: Tensor, labels: Tensor, *, in_place: bool = False) -> Tensor:
+        """Return ``log_softmax(logits)[..., label]`` of every token.
+
+        Args:
+            logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides.
+            labels: token ids, one for each row of ``logits``; int32 or int64, each in [0, vocabulary).
+            in_place: let backward write the gradient over 16-bit ``logits``.  Whoever else has saved them for a
+                backward of its own then gets torch's error about a tensor modified in place, never a wrong gradient.
+
+        Returns:
+            Log-probs of shape ``logits.shape[:-1]``: fp32, or fp64 for fp64 logits.  NaN in a row gives NaN.
+
+        Raises:
+            LogprobsInputError: wrong types or sizes, or, on the CPU, a label outside the vocabulary.  On other devices
+                a label is checked without waiting for it, where torch can: it raises a device-side assertion, as its
+                ``gather`` does.
+        """
+        _refuse_misfits(logits, labels)
+        what = logits.device, logits.dtype
+        kernels = self._kernels.get(what) or self._choose(*what)
+        # Who computes in fp32 too, as verl's distillation does, saves a copy of 16-bit logits and wider ones
+        # themselves.
+        return _apply(logits, labels, in_place and logits.element_size() == 2, kernels)
+
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> ModuleType:
+        """Choose who computes on ``device``: Triton if it is there and right, torch otherwise."""
+        chosen: ModuleType = logprobs_torch
+        name = "torch"
+        if can_be_checked(dtype, device):
+            if reason := self._agreement.reason(("log-probs", type(self), dtype), device, _pair, device):
+                name = f"torch ({reason})"
+            else:
+                from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
+
+                chosen, name = logprobs_triton, "triton"
+        self.used[f"{device.type}, {str(dtype).removeprefix('torch.')}"] = name
+        self._kernels[device, dtype] = chosen
+        return chosen
+
+
+def _apply(logits: Tensor, labels: Tensor, in_place: bool, kernels: ModuleType) -> Tensor:
+    result: Tensor = _TokenLogprobs.apply(logits, labels, in_place, kernels)
     return result
-
-
-def kernels_used() -> dict[str, str]:
-    """Return what computed so far: "device type, logits type" -> "triton" or "torch", with the reason."""
-    return dict(_used)
 
 
 def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
@@ -84,33 +110,31 @@ def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
 
 class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, in_place: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, in_place: bool, kernels: ModuleType) -> Tensor:
         labels = labels.reshape(-1).contiguous()  # a column of a matrix keeps its stride otherwise
         accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
         result = torch.empty(labels.numel(), dtype=accumulator, device=logits.device)
         normalizer = torch.empty_like(result)
-        kernels = _kernels(logits.device, logits.dtype)
         for rows, part in _matrices(logits):
             kernels.forward(part, labels[rows], result[rows], normalizer[rows])
         ctx.save_for_backward(logits, labels, normalizer)
-        ctx.in_place = in_place
+        ctx.in_place, ctx.kernels = in_place, kernels
         return result.view(logits.shape[:-1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels, normalizer = ctx.saved_tensors
         upstream = upstream.reshape(-1).contiguous()
         gradient = (
             logits.detach() if ctx.in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         )
-        kernels = _kernels(logits.device, logits.dtype)
         for rows, part in _matrices(logits):
             target = part.detach() if ctx.in_place else gradient.view(-1, logits.shape[-1])[rows]
-            kernels.backward(part, labels[rows], normalizer[rows], upstream[rows], target)
+            ctx.kernels.backward(part, labels[rows], normalizer[rows], upstream[rows], target)
         if ctx.in_place:
             torch.autograd.graph.increment_version(gradient)  # torch does not see what a Triton kernel writes
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _matrices(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -127,40 +151,17 @@ def _matrices(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
         first += part.shape[:-1].numel()
 
 
-_used: dict[str, str] = {}
+def _pair(samples: Samples, device: torch.device) -> Pair:
+    from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
 
+    # From a temperature at which all tokens are alike to one at which two are left.  The kernels take 4,096 logits at a
+    # time: the second block is not full, and holds a label, and the largest logit of some rows.
+    logits = samples.rows((0.1, 1, 4, 30, 8), 5000)
+    labels = torch.tensor([3, 4999, int(logits[2].argmax()), int(logits[3].topk(2).indices[1]), 4096], device=device)
+    logits[1, 4998], logits[4, 4096] = logits[1].max() + 2, logits[4].max()
 
-@functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """Choose who computes on ``device``: Triton if it is there and right, torch otherwise."""
-    chosen: ModuleType = logprobs_torch
-    reason = ""
-    if device.type != "cpu" and dtype != torch.float64:  # the kernels accumulate in fp32
-        try:
-            from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
+    def computed(kernels: ModuleType) -> Run:
+        # Each log-prob is a row of its own.  The gradient is written over a copy of the logits, as in training.
+        return lambda logits: (_apply(logits * 1, labels, True, kernels).unsqueeze(-1),)
 
-            with turns.first_to_compile(f"token log-probs in {dtype}"):
-                _compare(logprobs_triton, device, dtype)
-            chosen, reason = logprobs_triton, ""
-        except Exception as error:  # whatever a vendor's Triton raises when it cannot build a kernel
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning("log-probs are computed by torch, not Triton, on %s for %s: %s", device, dtype, reason)
-    name = chosen.__name__.rpartition("_")[2]
-    _used[f"{device.type}, {str(dtype).removeprefix('torch.')}"] = f"{name} ({reason})" if reason else name
-    return chosen
-
-
-def _compare(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise unless ``kernels`` give torch's numbers on a small case, forward and backward."""
-    values = torch.arange(2 * 4096, dtype=torch.float32).mul(0.7).sin().mul(8).view(2, 4096).to(device, dtype)
-    labels = torch.tensor([3, 4095], device=device)
-    upstream = torch.tensor([1.0, -0.5], device=device)
-    found = []
-    for each in (kernels, logprobs_torch):
-        result, normalizer, gradient = torch.empty(2, device=device), torch.empty(2, device=device), values.clone()
-        each.forward(values, labels, result, normalizer)
-        each.backward(gradient, labels, normalizer, upstream, gradient)
-        found.append((result, gradient.float()))
-    (result, gradient), (expected, expected_gradient) = found
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=2e-2, atol=1e-5)
+    return (logits,), computed(logprobs_torch), computed(logprobs_triton)

@@ -11,7 +11,7 @@ CHUNK = 1 << 22
 
 
 def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) -> None:
-    """Write the label's log-prob and the row's log-sum-exp.
+    """Write each row's log-prob ``logits[label] - n`` and its log-sum-exp ``n = log(sum(exp(logits)))``.
 
     Args:
         logits: (rows, vocabulary).

@@ -29,7 +29,9 @@ POLL = 0.05
 
 
 _mine: set[tuple[Path, str]] = set()
-"""The turns that this process is in; its own lock would keep it from entering one again."""
+"""The turns that this process is in.  A process has one such set, since the system's locks belong to the process: its
+own lock would keep it from entering a turn again.
+"""
 
 
 @dataclass

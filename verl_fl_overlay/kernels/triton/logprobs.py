@@ -56,7 +56,7 @@ def _backward(
 
 
 def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) -> None:
-    """Write the label's log-prob and the row's log-sum-exp; arguments as in ``logprobs_torch.forward``, no fp64."""
+    """Write each row's log-prob and log-sum-exp; formula and arguments as in ``logprobs_torch.forward``, no fp64."""
     rows, vocabulary = logits.shape
     if not rows:
         return
@@ -66,7 +66,11 @@ def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) 
 
 
 def backward(logits: Tensor, labels: Tensor, normalizer: Tensor, upstream: Tensor, gradient: Tensor) -> None:
-    """Write the gradient of the logits; arguments as in ``logprobs_torch.backward``, no fp64."""
+    """Write the gradient of the logits; formula and arguments as in ``logprobs_torch.backward``, no fp64.
+
+    With a row's logits z (vocabulary,), its log-sum-exp n, its label and the upstream gradient d of its log-prob, the
+    gradient of logit i is ``d * ((1 if i is the label else 0) - exp(z[i] - n))``.
+    """
     rows, vocabulary = logits.shape
     if not rows:
         return

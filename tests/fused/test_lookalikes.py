@@ -1,0 +1,314 @@
+"""What looks like a norm, a gated MLP or a rotation that has a kernel, and computes something else, stays native."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from verl_fl_overlay.kernels import rotary  # noqa: E402
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+
+
+class Norm(nn.Module):
+    """An RMS norm."""
+
+    def __init__(self, size, epsilon=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = epsilon
+
+    def forward(self, x):
+        return self.weight * self.normalised(x.float()).to(x.dtype)
+
+    def normalised(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class WithoutMean(Norm):
+    def normalised(self, x):
+        return super().normalised(x - x.mean(-1, keepdim=True))
+
+
+class OfGroups(Norm):
+    def normalised(self, x):
+        return super().normalised(x.unflatten(-1, (4, -1))).flatten(-2)
+
+
+class OfHalf(Norm):
+    def normalised(self, x):
+        part = x[..., : x.shape[-1] // 2]
+        return x * torch.rsqrt(part.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class OfMagnitudes(Norm):
+    def normalised(self, x):
+        return x / (x.abs().mean(-1, keepdim=True) * (torch.pi / 2) ** 0.5 + self.variance_epsilon)
+
+
+class EpsilonOutside(Norm):
+    def normalised(self, x):
+        return x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class EpsilonForgotten(Norm):
+    def normalised(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+class Clamped(Norm):
+    def normalised(self, x):
+        return super().normalised(x.clamp(-100, 100))
+
+
+class ClampedAfter(Norm):
+    def normalised(self, x):
+        return super().normalised(x).clamp(-2, 2)
+
+
+class OnePlusWeight(Norm):
+    def forward(self, x):
+        return (1 + self.weight) * self.normalised(x.float()).to(x.dtype)
+
+
+class MagnitudeOfWeight(Norm):
+    def forward(self, x):
+        return self.weight.abs() * self.normalised(x.float()).to(x.dtype)
+
+
+class InFp32(Norm):
+    def forward(self, x):
+        return self.weight.float() * self.normalised(x.float())
+
+
+def verdict(agreement, module, values):
+    """Call the module; return what its check found."""
+    module(values)
+    (found,) = agreement.checks().values()
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [8, 64, 8192])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        transformers.models.cohere.modeling_cohere.CohereLayerNorm,
+        WithoutMean,
+        OfGroups,
+        OfHalf,
+        OfMagnitudes,
+        EpsilonOutside,
+        EpsilonForgotten,
+        Clamped,
+        ClampedAfter,
+        OnePlusWeight,
+        MagnitudeOfWeight,
+    ],
+)
+def test_norms_that_look_alike(kind, size, dtype, kernels, fuse, agreement):
+    norm = kind(size).to(dtype)
+    values = (torch.randn(4, size) + 1).to(dtype)
+    expected = norm(values)
+    fuse(norm)
+    assert "differs by" in verdict(agreement, norm, values)
+    torch.testing.assert_close(norm(values), expected, rtol=0, atol=0)
+
+
+def test_a_norm_that_returns_another_type(kernels, fuse, agreement):
+    norm = InFp32(8).bfloat16()
+    fuse(norm)
+    assert verdict(agreement, norm, torch.randn(2, 8).bfloat16()).startswith("output 0 is (7, 8) bfloat16, natively")
+
+
+@DTYPES
+@pytest.mark.parametrize("epsilon", [0.0, 1e-12, 1e-8, 1e-6, 1e-5])
+@pytest.mark.parametrize("size", [7, 64, 8192, 32768])
+def test_an_rms_norm_is_one_in_every_size_and_type(size, epsilon, dtype, kernels, fuse, agreement):
+    norm = Norm(size, epsilon).to(dtype)
+    fuse(norm)
+    assert verdict(agreement, norm, torch.randn(2, size).to(dtype)) == "same"
+
+
+class MLP(nn.Module):
+    def __init__(self, activation=functional.silu):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.act_fn = activation
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ClampedGate(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x))
+
+
+class ClampedUp(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
+
+
+class UpPlusOne(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+
+class Swapped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Bilinear(MLP):
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+
+
+ACTIVATIONS = {
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "almost silu": lambda x: x * torch.sigmoid(1.1 * x),
+    "relu": functional.relu,
+    "leaky_relu": functional.leaky_relu,
+    "elu": functional.elu,
+    "mish": functional.mish,
+    "hardswish": functional.hardswish,
+    "softplus": functional.softplus,
+    "swish with a floor": lambda x: functional.silu(x).clamp(min=-0.2),
+    "sigmoid": torch.sigmoid,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(lambda f=f: MLP(f), id=name) for name, f in ACTIVATIONS.items()),
+        ClampedGate,
+        ClampedUp,
+        UpPlusOne,
+        Swapped,
+        Bilinear,
+    ],
+)
+def test_mlps_that_look_alike(make, dtype, kernels, fuse, agreement):
+    mlp = make().to(dtype)
+    values = torch.randn(3, 8).to(dtype)
+    expected = mlp(values)
+    fuse(mlp)
+    assert "differs by" in verdict(agreement, mlp, values)
+    torch.testing.assert_close(mlp(values), expected, rtol=0, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "activation", [functional.silu, nn.SiLU(), torch.ops.aten.silu.default], ids=["function", "module", "operator"]
+)
+def test_a_gated_mlp_is_one_in_every_type(activation, dtype, kernels, fuse, agreement):
+    mlp = MLP(activation).to(dtype)
+    fuse(mlp)
+    assert verdict(agreement, mlp, torch.randn(3, 8).to(dtype)) == "same"
+
+
+def halves(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def neighbours(x):
+    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+
+
+def rotated(q, k, cos, sin, turned=halves):
+    return tuple(x * cos[:, None] + turned(x) * sin[:, None] for x in (q, k))
+
+
+def regrouped(q, k, cos, sin):
+    """As DeepSeek V3 rotates: neighbours, which come out as halves."""
+    return rotated(*(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k)), cos, sin)
+
+
+def of_first_halves(q, k, cos, sin):
+    """As a model rotates that keeps half the angles; those it is given have equal halves."""
+    return rotated(q, k, *(torch.cat([angles[..., : angles.shape[-1] // 2]] * 2, -1) for angles in (cos, sin)))
+
+
+def partly(q, k, cos, sin):
+    size = q.shape[-1] // 2
+    angles = cos[..., :size], sin[..., :size]
+    turned = rotated(q[..., :size], k[..., :size], *angles)
+    return tuple(torch.cat([one, x[..., size:]], -1) for one, x in zip(turned, (q, k), strict=True))
+
+
+ROTATIONS = {
+    "neighbours": lambda q, k, cos, sin: rotated(q, k, cos, sin, neighbours),
+    "regrouped": regrouped,
+    "partly": partly,
+    "of first halves": of_first_halves,
+    "backwards": lambda q, k, cos, sin: rotated(q, k, cos, -sin),
+    "q alone": lambda q, k, cos, sin: (rotated(q, k, cos, sin)[0], k),
+    "normalised": lambda q, k, cos, sin: rotated(functional.normalize(q, dim=-1), k, cos, sin),
+    "angles of the first row": lambda q, k, cos, sin: rotated(q, k, cos[:1], sin[:1]),
+}
+
+
+def angles(batch, length=4, size=8):
+    half = torch.arange(length)[:, None] / 10000 ** (torch.arange(size // 2) / (size // 2))
+    whole = torch.cat([half, half], -1).expand(batch, length, size)
+    return whole.cos().contiguous(), whole.sin().contiguous()
+
+
+def rotate_with(function, agreement, batch, dtype, size=8):
+    inputs = [torch.randn(2, heads, 4, size) for heads in (4, 2)]
+    inputs = [each.to(dtype) for each in (*inputs, *angles(batch, size=size))]
+    found = rotary.in_place_of(function, agreement)(*inputs)
+    torch.testing.assert_close(found, function(*inputs), rtol=2e-2, atol=2e-2)
+    (told,) = agreement.checks().values()
+    return told
+
+
+@DTYPES
+@pytest.mark.parametrize(("name", "batch"), itertools.product(ROTATIONS, (1, 2)))
+def test_rotations_that_look_alike(name, batch, dtype, kernels, agreement):
+    if (name, batch) == ("angles of the first row", 1):
+        pytest.skip("there is one row")
+    assert "differs by" in rotate_with(ROTATIONS[name], agreement, batch, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("batch", "size"), itertools.product((1, 2), (2, 8, 128)))
+def test_a_rotation_of_halves_is_one_in_every_type(batch, size, dtype, kernels, agreement):
+    assert rotate_with(lambda q, k, cos, sin: rotated(q, k, cos, sin), agreement, batch, dtype, size) == "same"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, cos, sin: (q, k, cos[:, :1], sin[:, :1]),
+        lambda q, k, cos, sin: (q, k, cos, sin[:1]),
+        lambda q, k, cos, sin: (q[:1], k[:1], cos, sin),
+        lambda q, k, cos, sin: (q, k[:1], cos, sin),
+        lambda q, k, cos, sin: (q, k, cos.requires_grad_(), sin),
+    ],
+    ids=["one angle", "sin of one row", "heads of one row", "k of one row", "a gradient to cos"],
+)
+def test_shapes_that_the_kernel_would_read_out_of_bounds(change, kernels, agreement):
+    inputs = change(*(torch.randn(2, heads, 4, 8) for heads in (4, 2)), *angles(2))
+    found = rotary.in_place_of(rotated, agreement)(*inputs)
+    torch.testing.assert_close(found, rotated(*inputs), rtol=0, atol=0)
+    assert not kernels.calls["rotate"]
+
+
+def test_a_k_that_does_not_fit_raises_as_natively(kernels, agreement):
+    q, k = torch.randn(2, 4, 4, 8), torch.randn(2, 2, 3, 8)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        rotary.in_place_of(rotated, agreement)(q, k, *angles(2))

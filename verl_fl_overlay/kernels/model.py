@@ -1,0 +1,97 @@
+"""Puts fused kernels into a model, and takes them out again.
+
+A module is recognised by its structure, and its kernel is checked at its first call.  Parameters and their names stay
+as they are, and a forward that somebody else replaced before stays theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable
+from types import MethodType, ModuleType
+from typing import Any
+from weakref import WeakSet
+
+from verl_fl_overlay.kernels import gated_mlp, rms_norm, rotary
+from verl_fl_overlay.kernels.agreement import Agreement
+
+logger = logging.getLogger("verl_fl_overlay")
+
+KINDS = {"rms_norm": rms_norm, "gated_mlp": gated_mlp}
+"""The kinds of modules, each with the file that recognises them and has a forward for them."""
+
+ROTARY = "rotary"
+"""The kind that is a function of a model's file."""
+
+LIGER = "liger_kernel"
+"""The package whose fused classes and forwards verl puts in when use_liger is set."""
+
+
+class FusedModules:
+    """The modules and files of models of this process that may run on a fused kernel.
+
+    Attributes:
+        counts: how many there are of each kind, {"rms_norm": 57, "gated_mlp": 28, "rotary": 1}.
+    """
+
+    def __init__(self, kinds: tuple[str, ...], agreement: Agreement) -> None:
+        self.counts: Counter[str] = Counter()
+        self._kinds = [kind for kind in (*KINDS, ROTARY) if kind in kinds]
+        self._agreement = agreement
+        self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
+        self._files: list[tuple[ModuleType, Any, Any]] = []
+        self._left_native: set[str] = set()
+
+    def fuse(self, model: Any) -> None:
+        """Replace what is recognised in ``model`` (a torch module) and was not replaced before.
+
+        Raises:
+            ModuleNotFoundError: there is no Triton.  What its import costs is paid here, and not in the first step.
+        """
+        if not self._kinds:
+            return
+        before, name = self.counts.total(), type(model).__name__
+        for module in model.modules():
+            for kind, forward in self._forwards.items():
+                if _is_untouched(module) and KINDS[kind].recognise(module):
+                    module.__dict__["forward"] = MethodType(forward, module)
+                    self._modules.add(module)
+                    self.counts[kind] += 1
+        for file in rotary.files(model) if ROTARY in self._kinds else ():
+            native = getattr(file, rotary.NAME)
+            fused = rotary.in_place_of(native, self._agreement)
+            setattr(file, rotary.NAME, fused)
+            self._files.append((file, native, fused))
+            self.counts[ROTARY] += 1
+        if self.counts.total() == before and not self._modules and name not in self._left_native:
+            self._left_native.add(name)
+            logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
+
+    @functools.cached_property
+    def _forwards(self) -> dict[str, Callable[..., Any]]:
+        return {kind: KINDS[kind].forward(self._agreement) for kind in self._kinds if kind in KINDS}
+
+    def remove(self) -> None:
+        """Give every module and file its own forward and function back, unless somebody has replaced ours since."""
+        for module in self._modules:
+            if getattr(vars(module).get("forward"), "__func__", None) in self._forwards.values():
+                del module.__dict__["forward"]
+        for file, native, fused in self._files:
+            if getattr(file, rotary.NAME, None) is fused:
+                setattr(file, rotary.NAME, native)
+        self._modules.clear()
+        self._files.clear()
+        self.counts.clear()
+
+
+def _is_untouched(module: Any) -> bool:
+    """Whether the forward is what the module's class came with, takes one input, and is not a fused one already."""
+    forward = type(module).forward
+    home = forward.__module__
+    own = home in {cls.__module__ for cls in type(module).__mro__} and "forward" not in vars(module)
+    parameters = inspect.signature(forward).parameters.values()
+    takes_one = len(parameters) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    return own and takes_one and home.partition(".")[0] != LIGER

@@ -1,0 +1,116 @@
+"""What a module computes with beside its inputs and weights, as a part of a key.
+
+A kernel is checked for one state of a module and is used for that state alone.  The key is built at each call, so a
+module whose ``limit`` is changed after the check has another key then, and is checked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+VALUES = frozenset(
+    {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.Size, torch.memory_format}
+    | {FunctionType, BuiltinFunctionType, type}
+)
+"""Types whose objects never change, and functions and classes, which count by identity."""
+
+TORCH_S_OWN = frozenset(vars(nn.Module())) - {"training"}
+"""What torch keeps in each module: parameters, buffers, children and hooks."""
+
+HOLDERS = (Tensor, MethodType)
+"""Objects whose attributes do not show what they hold.  For a bound method that is an object, maybe the model."""
+
+
+class Unseen(NamedTuple):
+    """The place in a key of an object whose changes nobody could see; a kernel is not used with such a key."""
+
+    type: type
+
+
+class _Object:
+    """An object, equal to itself as long as its attributes are the same; changes further inside are not noticed.
+
+    A key keeps it, so that no other object comes to have its identity.
+    """
+
+    __slots__ = ("attributes", "value")
+
+    def __init__(self, value: Any) -> None:
+        # A configuration's own __getattribute__ is in Python, and this runs at each call of an MLP.
+        self.value, self.attributes = value, object.__getattribute__(value, "__dict__").copy()
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return isinstance(other, _Object) and self.value is other.value and self.attributes == other.attributes
+        except (RuntimeError, ValueError):  # another array or tensor than before, which cannot be compared
+            return False
+
+
+def of_module(module: Any, but: frozenset[str] = TORCH_S_OWN) -> tuple[Any, ...]:
+    """Return the module's own attributes, without those named in ``but``, as a part of a key.
+
+    A name with two underscores is what FSDP2 writes into the modules that it shards.
+    """
+    own = module.__dict__
+    return tuple(
+        [
+            (name, kind, own[name]) if (kind := type(own[name])) in VALUES else (name, of(own[name]))
+            for name in own
+            if name not in but and not name.startswith("__")
+        ]
+    )
+
+
+def of(value: Any) -> Any:
+    """Return ``value`` as a part of a key, which equals another one only if both values compute the same.
+
+    Lists, tuples, dicts, sets and modules without weights count by what is in them, other objects with attributes by
+    identity and attributes.  For what cannot be told in this way, a tensor for one, it is ``Unseen``.
+    """
+    kind = type(value)
+    if kind in VALUES:
+        return kind, value
+    if kind is list or kind is tuple:
+        return kind, *map(of, value)
+    if kind is dict:
+        return kind, *((of(name), of(each)) for name, each in value.items())
+    if kind is set or kind is frozenset:
+        return kind, frozenset(map(of, value))
+    if issubclass(kind, nn.Module):
+        weights = value._parameters or value._buffers
+        return Unseen(kind) if weights else (kind, of_module(value), *map(of, value._modules.values()))
+    if issubclass(kind, HOLDERS) or not kind.__dictoffset__:
+        return Unseen(kind)
+    return _Object(value)
+
+
+def unseen(part: Any) -> Unseen | None:
+    """Return the first ``Unseen`` in a part of a key."""
+    if isinstance(part, Unseen):
+        return part
+    inner = part if isinstance(part, tuple | frozenset) else ()
+    return next(filter(None, map(unseen, inner)), None)
+
+
+def run_natively(module: Any, run: Callable[[Any], Any], **attributes: Any) -> Any:
+    """Return ``run(copy)`` for a copy of ``module`` with these attributes and the forward of its class.
+
+    Raises:
+        TypeError: ``run`` changed the module's state, which a kernel in its place would not do.
+    """
+    probe = object.__new__(type(module))  # FSDP2 answers copy.copy with the module that it wrapped
+    probe.__dict__ = {name: value for name, value in vars(module).items() if name != "forward"} | attributes
+    but = TORCH_S_OWN | attributes.keys()
+    before = of_module(probe, but)
+    result = run(probe)
+    if of_module(probe, but) != before:
+        raise TypeError("its forward changes its own attributes, which a kernel does not")
+    return result
