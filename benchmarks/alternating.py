@@ -22,23 +22,25 @@ import step
 import torch
 
 
-def rows(engine: Any) -> dict[str, Callable[[], None]]:
+def rows(engine: Any, agreement: Any) -> dict[str, Callable[[], Any]]:
     """Return what makes each row of ``engine`` (its model is a Qwen2), from whatever row it was before."""
     from transformers.models.qwen2 import modeling_qwen2
     from verl.workers.engine.fsdp import transformer_impl
 
-    from verl_fl_overlay.kernels.fused import ADAM, ROTARY, FusedModules
+    from verl_fl_overlay.kernels.adam import FusedAdam
+    from verl_fl_overlay.kernels.model import FusedModules
+    from verl_fl_overlay.kernels.rotary import NAME as ROTARY
     from verl_fl_overlay.settings.variables import FUSED
 
     model, ours = engine.module, transformer_impl.logprobs_from_logits
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
     replaced = {name: getattr(modeling_qwen2, name) for name in ("Qwen2RMSNorm", "Qwen2MLP", ROTARY)}
     modules = [module for module in model.modules() if type(module) in replaced.values()]
-    everything, no_adam = FusedModules(FUSED), FusedModules(tuple(kind for kind in FUSED if kind != ADAM))
+    fused, adam = FusedModules(FUSED, agreement), FusedAdam(agreement)
 
     def reset(logprobs: Any = ours) -> None:
-        everything.remove()
-        no_adam.remove()
+        fused.remove()
+        adam.remove()
         for module in modules:
             vars(module).pop("forward", None)
         for name, native in replaced.items():
@@ -52,9 +54,9 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
         found = {forward.__module__.partition(".")[0] for forward in forwards}
         assert found == {package}, f"the model runs on {sorted(found)}, expected {package}"
 
-    def overlay(fused: FusedModules) -> None:
+    def overlay() -> None:
         reset()
-        fused.engine_initialized(engine)
+        fused.fuse(model)
         expect("verl_fl_overlay")
 
     def liger() -> None:
@@ -72,8 +74,8 @@ def rows(engine: Any) -> dict[str, Callable[[], None]]:
         "log-probs only": reset,
     }
     if torch.cuda.is_available():
-        made["overlay"] = lambda: overlay(everything)
-        made["without adam"] = lambda: overlay(no_adam)
+        made["overlay"] = lambda: (overlay(), adam.fuse(engine.optimizer))
+        made["without adam"] = overlay
         if find_spec("liger_kernel"):
             made["liger"] = liger
     return made
@@ -102,7 +104,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder), options.model, device)
         engine = step.engine(Path(folder), options.model, "overlay")
-    made = rows(engine)
+    from verl_fl_overlay.kernels.agreement import Agreement
+
+    agreement = Agreement()
+    made = rows(engine, agreement)
     for number in range(options.rounds + 1):
         for row, make in made.items():
             make()
@@ -120,11 +125,10 @@ def main() -> None:
             if device == "cuda":
                 peaks[row] = torch.cuda.max_memory_allocated() / 1e9
     if device == "cuda":
-        from verl_fl_overlay.kernels.agreement import checks
-        from verl_fl_overlay.kernels.logprobs import kernels_used
+        from verl_fl_overlay.activation import report
         from verl_fl_overlay.settings.variables import FUSED
 
-        found = {**checks(), **kernels_used()}
+        found = {**agreement.checks(), **report()["features"]["logprobs"]["detail"]["kernels"]}
         used = set(FUSED) <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}
         assert used, f"not every kernel was used: {found}"
     medians = {row: statistics.median(found) for row, found in times.items()}

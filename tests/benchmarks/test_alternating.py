@@ -30,10 +30,11 @@ def test_a_native_row_is_native_after_liger_and_refused_if_it_is_not():
         from transformers import Qwen2Config, Qwen2ForCausalLM
         from transformers.models.qwen2 import modeling_qwen2 as source
         from alternating import rows
+        from verl_fl_overlay.kernels.agreement import Agreement
 
         sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
         model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **sizes))
-        make = rows(types.SimpleNamespace(module=model))["native"]
+        make = rows(types.SimpleNamespace(module=model), Agreement())["native"]
         make()
         norm, mlp = source.Qwen2RMSNorm, source.Qwen2MLP
 

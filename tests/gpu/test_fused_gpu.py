@@ -16,10 +16,11 @@ pytestmark = [
 from fused.test_adam import each_from_the_other_s_checkpoint, steps  # noqa: E402
 from fused.test_fused import NORMS, make  # noqa: E402
 
-from verl_fl_overlay.kernels import agreement as fused_check  # noqa: E402
-from verl_fl_overlay.kernels import fused  # noqa: E402
 from verl_fl_overlay.kernels.adam import FusedAdam  # noqa: E402
-from verl_fl_overlay.kernels.triton import modules as kernels  # noqa: E402
+from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
+from verl_fl_overlay.kernels.model import FusedModules  # noqa: E402
+from verl_fl_overlay.kernels.triton import gate, rotary  # noqa: E402
+from verl_fl_overlay.kernels.triton.rms_norm import rms_norm  # noqa: E402
 from verl_fl_overlay.settings.variables import FUSED  # noqa: E402
 
 
@@ -54,7 +55,7 @@ def assert_close(run, reference, inputs, bound):
 def test_silu_and_mul_matches_float64(shape, dtype, bound):
     torch.manual_seed(1)
     inputs = [torch.randn(shape, device="cuda", dtype=dtype) * 3 for _ in range(2)]
-    assert_close(kernels.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, inputs, bound)
+    assert_close(gate.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, inputs, bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
@@ -66,7 +67,7 @@ def test_rms_norm_matches_float64(shape, dtype, bound):
     def reference(x, w):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
 
-    assert_close(lambda x, w: kernels.rms_norm(x, w, 1e-6), reference, inputs, bound)
+    assert_close(lambda x, w: rms_norm(x, w, 1e-6), reference, inputs, bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
@@ -92,7 +93,7 @@ def test_rotation_matches_float64(heads, dtype, bound, transposed, shared):
         return turn(q), turn(k)
 
     inputs = [make_heads(count) for count in heads]
-    assert_close(lambda q, k: kernels.rotate(q, k, cos, sin), reference, inputs, bound)
+    assert_close(lambda q, k: rotary.rotate(q, k, cos, sin), reference, inputs, bound)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -113,13 +114,14 @@ def test_a_model_on_real_kernels_is_as_near_to_fp32_as_native_is(name, checkpoin
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     native = [off(one, other) for one, other in zip(step(model), expected, strict=True)]
-    made = fused.FusedModules(FUSED)
+    agreement = Agreement()
+    made = FusedModules(FUSED, agreement)
     made.fuse(model)
     try:
         found = [off(one, other) for one, other in zip(step(model), expected, strict=True)]
     finally:
         made.remove()
-    told = {what: verdict for what, verdict in fused_check.checks().items() if "bfloat16" in what}
+    told = {what: verdict for what, verdict in agreement.checks().items() if "bfloat16" in what}
     assert set(told.values()) == {"same"}
     assert len(told) >= 3
     assert all(each < 1.5 * max(native) for each in found)
@@ -128,13 +130,13 @@ def test_a_model_on_real_kernels_is_as_near_to_fp32_as_native_is(name, checkpoin
 
 def test_a_compiled_model_stays_native_inside(monkeypatch):
     calls = []
-    for name in ("silu_and_mul", "rotate"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, kernel=kernel: calls.append(kernel) or kernel(*a))
+    for file, name in ((gate, "silu_and_mul"), (rotary, "rotate")):
+        kernel = getattr(file, name)
+        monkeypatch.setattr(file, name, lambda *a, kernel=kernel: calls.append(kernel) or kernel(*a))
     model = make("Llama").cuda().bfloat16()
     ids = torch.randint(0, 64, (2, 16), device="cuda")
     expected = model(input_ids=ids).logits
-    made = fused.FusedModules(FUSED)
+    made = FusedModules(FUSED, Agreement())
     made.fuse(model)
     try:
         for index, layer in enumerate(model.model.layers):
@@ -161,7 +163,7 @@ def test_adam_steps_in_one_kernel_without_copies_and_goes_on_from_a_checkpoint(d
         names = [event.name for event in profiler.events() if "Adam" in event.name or "foreach" in event.name.lower()]
         return torch.cuda.max_memory_allocated() - before, names
 
-    plain, optimizer, made = make_optimizer(), make_optimizer(), FusedAdam()
+    plain, optimizer, made = make_optimizer(), make_optimizer(), FusedAdam(Agreement())
     assert made.fuse(optimizer)
     try:
         for one, other in zip(steps(optimizer, 3, 1), steps(plain, 3, 1), strict=True):
@@ -185,3 +187,26 @@ def test_an_offloaded_engine_and_its_checkpoints(tmp_path):
     pytest.importorskip("verl")
     env = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_FUSED": "0"}
     assert set(each_from_the_other_s_checkpoint(tmp_path, env)) == {"fsdp", "fsdp2"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [64, 128, 4096, 8192, 16384])
+def test_the_check_tells_a_layer_norm_from_an_rms_norm_on_real_kernels(size, dtype):
+    from fused.test_lookalikes import Norm, WithoutMean
+
+    agreement = Agreement()
+    made = FusedModules(("rms_norm",), agreement)
+    random_numbers = torch.cuda.get_rng_state()
+    try:
+        for kind in (Norm, WithoutMean):
+            norm = kind(size).to("cuda", dtype)
+            values = (torch.arange(4 * size, device="cuda").view(4, size).sin() + 1).to(dtype)
+            expected = norm(values)
+            made.fuse(norm)
+            assert off(norm(values), expected) < 2e-2
+    finally:
+        made.remove()
+    name = str(dtype).removeprefix("torch.")
+    assert agreement.checks()[f"rms_norm in Norm, {name}"] == "same"
+    assert "differs by" in agreement.checks()[f"rms_norm in WithoutMean, {name}"]
+    assert torch.equal(torch.cuda.get_rng_state(), random_numbers)

@@ -13,7 +13,10 @@ pytestmark = [
 from logprobs.reference import expected, random_case, relative_error  # noqa: E402
 from processes import python  # noqa: E402
 
-from verl_fl_overlay.kernels.logprobs import kernels_used, token_logprobs  # noqa: E402
+from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
+from verl_fl_overlay.kernels.logprobs import TokenLogprobs  # noqa: E402
+
+token_logprobs = TokenLogprobs(Agreement())
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 
@@ -27,7 +30,7 @@ def test_values_and_gradients_match_float64(shape, dtype, in_place):
     leaf = logits.requires_grad_()
     result = token_logprobs(leaf * 1, labels, in_place=in_place)
     (gradient,) = torch.autograd.grad(result, leaf, upstream)
-    assert kernels_used()[f"cuda, {str(dtype).removeprefix('torch.')}"] == "triton"
+    assert token_logprobs.used[f"cuda, {str(dtype).removeprefix('torch.')}"] == "triton"
     assert result.dtype == torch.float32
     assert result.shape == shape[:-1]
     if result.numel():
@@ -76,8 +79,9 @@ def test_a_label_outside_the_vocabulary_stops_the_device():
     done = python(
         """
         import torch
-        from verl_fl_overlay.kernels.logprobs import token_logprobs
-        token_logprobs(torch.randn(4, 8, device="cuda"), torch.tensor([0, 1, 8, 2], device="cuda"))
+        from verl_fl_overlay.kernels.agreement import Agreement
+        from verl_fl_overlay.kernels.logprobs import TokenLogprobs
+        TokenLogprobs(Agreement())(torch.randn(4, 8, device="cuda"), torch.tensor([0, 1, 8, 2], device="cuda"))
         torch.cuda.synchronize()
         print("computed")
         """,
