@@ -31,7 +31,7 @@ def _wrapper(in_place_by_default: bool) -> Wrapper:
     def logprobs(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args, **kwargs)
         in_place = in_place_by_default if call.inplace_backward is None else bool(call.inplace_backward)
-        found = None if _verl_has_a_kernel() else token_logprobs.ask(call.logits, call.labels, in_place)
+        found = token_logprobs.ask(call.logits, call.labels, in_place, _verl_has_a_kernel())
         return wrapped(*args, **kwargs) if found is None else found
 
     return logprobs

@@ -44,8 +44,8 @@ class Failures:
         if self.strict:
             raise error
         if where not in self._first:
-            self._first[where] = f"{type(error).__name__}: {error}"
-            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it instead)", where, exc_info=error)
+            self._first[where] = said = f"{type(error).__name__}: {error}"
+            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it): %s", where, said, exc_info=error)
 
 
 class Event:
@@ -145,5 +145,6 @@ enough_cpus: Question[[float, int, str], None] = Question()
 runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
 """(Ray's runtime environment, variables that its workers have from elsewhere) -> the runtime environment to use."""
 
-token_logprobs: Question[[Any, Any, bool], Any] = Question()
-"""(logits, labels, whether the gradient may be written over the logits) -> log-probs, as ``kernels.logprobs`` says."""
+token_logprobs: Question[[Any, Any, bool, bool], Any] = Question()
+"""(logits, labels, whether the gradient may be written over the logits, whether verl has a kernel of its own) ->
+log-probs, as ``kernels.logprobs`` says."""

@@ -52,7 +52,7 @@ def named(name, function):
 
 
 def test_a_step_is_recorded_with_its_backward():
-    found = calls.record(make_step(), gems(mm=named("mm", product), mul=named("mul", None)).kernels)
+    found = calls.calls_of(make_step(), gems(mm=named("mm", product), mul=named("mul", None)).kernels)
     assert found["mm"].total() == 2  # the product, and the gradient of the weight
     shapes = {tuple(leaf.size for leaf in call.leaves if isinstance(leaf, calls.Like)) for call in found["mm"]}
     assert shapes == {((8, 64), (64, 32)), ((64, 8), (8, 32))}
@@ -84,7 +84,7 @@ def test_each_call_counts_with_the_time_of_its_own_size(monkeypatch):
 
     monkeypatch.setattr(tune, "call_ms", lambda run: float(run().numel()))
     (kernel,) = gems(exp=named("exp", lambda x: torch.zeros(2 * x.numel()))).kernels
-    one = tune.measure(kernel, calls.record(step, [kernel])["exp"])
+    one = tune.measure(kernel, calls.calls_of(step, [kernel])["exp"])
     assert one.calls == 143
     assert one.native_ms == pytest.approx(sum(sizes), rel=0.01)
     assert one.flaggems_ms == pytest.approx(2 * sum(sizes), rel=0.01)
@@ -98,7 +98,7 @@ def test_both_sides_are_timed_through_the_dispatcher():
         return exponential(x)
 
     kernels = gems(exp=named("exp", kernel)).kernels
-    (found,) = calls.record(make_step(), kernels).values()
+    (found,) = calls.calls_of(make_step(), kernels).values()
     assert not tune.measure(kernels[0], found).note
     assert set(within) == {True}
     assert "aten/exp/CPU" not in torch.library._impls
@@ -108,7 +108,7 @@ def test_an_operator_that_another_holds_is_left_to_it():
     another = torch.library.Library("aten", "IMPL")
     try:
         another.impl("exp", exponential, "CPU")
-        assert set(calls.record(make_step(), gems(exp=named("exp", None), mm=named("mm", None)).kernels)) == {"mm"}
+        assert set(calls.calls_of(make_step(), gems(exp=named("exp", None), mm=named("mm", None)).kernels)) == {"mm"}
     finally:
         another._destroy()
 
@@ -372,7 +372,7 @@ def test_indices_are_those_of_the_step_and_calls_are_told_apart_by_shape():
             torch.embedding(table, torch.tensor(indices))
 
     kernels = [Kernel(key, named(key, None), ("CPU",)) for key in ("embedding", "as_strided")]
-    recorded = calls.record(step, kernels)
+    recorded = calls.calls_of(step, kernels)
     found = recorded["embedding"]
     assert sorted(found.values()) == [1, 2]
     (repeated,) = (call for call, count in found.items() if count == 2)
@@ -386,7 +386,7 @@ def test_what_an_operator_calls_itself_is_recorded_too_and_computed_by_torch():
     keys = ("ones", "fill_.Scalar", "_to_copy", "copy_")
     kernels = [Kernel(key, named("any", None), ("CPU",)) for key in keys]
     made = []
-    found = calls.record(lambda: made.append(torch.ones(3).to(torch.float64)), kernels)
+    found = calls.calls_of(lambda: made.append(torch.ones(3).to(torch.float64)), kernels)
     assert made[0].tolist() == [1, 1, 1]
     assert {key: found[key].total() for key in keys} == dict.fromkeys(keys, 1)
     assert not any(f"aten/{key}/CPU" in torch.library._impls for key in keys)
@@ -401,7 +401,7 @@ def test_a_recorded_step_is_the_real_one():
             (weight * weight.exp()).sum().backward()
 
     kernels = [Kernel(key, named("any", None), ("CPU",)) for key in ("add_.Tensor", "add.Tensor")]
-    found = calls.record(step, kernels)
+    found = calls.calls_of(step, kernels)
     recorded, weight.grad = weight.grad, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
@@ -414,7 +414,7 @@ def test_a_recorded_step_is_the_real_one():
 @pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 def test_an_operator_that_torch_decomposes_keeps_its_gradient_while_it_is_recorded():
     x = torch.randn(2, 8, requires_grad=True)
-    found = calls.record(
+    found = calls.calls_of(
         lambda: torch.nn.functional.rms_norm(x, (8,)).sum().backward(),
         [Kernel("rms_norm", named("rms_norm", None), ("CPU",))],
     )
@@ -424,7 +424,7 @@ def test_an_operator_that_torch_decomposes_keeps_its_gradient_while_it_is_record
 
 def test_a_call_on_the_cpu_is_not_the_accelerator_s():
     kernel = Kernel("mm", named("mm", product), ("CUDA",))
-    assert calls.record(make_step(), [kernel]) == {}
+    assert calls.calls_of(make_step(), [kernel]) == {}
 
 
 class Queue:

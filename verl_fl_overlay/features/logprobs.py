@@ -28,11 +28,14 @@ class Logprobs(Feature):
         """Return what computed so far, as ``TokenLogprobs.used``."""
         return {"kernels": dict(self._made.used) if self._made else {}}
 
-    def _compute(self, logits: Any, labels: Any, in_place: bool) -> Any:
-        """Return the log-probs; None for a tensor of another class (a DTensor), which verl itself knows to compute."""
+    def _compute(self, logits: Any, labels: Any, in_place: bool, verl_has_a_kernel: bool) -> Any:
+        """Return the log-probs; None where verl computes them itself.
+
+        That is where it has flash-attn's kernel or torch_npu's, and for a tensor of another class, such as a DTensor.
+        """
         from torch import Tensor  # not at the top, where it would be imported at load
 
-        if type(logits) is not Tensor:
+        if verl_has_a_kernel or type(logits) is not Tensor:
             return None
         if self._made is None:
             from verl_fl_overlay.kernels.agreement import Agreement
