@@ -223,6 +223,9 @@ def test_reliance_that_is_gone(hook: Hook, reliance: str, tmp_path: Path) -> Non
     found = finding(copies.write(renamed, tmp_path), hook)
     broken = next(c for c in found.reliances if c.target == reliance)
     assert broken.status in (Status.MOVED, Status.MISSING)
+    if broken.status is Status.MOVED and inherits_another(hook):  # what a class does not assign, its base may
+        assert found.outcome is Outcome.REVIEW
+        return
     assert found.breaks
     assert broken.late == (pins.pinned(reliance)[NEWEST].kind == pins.INSTANCE_ATTRIBUTE)
     assert found.outcome is (Outcome.REFUSED if hook.required and not broken.late else Outcome.WITHOUT)

@@ -191,9 +191,9 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
     for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
         sys.modules[name] = types.ModuleType(name)
     import verl
-    from verl_fl_overlay import report
+    from verl_fl_overlay import activation
     from verl_fl_overlay.devices import chips
-    features = report.build()["features"]
+    features = activation.report()["features"]
     print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
 
@@ -252,9 +252,9 @@ def test_misspelt_variable_is_warned_about(verl):
 
 REPORTS = """
 import verl
-from verl_fl_overlay import report
+from verl_fl_overlay import files
 from verl_fl_overlay.phase import training
-report.INTERVAL = 3600.0  # a machine that is slow enough takes more than a second for one report
+files.INTERVAL = 3600.0  # a machine that is slow enough takes more than a second for one report
 import os, json, glob
 folder = os.environ["VERL_FL_REPORT_DIR"]
 def written(): return [json.load(open(f)) for f in glob.glob(folder + "/*")]
@@ -317,8 +317,8 @@ def test_deactivated_and_activated_anew(verl):
 def test_features_whose_hooks_are_all_left_out_are_off(verl):
     program = """
     import verl
-    from verl_fl_overlay import report
-    print([name for name, feature in report.build()["features"].items() if feature["on"]])"""
+    from verl_fl_overlay import activation
+    print([name for name, feature in activation.report()["features"].items() if feature["on"]])"""
     asked = {**verl("0.9.1"), **NAMED, "USE_FLAGGEMS": "1", "VERL_FL_DEVICE": "cpu"}
     assert "'flaggems'" in output(program, env=asked)
     assert output(program, env={**asked, "VERL_FL_DISABLE": "*"}) == "[]"

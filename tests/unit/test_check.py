@@ -164,4 +164,4 @@ def test_imports_neither_verl_nor_torch(copy: Path) -> None:
 def test_is_not_on_the_load_path() -> None:
     program = "import sys, verl_fl_overlay; print([m for m in sys.modules if m.startswith('verl_fl_overlay.compat.')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.strip() == "['verl_fl_overlay.compat.pins']"
+    assert done.stdout.strip() == "['verl_fl_overlay.compat.chosen', 'verl_fl_overlay.compat.pins']"
