@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +19,89 @@ from verl_fl_overlay.hooks import State
 ENGINE = "verl/workers/engine"
 PLATFORM = "verl/plugin/platform"
 MORE_ABSTRACT = "class PlatformBase(abc.ABC):\n    @abc.abstractmethod\n    def more(self): ...\n"
-CHANGES: dict[str, tuple[str, dict[str, tuple[str, str] | None], dict[str, Outcome]]] = {
-    "nothing": ("", {}, {}),
-    "an engine's module gone": (
-        *("", {f"{ENGINE}/veomni/transformer_impl.py": None}),
+
+
+@dataclass(frozen=True)
+class Change:
+    """Files with the old and the new text in them (None: the file is gone), and the outcomes that follow from it."""
+
+    edits: dict[str, tuple[str, str] | None] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    release: str = ""
+    """The release to make it in; "" for the newest that is here."""
+
+
+CHANGES = {
+    "nothing": Change(),
+    "an engine's module gone": Change(
+        {f"{ENGINE}/veomni/transformer_impl.py": None},
         {"engine.initialize.veomni": Outcome.WITHOUT},
     ),
-    "a required module gone": (
-        *("", {f"{ENGINE}/fsdp/transformer_impl.py": None}),
+    "a required module gone": Change(
+        {f"{ENGINE}/fsdp/transformer_impl.py": None},
         {"engine.initialize.fsdp": Outcome.REFUSED, "logprobs.fsdp": Outcome.WITHOUT},
     ),
-    "an optional module gone": (
-        *("", {"verl/utils/model.py": None}),
+    "an optional module gone": Change(
+        {"verl/utils/model.py": None},
         {"attention.value_model": Outcome.WITHOUT},
     ),
-    "a legacy module gone": (
-        *("0.7.1", {"verl/workers/actor/dp_actor.py": None}),
+    "a legacy module gone": Change(
+        {"verl/workers/actor/dp_actor.py": None},
         {
             "legacy.dp_actor.update_policy": Outcome.REFUSED,
             "legacy.dp_actor.compute_log_prob": Outcome.REFUSED,
             "logprobs.legacy_actor": Outcome.WITHOUT,
         },
+        release="0.7.1",
     ),
-    "a required target renamed": (
-        *("", {f"{ENGINE}/base.py": ("def train_batch(", "def train_one_batch(")}),
+    "a required target renamed": Change(
+        {f"{ENGINE}/base.py": ("def train_batch(", "def train_one_batch(")},
         {"engine.train_batch": Outcome.REFUSED},
     ),
-    "an optional target renamed": (
-        *("", {"verl/utils/model.py": ("def load_valuehead_model(", "def load_value_model(")}),
+    "an optional target renamed": Change(
+        {"verl/utils/model.py": ("def load_valuehead_model(", "def load_value_model(")},
         {"attention.value_model": Outcome.WITHOUT},
     ),
-    "a required target's parameters": (
-        *("", {f"{ENGINE}/base.py": ("def infer_batch(self, ", "def infer_batch(self, more, ")}),
+    "a required target's parameters": Change(
+        {f"{ENGINE}/base.py": ("def infer_batch(self, ", "def infer_batch(self, more, ")},
         {"engine.infer_batch": Outcome.REFUSED},
     ),
-    "an optional target's parameters": (
-        *("", {"verl/utils/model.py": ("def load_valuehead_model(local_path,", "def load_valuehead_model(folder,")}),
+    "an optional target's parameters": Change(
+        {"verl/utils/model.py": ("def load_valuehead_model(local_path,", "def load_valuehead_model(folder,")},
         {"attention.value_model": Outcome.WITHOUT},
     ),
-    "an attribute of instances renamed": (
-        *("", {f"{ENGINE}/base.py": ("self.mode = mode", "self.mode_renamed = mode")}),
+    "an attribute of instances renamed": Change(
+        {f"{ENGINE}/base.py": ("self.mode = mode", "self.mode_renamed = mode")},
         {"engine.enter": Outcome.WITHOUT},
     ),
-    "a reliance in the same module renamed": (
-        *("", {f"{ENGINE}/base.py": ("_engines", "_engines_renamed")}),
+    "a reliance in the same module renamed": Change(
+        {f"{ENGINE}/base.py": ("_engines", "_engines_renamed")},
         {"chip.engine_class": Outcome.REFUSED, "engine.new": Outcome.WORKS},
     ),
-    "a class with one more abstract method": (
-        *("0.9.1", {f"{PLATFORM}/platform_base.py": ("class PlatformBase(abc.ABC):", MORE_ABSTRACT)}),
+    "a class with one more abstract method": Change(
+        {f"{PLATFORM}/platform_base.py": ("class PlatformBase(abc.ABC):", MORE_ABSTRACT)},
         {"chip.platform": Outcome.REFUSED},
+        release="0.9.1",
     ),
-    "a body": (
-        *("", {f"{ENGINE}/base.py": ("engine_cls(*args, **kwargs)", "engine_cls(*args, **kwargs, more=1)")}),
+    "a body": Change(
+        {f"{ENGINE}/base.py": ("engine_cls(*args, **kwargs)", "engine_cls(*args, **kwargs, more=1)")},
         {"engine.new": Outcome.REVIEW},
     ),
 }
-"""Change -> the release to make it in ("": the newest here), its files with old and new text (None: gone), outcomes."""
 
 
 @pytest.fixture(params=CHANGES)
 def changed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[str, Outcome]]:
     """Return a tree with the change in it, and the outcomes that differ from WORKS by it."""
-    release, edits, outcomes = CHANGES[request.param]
-    tree = verl_trees.tree(release) if release else verl_trees.newest()
+    change = CHANGES[request.param]
+    tree = verl_trees.tree(change.release) if change.release else verl_trees.newest()
     files = copies.hooked_files(tree)
-    for path, edit in edits.items():
+    for path, edit in change.edits.items():
         text = files.pop(path)
         if edit is not None:
             assert edit[0] in text
             files[path] = text.replace(*edit)
-    return copies.write({**files, "verl/__init__.py": f"__version__ = {tree.version!r}"}, tmp_path), outcomes
+    return copies.write({**files, "verl/__init__.py": f"__version__ = {tree.version!r}"}, tmp_path), change.outcomes
 
 
 def test_check_doctor_and_the_process_agree(
@@ -118,11 +132,8 @@ def test_check_doctor_and_the_process_agree(
         if hook["state"] == State.DISABLED.value and finding.outcome is not Outcome.WITHOUT:
             assert hook["detail"], "left out by the settings"
         elif finding.fatal:
-            assert any(
-                f"hook {name}" in problem
-                for name in (f"{hook['name']!r}", hook["name"])
-                for problem in result["problems"]
-            )
+            named = (f"hook {hook['name']!r} ", f"hook {hook['name']}:")  # by the process, and by doctor
+            assert any(problem.startswith(named) for problem in result["problems"])
         elif finding.outcome is Outcome.WITHOUT and hook["state"] == State.INSTALLED.value:
             assert all(c.late for c in finding.reliances if c.breaks)
             assert hook["detail"] == finding.meaning
