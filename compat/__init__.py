@@ -1,6 +1,6 @@
-"""Where FlagOS goes in each verl release.  The only package that names verl internals, and the gate to it.
+"""Where FlagOS is put into each verl release.  No other package names verl's internals.
 
-The gate takes the version of the verl that is here and gives the hooks of its release line, or refuses.
+This file is the gate: from the verl that is here it chooses the hooks of its release line (a shim), or refuses.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ RELEASES = _pinned()
 
 @dataclass(frozen=True)
 class Shim:
-    """What the gate decided: the version found, the shim's name (v0_9), its hooks, and a warning if it had to guess.
+    """What the gate chose: verl's version, the shim's name (v0_9), its hooks, and a warning for an untested version.
 
-    Hooks whose module this verl does not have are in one of two tables, name -> reason.  ``left_out`` are those that
-    serve an engine which needs a package: to refuse would hit everybody who trains on another engine.  ``absent`` are
-    all others: a required one of them is refused, an optional one is warned about.
+    ``left_out`` and ``absent`` are hook -> reason for hooks whose module this verl does not have.  In ``left_out`` are
+    those that need a package, since each serves one engine, and to refuse would stop who trains on another.  All others
+    are in ``absent``: a required one is refused, an optional one is warned about.
     """
 
     version: str
@@ -69,7 +69,7 @@ class Shim:
     absent: Mapping[str, str] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
-        """Return what to warn about at load: a version that was not tested, and the engines here that lost hooks."""
+        """Return what to warn about at load: an untested version, and each engine here that lost its hooks."""
         engines = [self.left_out[h.name] for h in self.hooks if h.name in self.left_out and installed(h.needs)]
         return list(dict.fromkeys(filter(None, (self.warning, *engines))))
 
@@ -92,9 +92,9 @@ class InstalledVerl:
 
 
 def find_verl() -> InstalledVerl | None:
-    """Return the verl that is imported or would be, without importing it; None if there is none.
+    """Return the verl that is imported, or would be, without importing it; None if there is none.
 
-    The module is asked first: it may come from a source tree that the metadata knows nothing of.
+    The module is asked first: it may come from a source tree, of which the installed metadata knows nothing.
     """
     module = sys.modules.get("verl")
     spec = importlib.util.find_spec("verl") if module is None else module.__spec__
@@ -136,8 +136,8 @@ def device_chosen() -> bool:
 def select(verl: InstalledVerl) -> Shim:
     """Choose the shim for ``verl``, and look for the modules of its hooks.
 
-    A version decides by its release numbers alone, since a git checkout of 0.7.0 says 0.7.0.dev.  A development
-    version does not tell which side of a change it is on, so there the source tree is asked for that change.
+    Only the release numbers of a version count, since a git checkout of 0.7.0 says 0.7.0.dev.  A development version
+    may be from before or after a change, so there the files decide.
 
     Raises:
         UnsupportedVerlError: verl is older than 0.7.0, or its version cannot be read.
@@ -155,7 +155,7 @@ def select(verl: InstalledVerl) -> Shim:
             f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
             "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
-    # What the probe looks for may itself have moved in what comes after the newest release.
+    # After the newest release the files that the probe looks for may have moved, so there the version decides.
     name = _name_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None
     if name is None:
         name = _name_by_version(base)
@@ -191,7 +191,7 @@ def _name_by_version(base: Version) -> str:
 
 
 def _name_by_probe(verl: InstalledVerl) -> str | None:
-    """Tell the release line by what only it has; None if this is no source folder of verl."""
+    """Return the shim by files that only its release line has; None if this is no source folder of verl."""
     if not verl.has("workers/engine/base.py"):
         return None
     if verl.has("plugin/platform/platform_manager.py"):

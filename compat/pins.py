@@ -1,6 +1,6 @@
 """Pins: the fingerprints of every hooked function in every release, and the check of a live function against them.
 
-This is on the overlay's load path; what reads source (``fingerprint``, ``sources``) is not.
+The overlay loads this file in every process; what reads source code is in ``release`` and is not loaded there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.errors import HookError, OverlayError
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Hook, being_imported
 
 _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
@@ -27,9 +27,10 @@ class Fingerprint:
 
     ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
     import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
-    has to give.  ``at`` is the ``module:name`` of the definition, ``decorators`` are those that may change how the
-    function is called, ``words`` are names by which a file that may hold its body is told.  ``source`` is the
-    definition's text without docstring, comments and blank lines; it is verl's, and so not kept in the pins.
+    has to give.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change how the
+    function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold that body.
+    ``source`` is the definition's text without docstring, comments and blank lines; it is verl's, and so not kept in
+    the pins.
     """
 
     kind: str
@@ -59,24 +60,30 @@ class Fingerprint:
 MISSING = Fingerprint("missing")
 FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
 """The kinds that can be hooked, and that have a body to find them by."""
+INSTANCE_ATTRIBUTE = "instance attribute"
+"""The kind of what a method assigns to ``self``."""
 
 
 def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Return names and whether there is a default; its text is only in the source, its value only in the process."""
+    """Return each name and whether it has a default: source has its text and a process its value, which differ."""
     return [(parameter.partition("=")[0], "=" in parameter) for parameter in parameters]
 
 
+HOOKS, TRIAL = "functions", "trial"
+"""The two parts of a pins file: what the hooks of the release use, and what the trial step does."""
+
+
 @functools.cache
-def load(release: str) -> dict[str, Fingerprint]:
+def load(release: str, part: str = HOOKS) -> dict[str, Fingerprint]:
     """Return the pins of ``release``: ``module:attribute`` -> fingerprint.
 
     Raises:
-        OverlayError: their file is not there or not whole; without it any function would pass for the right one.
+        OverlayError: their file is missing or damaged; without it every function would be accepted.
     """
     file = f"pins/{release}.json"
     try:
-        functions = json.loads(pkgutil.get_data(__package__, file) or "")["functions"]  # also from within a zip
-        return {target: Fingerprint.from_json(pin) for target, pin in functions.items()}
+        found = json.loads(pkgutil.get_data(__package__, file) or "")[part]  # also from within a zip
+        return {target: Fingerprint.from_json(pin) for target, pin in found.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OverlayError(
             f"verl_fl_overlay/compat/{file} is missing or damaged ({type(error).__name__}: {error}): reinstall "
@@ -84,15 +91,26 @@ def load(release: str) -> dict[str, Fingerprint]:
         ) from error
 
 
-def pinned(target: str) -> dict[str, Fingerprint]:
+def pinned(target: str, part: str = HOOKS) -> dict[str, Fingerprint]:
     """Return release -> fingerprint, oldest first, for every release in which ``target`` is pinned."""
-    return {release: pins[target] for release in compat.RELEASES if target in (pins := load(release))}
+    return {release: pins[target] for release in compat.RELEASES if target in (pins := load(release, part))}
+
+
+def is_late(pins: dict[str, Fingerprint]) -> bool:
+    """Return whether in some release only an instance has it: no class shows whether it is there."""
+    return any(pin.kind == INSTANCE_ATTRIBUTE for pin in pins.values())
+
+
+def has_contract(pins: dict[str, Fingerprint]) -> bool:
+    """Return whether it has to be called or subclassed as it was; of all else it is enough that it is there."""
+    return all(pin.kind in (*FUNCTIONS, "class") for pin in pins.values())
 
 
 def verify(hook: Hook, target: Any) -> None:
-    """Compare a live target, and what its hook relies on in the same module, with the pins; any release's will do.
+    """Compare a live target, and what its hook relies on, with the pins; any release's will do.
 
-    Targets outside verl are not pinned and not compared; nothing is imported to reach what lies in other modules.
+    Targets outside verl are not pinned and not compared.  Nothing is imported for this: what lies in a module that is
+    not loaded yet, and what only instances have, is missed when the wrapper reads it.
 
     Raises:
         HookError: kind or parameters differ from those of every pinned release; says which were found and expected.
@@ -100,15 +118,15 @@ def verify(hook: Hook, target: Any) -> None:
     """
     _verify_contract("it", target, pinned(hook.target))
     for reliance in hook.relies_on:
-        module, _, attribute = reliance.partition(":")
-        pins = pinned(reliance)
-        if module != hook.module or not pins or any(pin.kind == "instance attribute" for pin in pins.values()):
+        name, _, attribute = reliance.partition(":")
+        pins, module = pinned(reliance), sys.modules.get(name)
+        if module is None or not pins or is_late(pins) or (name != hook.module and being_imported(module)):
             continue
         try:
-            found = functools.reduce(inspect.getattr_static, attribute.split("."), sys.modules[module])
+            found = functools.reduce(inspect.getattr_static, attribute.split("."), module)
         except AttributeError as error:
             raise HookError(f"it relies on {reliance}, which is not there") from error
-        if next(iter(pins.values())).kind in FUNCTIONS:
+        if has_contract(pins):
             _verify_contract(f"it relies on {reliance}, which", found, pins)
 
 
@@ -128,9 +146,9 @@ def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> No
 
 
 def _is_wrapper_of_others(target: Any, found: Fingerprint) -> bool:
-    """Tell whether another plugin's closure passes everything on: (*args, **kwargs), after self or cls at most.
+    """Return whether this is another plugin's wrapper: (*args, **kwargs), with at most one parameter before them.
 
-    In verl's own module only the bare form is taken for a decorator's; there a leading parameter is verl's choice.
+    In a function of verl's own module that one parameter would be verl's choice, so there none may be before them.
     """
     *leading, variadic, keywords = found.parameters if len(found.parameters) > 1 else ("", "")
     passes_on = variadic.startswith("*") and keywords.startswith("**")
@@ -149,7 +167,7 @@ def signature(fingerprint: Fingerprint) -> str:
 
 
 def live(target: Any) -> Fingerprint:
-    """Fingerprint a live function: its contract only; defaults are written as ``repr`` gives them."""
+    """Fingerprint a live function or class: its contract only; defaults are written as ``repr`` gives them."""
     kind = "function"
     function = target
     for special in (classmethod, staticmethod, property):
@@ -159,8 +177,8 @@ def live(target: Any) -> Fingerprint:
     if not callable(function):
         return Fingerprint("attribute")
     if kind == "function" and isinstance(function, type):
-        kind = "class"
-    elif kind == "function" and inspect.iscoroutinefunction(inspect.unwrap(function)):
+        return Fingerprint("class", tuple(sorted(getattr(function, "__abstractmethods__", ()))))
+    if kind == "function" and inspect.iscoroutinefunction(inspect.unwrap(function)):
         kind = "async function"
     return Fingerprint(kind, tuple(_parameters(function)))
 

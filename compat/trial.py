@@ -1,6 +1,6 @@
-"""One step of verl's real FSDP2 engine on a model, with what it computed: what ``parity`` compares.
+"""The trial: one step of verl's real FSDP2 engine on a model.  ``parity``, ``tune`` and ``warmup`` run it.
 
-Run by path, in a process of its own, so that nothing but the environment decides whether the overlay is there:
+It is run by path in a process of its own and imports no overlay: the environment alone decides whether verl loads it.
 python trial.py MODEL RESULT.pt --rows 4 --length 256 --micro-batch 2 --seed 0
 """
 
@@ -12,6 +12,27 @@ import os
 import socket
 import sys
 from typing import Any
+
+RELIES_ON = tuple(
+    f"verl.{owner}{name}"
+    for owner, names in {
+        "trainer.config:": "CheckpointConfig",
+        "utils.dataset.dataset_utils:": "DatasetPadMode.NO_PADDING",
+        "utils.device:": "get_device_name",
+        "utils.distributed:": "initialize_global_process_group",
+        "utils.tensordict_utils:": "get_tensordict",
+        "workers.config:FSDPEngineConfig.": "strategy use_torch_compile use_dynamic_bsz micro_batch_size_per_gpu",
+        "workers.config:FSDPOptimizerConfig.": "lr weight_decay clip_grad total_training_steps lr_warmup_steps "
+        "lr_warmup_steps_ratio",
+        "workers.config:HFModelConfig.": "path use_remove_padding enable_gradient_checkpointing override_config",
+        "workers.engine:": "EngineRegistry.new",
+        "workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead.": "__init__ initialize module eval_mode "
+        "infer_batch train_mode train_batch",
+        "workers.utils.losses:": "sft_loss",
+    }.items()
+    for name in names.split()
+)
+"""Everything of verl that the trial uses, as ``module:attribute``: pinned, and compared by ``verl-fl check``."""
 
 
 def join_group() -> None:
@@ -108,7 +129,7 @@ def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict
     with engine.train_mode():
         output = engine.train_batch(data, loss_function=partial(sft_loss, config=None))
         norms = {name: _norm(parameter.grad) for name, parameter in engine.module.named_parameters()}
-    activation = sys.modules.get("verl_fl_overlay.activation")
+    activation = sys.modules.get("verl_fl_overlay.activation")  # there only if verl loaded the overlay
     overlay = activation.report() if activation else None
     return {
         "log_probs": log_probs,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.compat.release import sources
 from verl_fl_overlay.compat.release.sources import Tree
 
 
@@ -29,6 +30,13 @@ def find(release: str) -> Tree | None:
     if installed is not None and installed.version == release:
         return Tree(Path(installed.folder).parent, "installed")
     return None
+
+
+@pytest.fixture(autouse=True)
+def from_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``check`` show its diffs against the wheels that are here; imported by the tests that run the command."""
+    if "VERL_WHEELS" in os.environ:
+        monkeypatch.setattr(sources.PinnedReleases, "tree", lambda self, release: find(release))
 
 
 def tree(release: str) -> Tree:

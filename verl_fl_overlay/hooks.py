@@ -124,7 +124,8 @@ class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
         return str(self.__qualname__)
 
 
-def _being_imported(module: ModuleType) -> bool:
+def being_imported(module: ModuleType) -> bool:
+    """Return whether a thread is still executing ``module``, so that it may not have all its names yet."""
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
@@ -133,7 +134,7 @@ def call_again_on_import(module: ModuleType, callback: Callable[[ModuleType], No
 
     When a callback raises, the import system forgets the module; a second try to import it must raise again.
     """
-    if not _being_imported(module):
+    if not being_imported(module):
         return
     name = module.__name__
     sys.modules.pop(name, None)  # wrapt calls back at once, and not later, for a module that is there
@@ -234,7 +235,7 @@ class HookSet:
                 status.state, status.detail = State.REMOVED, ""
 
     def _module_imported(self, module: ModuleType) -> None:
-        if _being_imported(module):
+        if being_imported(module):
             importlib.import_module(module.__name__)  # waits, if another thread is still executing the module
         with self._lock:
             if not self._active:

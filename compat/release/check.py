@@ -1,10 +1,10 @@
-"""Whether the hooks hold on a verl that may never have been seen: its source against the pins, nothing imported."""
+"""Whether the hooks work on a verl, also one that was never tested: its source against the pins; imports no verl."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -16,13 +16,14 @@ from verl_fl_overlay.compat.pins import MISSING, Fingerprint
 from verl_fl_overlay.compat.release import pinning
 from verl_fl_overlay.compat.release.fingerprint import elsewhere, fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
+from verl_fl_overlay.compat.trial import RELIES_ON
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import Settings
 
 
 class Status(str, Enum):
-    """What became of a pinned definition, the least worrying first."""
+    """What became of a pinned definition, from the most harmless to the worst."""
 
     OK = "OK"
     UNPINNED = "UNPINNED"
@@ -33,27 +34,53 @@ class Status(str, Enum):
     MISSING = "MISSING"
 
 
+class Outcome(str, Enum):
+    """What follows for a hook; verdict, exit status and all that is said of the hook are made from this."""
+
+    WORKS = "works"
+    REVIEW = "review"
+    """It works, but verl's code around it changed."""
+    WITHOUT = "without"
+    """The overlay loads without the hook, or without something that the hook reads."""
+    REFUSED = "refused"
+    """The overlay refuses to load, since the hook is required."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One target against its pin in the release ``against``; ``breaks`` if a hook cannot work with what is there."""
+    """One target against its pin in the release ``against``; ``breaks`` if it cannot be used as pinned.
+
+    ``late`` is set for what only instances have: its absence does not keep a hook from being installed.
+    """
 
     target: str
     status: Status
     against: str = ""
     detail: str = ""
     breaks: bool = False
+    late: bool = False
     diff: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether somebody has to look at it."""
+        return self.status not in (Status.OK, Status.UNPINNED)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a hook meets: its target, the things it relies on, and in words what follows; ``fatal`` refuses to load."""
+    """What a hook meets: its target, the things it relies on, what follows from it, and that in words."""
 
     hook: Hook
     target: Comparison
     reliances: tuple[Comparison, ...]
-    fatal: bool
+    outcome: Outcome
     meaning: str
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the overlay refuses to load because of this hook."""
+        return self.outcome is Outcome.REFUSED
 
     @property
     def breaks(self) -> bool:
@@ -63,31 +90,42 @@ class Finding:
     @property
     def changed(self) -> list[Comparison]:
         """The comparisons that somebody has to look at."""
-        return [c for c in (self.target, *self.reliances) if c.status not in (Status.OK, Status.UNPINNED)]
+        return [c for c in (self.target, *self.reliances) if c.changed]
+
+
+TRIAL = "parity, tune and warmup"
+"""The commands that run the step of ``compat/trial.py``.  Training does not need it, so it is never fatal."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The findings on one verl, a hook each."""
+    """The findings on one verl, one for each hook, and what became of all that the trial step uses."""
 
     version: str
     origin: str
     shim: str
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
+    trial: tuple[Comparison, ...] = ()
 
     @property
     def holds(self) -> bool:
-        """Whether every required contract holds."""
+        """Whether the overlay loads on this verl."""
         return not any(finding.fatal for finding in self.findings)
 
     @property
     def verdict(self) -> str:
         """One line: works; works, review these; or will refuse to load."""
-        fatal = [f.hook.name for f in self.findings if f.fatal]
-        changed = [f.hook.name for f in self.findings if f.changed and not f.fatal]
-        if fatal:
-            return f"verl {self.version} will refuse to load: {', '.join(fatal)}"
-        return f"verl {self.version} works" + (f", review these: {', '.join(changed)}" if changed else "")
+        if not self.holds:
+            fatal = [f.hook.name + _only_with(f.hook) for f in self.findings if f.fatal]
+            return f"verl-fl-overlay will refuse to load on verl {self.version}: {', '.join(fatal)}"
+        review = [f.hook.name for f in self.findings if f.outcome is not Outcome.WORKS]
+        trial = f"; {TRIAL} cannot run on it" if self.trial_breaks else ""
+        return f"verl {self.version} works" + (f", review these: {', '.join(review)}" if review else "") + trial
+
+    @property
+    def trial_breaks(self) -> bool:
+        """Whether the trial step cannot run."""
+        return any(comparison.breaks for comparison in self.trial)
 
 
 SourceOf = Callable[[str], Tree | None]
@@ -105,22 +143,44 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
     """
     if against is not None and against not in compat.RELEASES:
         raise OverlayError(f"verl {against} is not pinned; pinned are {', '.join(compat.RELEASES)}")
-    selection = pinning.selection_for(tree)
+    shim = pinning.shim_for(tree)
     releases = [against] if against else _nearest_first(tree.version)
-    compared = {t: _compare(tree, t, releases, source_of) for t in pinning.targets(selection.hooks)}
 
-    def of(target: str) -> Comparison:
-        return compared.get(target, Comparison(target, Status.UNPINNED))
+    def compare(target: str, part: str = pins.HOOKS) -> Comparison:
+        return _compare(tree, target, pins.pinned(target, part), releases, source_of)
 
-    broken = {h.name for h in selection.hooks if any(of(t).breaks for t in (h.target, *h.relies_on))}
+    compared = {target: compare(target) for target in pinning.targets(shim.hooks)}
+
+    def of(*targets: str) -> tuple[Comparison, ...]:
+        return tuple(compared.get(target, Comparison(target, Status.UNPINNED)) for target in targets)
+
+    cannot = {h.name for h in shim.hooks if any(c.breaks and not c.late for c in of(h.target, *h.relies_on))}
     findings = []
-    for hook in selection.hooks:
-        group = [h for h in selection.hooks if (h.feature, h.module) == (hook.feature, hook.module)]
-        fatal = hook.name in broken and any(h.required for h in group)  # one of a group that fails takes all with it
-        reliances = tuple(of(target) for target in hook.relies_on)
-        meaning = _meaning(hook, hook.name in broken, fatal, gone=not _module_exists(tree, hook.module))
-        findings.append(Finding(hook, of(hook.target), reliances, fatal, meaning))
-    return Report(tree.version, tree.origin, selection.name, tuple(findings))
+    for hook in shim.hooks:
+        failed = hook if hook.name in cannot else _taken_back_with(hook, [h for h in shim.hooks if h.name in cannot])
+        target, *reliances = of(hook.target, *hook.relies_on)
+        outcome = _outcome(hook, shim, failed, [target, *reliances])
+        meaning = _meaning(hook, outcome, shim, failed, [c.target for c in reliances if c.breaks])
+        findings.append(Finding(hook, target, tuple(reliances), outcome, meaning))
+    trial = tuple(compare(target, pins.TRIAL) for target in RELIES_ON)
+    return Report(tree.version, tree.origin, shim.name, tuple(findings), trial)
+
+
+def _taken_back_with(hook: Hook, cannot: list[Hook]) -> Hook | None:
+    """Return the hook because of which ``hook`` is not installed either: optional, of the same feature and module."""
+    group = (hook.feature, hook.module, False)
+    return next((h for h in cannot if (h.feature, h.module, h.required) == group), None)
+
+
+def _outcome(hook: Hook, shim: compat.Shim, failed: Hook | None, comparisons: list[Comparison]) -> Outcome:
+    """Return what follows; ``failed`` is this hook, or another that takes it along, if that cannot be installed."""
+    if hook.name in shim.left_out:
+        return Outcome.WITHOUT
+    if failed and hook.required:
+        return Outcome.REFUSED
+    if failed or any(c.breaks for c in comparisons):
+        return Outcome.WITHOUT
+    return Outcome.REVIEW if any(c.changed for c in comparisons) else Outcome.WORKS
 
 
 def _nearest_first(version: str) -> list[str]:
@@ -129,18 +189,20 @@ def _nearest_first(version: str) -> list[str]:
     return [*reversed(older), *compat.RELEASES[len(older) :]]
 
 
-def _compare(tree: Tree, target: str, releases: list[str], source_of: SourceOf) -> Comparison:
-    by_release = pins.pinned(target)
+def _compare(
+    tree: Tree, target: str, by_release: dict[str, Fingerprint], releases: list[str], source_of: SourceOf
+) -> Comparison:
     against = next((release for release in releases if release in by_release), "")
     if not against:
         return Comparison(target, Status.UNPINNED)
     pin, found = by_release[against], fingerprint(tree, *target.split(":"))
+    late = pins.is_late(by_release)
     if found == MISSING:
         if places := elsewhere(tree, pin):
-            return Comparison(target, Status.MOVED, against, f"{pin.at} -> {' or '.join(places)}", True)
+            return Comparison(target, Status.MOVED, against, f"{pin.at} -> {' or '.join(places)}", True, late)
         module = target.partition(":")[0]
         gone = "" if _module_exists(tree, module) else f"the module {module} is gone"
-        return Comparison(target, Status.MISSING, against, gone, True)
+        return Comparison(target, Status.MISSING, against, gone, True, late)
     if found.kind == "import" != pin.kind:
         detail = f"{pin.at} -> {found.at}, outside verl; its parameters are compared only when the hook is installed"
         return Comparison(target, Status.MOVED, against, detail)
@@ -151,14 +213,15 @@ def _compare(tree: Tree, target: str, releases: list[str], source_of: SourceOf) 
         known = [release for release, other in by_release.items() if found.same_contract(other)]
         change = f"{pins.signature(pin)} -> {pins.signature(found)}"
         accepted = f", which is that of verl {known[0]}" if known else ""
-        return Comparison(target, Status.SIGNATURE, against, change + accepted, not known, diff)
+        breaks = not known and pins.has_contract(by_release)
+        return Comparison(target, Status.SIGNATURE, against, change + accepted, breaks, late, diff)
     if found.at != pin.at and found.body == pin.body:
         return Comparison(target, Status.MOVED, against, f"{pin.at} -> {found.at}; the old name still leads there")
     if found.at != pin.at:
         went_to = " or ".join(elsewhere(tree, pin)) or "nowhere"
         detail = f"{pin.at} -> {went_to}; the old name now leads to {found.at}, another function"
-        return Comparison(target, Status.MOVED, against, detail, False, diff)
-    return Comparison(target, Status.BODY, against, _what_of_it(pin, found), False, diff)
+        return Comparison(target, Status.MOVED, against, detail, diff=diff)
+    return Comparison(target, Status.BODY, against, _what_of_it(pin, found), diff=diff)
 
 
 def _module_exists(tree: Tree, module: str) -> bool:
@@ -181,18 +244,28 @@ def _diff(target: str, found: Fingerprint, against: str, tree: Tree, source_of: 
     return tuple(difflib.unified_diff(old.source, found.source, *names, lineterm="", n=2))
 
 
-def _meaning(hook: Hook, broken: bool, fatal: bool, gone: bool) -> str:
-    if not broken:
+def _meaning(hook: Hook, outcome: Outcome, shim: compat.Shim, failed: Hook | None, lacks: list[str]) -> str:
+    feature = features.FEATURES.get(hook.feature)
+    if outcome is Outcome.REFUSED:
+        summary = f" ({feature.summary})" if feature else ""
+        unasked = feature.reason_off(Settings()) if feature else ""
+        when = f"when {'verl' if hook.name in shim.absent else hook.module} is imported"
+        unless = f", unless {unasked}" if unasked else ""
+        return f"{hook.feature}{summary}: verl-fl-overlay refuses to load {when}{unless}{_only_with(hook)}"
+    if outcome is not Outcome.WITHOUT:
         return ""
-    feature = features.FEATURES[hook.feature]
-    if not fatal:
-        return f"{feature.name} goes on without it: {hook.why}"
-    if gone and hook.needs:
-        return f"{feature.name} goes on without it, which is warned about where {hook.needs} is installed: {hook.why}"
-    unasked = feature.reason_off(Settings())
-    when = f"when {'verl' if gone else hook.module} is imported" + (f", unless {unasked}" if unasked else "")
-    where = f" (only where {hook.needs} is installed)" if hook.needs else ""
-    return f"{feature.name} ({feature.summary}): the overlay refuses {when}{where}"
+    if hook.name in shim.left_out:
+        return f"{hook.feature} goes on without it, which is warned about where {hook.needs} is installed: {hook.why}"
+    if failed is None:
+        return (
+            f"{hook.feature} goes on with less: the hook is installed, and does not find {', '.join(lacks)} as it was"
+        )
+    taken = "" if failed is hook else f" ({failed.name} cannot be installed, and they go together)"
+    return f"{hook.feature} goes on without it{taken}: {hook.why}"
+
+
+def _only_with(hook: Hook) -> str:
+    return f" (only where {hook.needs} is installed)" if hook.needs else ""
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -208,6 +281,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "name": finding.hook.name,
                 "feature": finding.hook.feature,
                 "required": finding.hook.required,
+                "outcome": finding.outcome.value,
                 "fatal": finding.fatal,
                 "meaning": finding.meaning,
                 **_comparison(finding.target),
@@ -215,6 +289,7 @@ def as_json(report: Report) -> dict[str, Any]:
             }
             for finding in report.findings
         ],
+        "trial": [_comparison(comparison) for comparison in report.trial],
     }
 
 
@@ -224,22 +299,32 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 
 def as_text(report: Report) -> str:
     """Lay the report out: a line for each hook, under it what changed and what that means, the verdict last."""
-    width = max((len(f.hook.name) for f in report.findings), default=0)
+    width = max(len(name) for name in (TRIAL, *(f.hook.name for f in report.findings)))
     lines = [f"verl {report.version} from {report.origin}, hooks of {report.shim}", ""]
     for finding in report.findings:
         lines.append(f"{finding.hook.name:{width}}  {_summary(finding)}")
         for comparison in finding.changed:
-            prefix = "" if comparison is finding.target else f"relies on {comparison.target}: "
-            against = f" (against verl {comparison.against})"
-            detail = f" {comparison.detail}" if comparison.detail else ""
-            lines.append(f"    {prefix}{comparison.status.value}{detail}{against}")
-            lines += [f"      {line}" for line in comparison.diff]
+            lines += _change(comparison, "" if comparison is finding.target else f"relies on {comparison.target}: ")
         lines += [f"    means: {finding.meaning}"] if finding.meaning else []
+    lines.append(f"{TRIAL:{width}}  {_worst(report.trial).status.value}")
+    for comparison in report.trial:
+        lines += _change(comparison, f"use {comparison.target}: ") if comparison.changed else []
+    lines += [f"    means: {TRIAL} cannot run on this verl; training does not need it"] if report.trial_breaks else []
     return "\n".join([*lines, "", report.verdict])
+
+
+def _change(comparison: Comparison, of_what: str) -> list[str]:
+    detail = f" {comparison.detail}" if comparison.detail else ""
+    first = f"    {of_what}{comparison.status.value}{detail} (against verl {comparison.against})"
+    return [first, *(f"      {line}" for line in comparison.diff)]
+
+
+def _worst(comparisons: Iterable[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda comparison: list(Status).index(comparison.status))
 
 
 def _summary(finding: Finding) -> str:
     if finding.target.status is Status.UNPINNED:
         return "not compared: outside verl" if not finding.hook.module.startswith("verl.") else "not pinned"
-    worst = max((finding.target, *finding.reliances), key=lambda c: list(Status).index(c.status))
+    worst = _worst((finding.target, *finding.reliances))
     return worst.status.value if worst is finding.target else f"{finding.target.status.value}, but see below"

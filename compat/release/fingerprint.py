@@ -1,9 +1,9 @@
 """Fingerprints of verl's functions, read from source by ``ast``: no import of verl, no torch.
 
-A fingerprint has two levels.  The contract (kind and parameters) is what a hook relies on to be callable at all; the
-body's digest tells that a function does something else now, and asks for a look.  The digest is taken from the syntax
-tree without docstrings, annotations and positions, so comments and formatting do not change it, and only from what is
-present in a node, so every Python version gives the same.
+A fingerprint has two levels.  The contract (kind and parameters) is what a hook needs to be called at all.  The digest
+of the body shows that a function was changed, and that somebody has to read the change.  It is made from the syntax
+tree without docstrings, annotations and positions, so that comments and formatting do not change it.  Empty fields of
+a node are left out, so that every Python version gives the same digest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_fl_overlay.compat.pins import FUNCTIONS, MISSING, Fingerprint
+from verl_fl_overlay.compat.pins import FUNCTIONS, INSTANCE_ATTRIBUTE, MISSING, Fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 
@@ -39,7 +39,7 @@ def fingerprint(tree: Tree, module: str, attribute: str) -> Fingerprint:
     """Fingerprint ``attribute`` (such as ``Class.method``) of ``module``; ``MISSING`` if it is not there.
 
     A name that the module imports, or a class inherits, is followed to its definition inside verl.  A stub that only
-    raises NotImplementedError counts as missing: it is what a class inherits once its own method went elsewhere.
+    raises NotImplementedError counts as missing: a class inherits it after its own method was moved away.
 
     Raises:
         OverlayError: a file cannot be parsed; names it.
@@ -133,10 +133,24 @@ def _find(tree: Tree, module: str, names: list[str], hops: int) -> _Found | None
         assigned = tuple(_assignments(node, first))
         if len(assigned) == 1 and isinstance(alias := getattr(assigned[0], "value", None), ast.Name):
             return _find(tree, module, [alias.id, *rest], hops - 1)
-        return _Found(module, first, assigned) if assigned and not rest else None
+        if not assigned:
+            return _in_star_imports(tree, node, path, module, names, hops)
+        return None if rest else _Found(module, first, assigned)
     if not rest:
         return _Found(module, first, (definition,))
     return _member(tree, module, definition, first, rest[0], hops) if len(rest) == 1 else None
+
+
+def _in_star_imports(
+    tree: Tree, node: ast.Module, path: str, module: str, names: list[str], hops: int
+) -> _Found | None:
+    """Look the names up in the modules of verl from which everything is imported (``from .engine import *``)."""
+    for child in _statements(node):
+        if isinstance(child, ast.ImportFrom) and child.names[0].name == "*" and not names[0].startswith("_"):
+            found = _find(tree, _absolute(path, module, child), names, hops - 1)
+            if found is not None:
+                return found
+    return None
 
 
 def _member(tree: Tree, module: str, owner: ast.AST, prefix: str, name: str, hops: int) -> _Found | None:
@@ -193,7 +207,9 @@ def _assignments(node: ast.AST, name: str) -> Iterator[ast.stmt]:
 
 
 def _targets(node: ast.AST) -> list[ast.expr]:
-    return node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    """Return what a statement assigns, each of a tuple's members by itself."""
+    given = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [part for target in given for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
@@ -241,7 +257,7 @@ def _of(tree: Tree, found: _Found) -> Fingerprint:
     text = [line for statement in found.nodes for line in _text(statement, lines)]
     values = [value for statement in found.nodes if (value := getattr(statement, "value", None)) is not None]
     on_instance = any(isinstance(t, ast.Attribute) for statement in found.nodes for t in _targets(statement))
-    kind = "instance attribute" if on_instance else "attribute"
+    kind = INSTANCE_ATTRIBUTE if on_instance else "attribute"
     return Fingerprint(kind, (), _digest(values), at, source=tuple(text))
 
 

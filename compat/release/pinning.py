@@ -1,4 +1,4 @@
-"""Making the pins of a release: the fingerprints of everything that its shim hooks and relies on."""
+"""Making the pins of a release: the fingerprints of everything that its hooks, and the trial step, use of verl."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.compat import trial
+from verl_fl_overlay.compat.pins import HOOKS, MISSING, TRIAL
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.hooks import Hook
@@ -14,7 +16,7 @@ from verl_fl_overlay.hooks import Hook
 
 @dataclass(frozen=True)
 class _InTree(compat.InstalledVerl):
-    """A verl that is only read."""
+    """A verl whose files are read, and which need not be installed."""
 
     tree: Tree
 
@@ -22,7 +24,7 @@ class _InTree(compat.InstalledVerl):
         return self.tree.has(f"verl/{path}")
 
 
-def selection_for(tree: Tree) -> compat.Shim:
+def shim_for(tree: Tree) -> compat.Shim:
     """Choose the hooks as the overlay would for the verl in ``tree``.
 
     Raises:
@@ -37,14 +39,20 @@ def targets(hooks: tuple[Hook, ...]) -> list[str]:
 
 
 def pins_of(tree: Tree) -> dict[str, Any]:
-    """Fingerprint everything the hooks of this verl need.
+    """Fingerprint everything that the hooks of this verl, and the trial, use.
 
     Raises:
-        OverlayError: the verl is too old, or a hooked file cannot be parsed.
+        OverlayError: the verl is too old, or a file in which something is pinned cannot be parsed.
     """
-    selection = selection_for(tree)
-    prints = {target: fingerprint(tree, *target.split(":")).to_json() for target in targets(selection.hooks)}
-    return {"verl": tree.version, "shim": selection.name, "functions": prints}
+    shim = shim_for(tree)
+    parts = {HOOKS: targets(shim.hooks), TRIAL: trial.RELIES_ON}
+    prints = {part: {t: fingerprint(tree, *t.split(":")).to_json() for t in used} for part, used in parts.items()}
+    return {"verl": tree.version, "shim": shim.name, **prints}
+
+
+def missing(pins: dict[str, Any]) -> list[str]:
+    """Return the targets that are not there.  Pins with them must not be written: they would accept their absence."""
+    return [target for part in (HOOKS, TRIAL) for target, pin in pins[part].items() if pin["kind"] == MISSING.kind]
 
 
 def as_text(pins: dict[str, Any]) -> str:

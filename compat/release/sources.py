@@ -171,9 +171,9 @@ def _untarred(tarred: tarfile.TarFile, origin: str) -> dict[str, bytes]:
 
 
 def _of_verl(names: list[str], content: Callable[[str], bytes], origin: str) -> dict[str, bytes]:
-    """Return what lies under ``verl/``, which an sdist keeps one folder deeper; links are left out.
+    """Return the files under ``verl/``, which is one folder deeper in an sdist; links are left out.
 
-    Nothing is written, but an archive with a path that is absolute or climbs out was made to do harm.
+    No file is written here, but an archive with an absolute path, or one with "..", was made to do harm.
 
     Raises:
         OverlayError: there is such a path.

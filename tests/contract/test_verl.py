@@ -346,7 +346,7 @@ def test_git_checkout_of_this_release_gets_the_same_shim(tmp_path, renamed):
 
     spec = importlib.util.find_spec("verl")
     (tmp_path / "verl").symlink_to(Path(spec.origin).parent)
-    program = "from verl_fl_overlay import compat; s = compat.select(compat.InstalledVerl({!r}, {!r})); print(s.shim)"
+    program = "from verl_fl_overlay import compat; s = compat.select(compat.InstalledVerl({!r}, {!r})); print(s.name)"
     folder = str(tmp_path / "verl")
     wheel = output(program.format(VERL, folder), env=PLAIN)
     assert output(program.format(f"{VERL}.dev0", folder), env=PLAIN) == wheel

@@ -61,6 +61,8 @@ def placeholder(name: str) -> Any:
 
 
 class _PlaceholderModule(ModuleType):
+    __version__ = "99"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -77,6 +79,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         file = self._folder / f"{name.replace('.', '/')}.py"
         if name.startswith("verl.") and file.is_file():
             return importlib.util.spec_from_file_location(name, file)
+        package = self._folder / name / "__init__.py"
+        if name == "verl" and package.is_file():
+            return importlib.util.spec_from_file_location(name, package)
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> ModuleType:
@@ -104,7 +109,10 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
         if module.partition(".")[0] not in KEPT | {"pytest", "_pytest", "__main__"} and module.startswith("verl"):
             del sys.modules[module]
     finder = _Finder(folder)
-    sys.meta_path.insert(0, finder)
+    wrapts = [type(found).__module__.partition(".")[0] == "wrapt" for found in sys.meta_path]
+    sys.meta_path.insert(
+        wrapts.index(True) + 1 if any(wrapts) else 0, finder
+    )  # wrapt asks it, and then calls the hooks
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cached copy of the same second is stale
     try:
         yield _import(folder, name)
@@ -119,7 +127,7 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
 
 def hooked_files(tree: Tree) -> dict[str, str]:
     """Return path -> text of every file in which something is hooked, relied on or defined, and of verl's version."""
-    targets = pinning.targets(pinning.selection_for(tree).hooks)
+    targets = pinning.targets(pinning.shim_for(tree).hooks)
     defined = [fingerprint(tree, *target.split(":")).at for target in targets]
     names = {target.partition(":")[0] for target in [*targets, *defined]}
     paths = [f"{name.replace('.', '/')}.py" for name in names]

@@ -20,19 +20,28 @@ modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
 for name in modules.split(",") if modules else ():
     importlib.import_module(name)
 """
-HOOKED = {
-    hook.module
-    for hook in compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")).hooks
-    if hook.module.startswith("verl.")
-}
+
+
+def hooked(version: str) -> set[str]:
+    """Return the modules of verl that the hooks of ``version`` are put on."""
+    hooks = compat.select(compat.InstalledVerl(version, "")).hooks
+    return {hook.module for hook in hooks if hook.module.startswith("verl.")}
+
+
+HOOKED = hooked(compat.RELEASES[-1])
 NAMED = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
 
 
 @pytest.fixture
 def verl(tmp_path: Path):
-    """Return a function that makes a package ``verl`` of any version, with empty modules, and gives its environment."""
+    """Return a function that makes a package ``verl`` of any version, with empty modules, and gives its environment.
 
-    def make(version: str, modules: Iterable[str] = ()) -> dict[str, str]:
+    Where it is not told which modules, a release has all of those that are hooked, and another version none.
+    """
+
+    def make(version: str, modules: Iterable[str] | None = None) -> dict[str, str]:
+        if modules is None:
+            modules = hooked(version) if version in compat.RELEASES else ()
         (tmp_path / "verl" / "version").mkdir(parents=True)
         (tmp_path / "verl" / "version" / "version").write_text(version)
         (tmp_path / "verl" / "__init__.py").write_text(INIT.format(version=version))
@@ -112,16 +121,37 @@ def test_newer_verl_without_an_optional_hooks_module_is_warned_about_or_strictly
     assert "HookError: hook 'attention.value_model' cannot be put on" in strict.stderr
 
 
+def test_a_release_whose_modules_were_moved_is_treated_like_a_newer_verl(verl):
+    moved = {"verl.workers.engine.base", "verl.utils.model"}
+    env = {**verl("0.9.1", HOOKED - moved), **NAMED}
+    done = python("import verl", env=env)
+    assert done.returncode == 1
+    assert "HookError: hook 'engine.new' cannot be put on" in done.stderr
+    assert "verl 0.9.1 has no module verl.workers.engine.base." in done.stderr
+    asked = "engine.new,engine.enter,engine.exit,engine.train_batch,engine.infer_batch,chip.engine_class"
+    done = python("import verl", env={**env, "VERL_FL_DISABLE": asked})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("verl 0.9.1 has no module verl.utils.model") == 1
+
+
+@pytest.mark.parametrize("version", ["0.11.0", "0.9.1"])
 @pytest.mark.parametrize("installed", ["nothing", "nemo_automodel"])
-def test_newer_verl_without_an_engine_that_needs_a_package(verl, tmp_path, installed):
-    env = {**verl("0.11.0", HOOKED - {"verl.workers.engine.automodel.transformer_impl"}), **NAMED}
+def test_verl_without_an_engine_that_needs_a_package(verl, tmp_path, installed, version):
+    env = {**verl(version, HOOKED - {"verl.workers.engine.automodel.transformer_impl"}), **NAMED}
     (tmp_path / "more" / installed).mkdir(parents=True)
     (tmp_path / "more" / installed / "__init__.py").touch()
     path = os.pathsep.join([str(tmp_path / "more"), env.get("PYTHONPATH", "")])
     done = python("import verl", env={**env, "VERL_FL_STRICT": "1", "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     told = "has no module verl.workers.engine.automodel.transformer_impl; an engine of nemo_automodel goes without it"
-    assert (told in done.stderr) == (installed == "nemo_automodel")
+    assert done.stderr.count(told) == (installed == "nemo_automodel")
+    program = """
+    import verl
+    from verl_fl_overlay import activation
+    told = {s.hook.name: s.state.value for s in activation.active().hooks.report() if "automodel" in s.hook.name}
+    print(told)"""
+    said = output(program, env={**env, "PYTHONPATH": path})
+    assert ast.literal_eval(said) == {"engine.initialize.automodel": "disabled", "logprobs.automodel": "disabled"}
 
 
 def test_refused_settings_refuse_every_import_until_they_are_mended(verl):
@@ -161,9 +191,9 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
     for name in ("transformer_engine", "megatron", "triton", "torch_npu"):
         sys.modules[name] = types.ModuleType(name)
     import verl
-    from verl_fl_overlay import report
+    from verl_fl_overlay import activation
     from verl_fl_overlay.devices import chips
-    features = report.build()["features"]
+    features = activation.report()["features"]
     print(chips.find({})[1], features["fused"]["on"], features["te_fl"]["on"], sep=", ")"""
     assert output(program, env={**verl("0.9.1"), **NAMED}) == "torch_npu is installed, True, False"
 
@@ -222,9 +252,9 @@ def test_misspelt_variable_is_warned_about(verl):
 
 REPORTS = """
 import verl
-from verl_fl_overlay import report
+from verl_fl_overlay import files
 from verl_fl_overlay.phase import training
-report.INTERVAL = 3600.0  # a machine that is slow enough takes more than a second for one report
+files.INTERVAL = 3600.0  # a machine that is slow enough takes more than a second for one report
 import os, json, glob
 folder = os.environ["VERL_FL_REPORT_DIR"]
 def written(): return [json.load(open(f)) for f in glob.glob(folder + "/*")]
@@ -287,8 +317,8 @@ def test_deactivated_and_activated_anew(verl):
 def test_features_whose_hooks_are_all_left_out_are_off(verl):
     program = """
     import verl
-    from verl_fl_overlay import report
-    print([name for name, feature in report.build()["features"].items() if feature["on"]])"""
+    from verl_fl_overlay import activation
+    print([name for name, feature in activation.report()["features"].items() if feature["on"]])"""
     asked = {**verl("0.9.1"), **NAMED, "USE_FLAGGEMS": "1", "VERL_FL_DEVICE": "cpu"}
     assert "'flaggems'" in output(program, env=asked)
     assert output(program, env={**asked, "VERL_FL_DISABLE": "*"}) == "[]"

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import verl_trees
+from verl_trees import from_no_index  # noqa: F401
 
-from verl_fl_overlay import cli, compat
+from verl_fl_overlay import cli, compat, features
+from verl_fl_overlay.compat.release import check
+from verl_fl_overlay.compat.release.sources import Tree
 
 
 @pytest.fixture
@@ -46,7 +49,9 @@ def test_required_hook_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[st
     assert status == 1
     moved = "verl.workers.engine.base:BaseEngine.train_batch -> verl.workers.engine.base:BaseEngine.train_one_batch"
     assert f"MOVED {moved} " in out
-    assert out.splitlines()[-1].endswith("will refuse to load: engine.train_batch")
+    version = verl_trees.newest().version
+    assert out.splitlines()[-1] == f"verl-fl-overlay will refuse to load on verl {version}: engine.train_batch"
+    assert "verl-fl-overlay refuses to load when verl.workers.engine.base is imported" in out
 
 
 def test_optional_hook_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +60,68 @@ def test_optional_hook_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[st
     assert status == 0
     assert out.splitlines()[-1].endswith("works, review these: attention.value_model")
     assert "means: attention goes on without it" in out
+
+
+def test_engine_s_module_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It serves who trains on that engine only, so nobody is refused."""
+    (copy / "verl/workers/engine/veomni").rename(copy / "verl/workers/engine/veomni_renamed")
+    status, out = run(copy, capsys)
+    assert status == 0
+    assert out.splitlines()[-1].endswith("works, review these: engine.initialize.veomni")
+    assert "means: phase goes on without it, which is warned about where veomni is installed" in out
+
+
+def test_engine_s_method_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy, "verl/workers/engine/veomni/transformer_impl.py", "def initialize(", "def set_up(")
+    edit(copy, "verl/workers/engine/fsdp/transformer_impl.py", "def initialize(", "def set_up(")
+    status, out = run(copy, capsys)
+    assert status == 1
+    refused = "engine.initialize.fsdp, engine.initialize.veomni (only where veomni is installed)"
+    assert out.splitlines()[-1].endswith(f"will refuse to load on verl {verl_trees.newest().version}: {refused}")
+
+
+def test_one_of_an_optional_group_takes_the_others_with_it(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy, "verl/checkpoint_engine/base.py", "def get(cls, backend", "def look_up(cls, backend")
+    status, out = run(copy, capsys, "--json")
+    hooks = {hook["name"]: hook for hook in json.loads(out)["hooks"]}
+    assert status == 0
+    assert hooks["flagcx.checkpoint_engine"]["outcome"] == hooks["flagcx.checkpoint_engine_class"]["outcome"]
+    assert "flagcx.checkpoint_engine_class cannot be installed" in hooks["flagcx.checkpoint_engine"]["meaning"]
+
+
+def test_attribute_of_instances_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hook can be put on without it, even a required one, and the attribute is named."""
+    edit(copy, "verl/workers/engine/base.py", "self.mode", "self.mode_renamed")
+    status, out = run(copy, capsys)
+    assert status == 0
+    assert out.splitlines()[-1].endswith("works, review these: engine.enter")
+    read = "verl.workers.engine.base:BaseEngineCtx.mode"
+    assert f"means: phase goes on with less: the hook is installed, and does not find {read} as it was" in out
+
+
+def test_attribute_of_instances_that_became_a_property(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = "verl/workers/engine/base.py"
+    edit(copy, base, "self.mode = mode", "self._mode = mode")
+    edit(copy, base, "    def __enter__", "    @property\n    def mode(self): ...\n\n    def __enter__")
+    status, out = run(copy, capsys, "--json")
+    (hook,) = [hook for hook in json.loads(out)["hooks"] if hook["name"] == "engine.enter"]
+    assert status == 0
+    assert (hook["outcome"], hook["relies_on"][0]["status"]) == ("review", "SIGNATURE")
+
+
+def test_what_only_the_trial_step_uses(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(copy, "verl/workers/utils/losses.py", "def sft_loss(", "def loss_of_sft(")
+    status, out = run(copy, capsys)
+    assert status == 0
+    assert out.splitlines()[-1].endswith("works; parity, tune and warmup cannot run on it")
+    assert "    use verl.workers.utils.losses:sft_loss: MOVED" in out
+
+
+def test_hook_of_a_feature_that_does_not_exist(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "FEATURES", {})
+    edit(copy, "verl/workers/engine/base.py", "def train_batch(", "def train_one_batch(")
+    (finding,) = [f for f in check.check(Tree(copy, "a copy")).findings if f.fatal]
+    assert finding.meaning.startswith("phase: verl-fl-overlay refuses to load")
 
 
 def test_json(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,4 +164,4 @@ def test_imports_neither_verl_nor_torch(copy: Path) -> None:
 def test_is_not_on_the_load_path() -> None:
     program = "import sys, verl_fl_overlay; print([m for m in sys.modules if m.startswith('verl_fl_overlay.compat.')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.strip() == "['verl_fl_overlay.compat.pins']"
+    assert done.stdout.strip() == "['verl_fl_overlay.compat.chosen', 'verl_fl_overlay.compat.pins']"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import abc
 import sys
 import types
 import zipfile
@@ -91,6 +92,16 @@ def test_imported_name_is_followed(tmp_path):
     assert (outside.kind, outside.at) == ("import", "einops:pack")
 
 
+def test_name_from_a_star_import_is_followed(tmp_path):
+    (tmp_path / "verl").mkdir()
+    (tmp_path / "verl" / "__init__.py").write_text("from os import *\nfrom .first import *\nfrom .second import *\n")
+    (tmp_path / "verl" / "first.py").write_text("class Other: pass\n")
+    (tmp_path / "verl" / "second.py").write_text("class Config:\n    size: int = 1\ndef _own(): pass\n")
+    found = fingerprint(Tree(tmp_path, "made up"), "verl", "Config.size")
+    assert (found.kind, found.at) == ("attribute", "verl.second:Config.size")
+    assert fingerprint(Tree(tmp_path, "made up"), "verl", "_own") == MISSING, "a star leaves it out"
+
+
 def test_imports_in_a_circle_end(tmp_path):
     (tmp_path / "verl").mkdir()
     (tmp_path / "verl" / "a.py").write_text("from .b import f\n")
@@ -105,6 +116,7 @@ class Base:
     table = {}
     def __init__(self):
         self.mode: str = "train"
+        self.mesh, self.ranks = None, ()
     def run(self, x): return x
     def stub(self): raise NotImplementedError("later")
 class Engine(Base):
@@ -115,6 +127,7 @@ class Engine(Base):
     assert of(tmp_path, text, "Engine.stub") == MISSING
     assert of(tmp_path, text, "Engine.table").kind == "attribute"
     assert of(tmp_path, text, "Engine.mode").kind == "instance attribute"
+    assert of(tmp_path, text, "Engine.ranks").kind == "instance attribute"
     assert of(tmp_path, text, "Engine.table") != of(tmp_path, text.replace("{}", "[]"), "Engine.table")
 
 
@@ -199,6 +212,29 @@ def test_live_reliance_in_the_same_module(monkeypatch):
     EngineRegistry.register = classmethod(lambda cls, entry: cls)
     with pytest.raises(HookError, match=r"EngineRegistry.register, which is classmethod \(cls, entry\)"):
         pins.verify(hook("chip.engine_class"), live)
+
+
+def test_live_reliance_in_another_module_is_compared_where_that_is_loaded(monkeypatch):
+    pinned = pins.pinned("verl.plugin.platform.platform_base:PlatformBase")["0.9.1"]
+    abstract = abc.abstractmethod(lambda self: None)
+    as_pinned = abc.ABCMeta("PlatformBase", (), dict.fromkeys(pinned.parameters, abstract))
+
+    def _detect_platform_name():
+        return "nvidia"
+
+    base = types.ModuleType("verl.plugin.platform.platform_base")
+    base.PlatformBase = as_pinned
+    pins.verify(hook("chip.platform"), _detect_platform_name)
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    pins.verify(hook("chip.platform"), _detect_platform_name)
+    base.PlatformBase = abc.ABCMeta("PlatformBase", (), dict.fromkeys((*pinned.parameters, "more"), abstract))
+    with pytest.raises(HookError, match=r"relies on .*:PlatformBase, which is class \(.*more.*\), expected class"):
+        pins.verify(hook("chip.platform"), _detect_platform_name)
+    del base.PlatformBase
+    with pytest.raises(HookError, match=r"relies on .*:PlatformBase, which is not there"):
+        pins.verify(hook("chip.platform"), _detect_platform_name)
+    base.__spec__ = types.SimpleNamespace(_initializing=True)
+    pins.verify(hook("chip.platform"), _detect_platform_name)
 
 
 def test_pinning_a_wheel_and_its_folder_gives_the_same(tmp_path):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 
-from verl_fl_overlay import compat
 from verl_fl_overlay.compat import InstalledVerl, select
 from verl_fl_overlay.errors import UnsupportedVerlError
 
@@ -13,7 +12,7 @@ from verl_fl_overlay.errors import UnsupportedVerlError
 )
 def test_releases(version, shim):
     chosen = select(InstalledVerl(version, ""))
-    assert (chosen.shim, chosen.warning) == (shim, "")
+    assert (chosen.name, chosen.warning) == (shim, "")
 
 
 def tree(tmp_path, *files):
@@ -41,19 +40,34 @@ PLATFORM, LEGACY = "plugin/platform/platform_manager.py", "workers/fsdp_workers.
 )
 def test_development_versions_are_settled_by_the_tree(tmp_path, version, files, shim):
     chosen = select(InstalledVerl(version, tree(tmp_path, *files)))
-    assert chosen.shim == shim
+    assert chosen.name == shim
     assert "no release" in chosen.warning or "newer" in chosen.warning
 
 
 def test_development_version_without_a_tree_goes_by_its_numbers():
-    assert select(InstalledVerl("0.7.0.dev", "")).shim == "v0_7"
+    assert select(InstalledVerl("0.7.0.dev", "")).name == "v0_7"
 
 
 def test_newer_than_known_takes_the_newest_shim_and_says_so():
     chosen = select(InstalledVerl("0.12.3", ""))
-    assert chosen.shim == "v0_9"
+    assert chosen.name == "v0_9"
     assert "newer than any release" in chosen.warning
     assert "parameters" in chosen.warning
+
+
+@pytest.mark.parametrize("version", ["0.9.1", "0.12.3"])
+def test_hooks_whose_module_is_not_there_are_told_apart(tmp_path, version):
+    """One that serves an engine's package alone is left out; what the files do not show is not said."""
+    assert not select(InstalledVerl(version, tree(tmp_path))).absent, "no version file: not a whole verl"
+    chosen = select(InstalledVerl(version, tree(tmp_path, "version/version", "workers/engine/veomni/__init__.py")))
+    assert "engine.new" not in chosen.absent
+    assert chosen.absent["engine.initialize.fsdp"] == (
+        f"verl {version} has no module verl.workers.engine.fsdp.transformer_impl"
+    )
+    assert chosen.left_out["engine.initialize.veomni"] == (
+        f"verl {version} has no module verl.workers.engine.veomni.transformer_impl; an engine of veomni goes without it"
+    )
+    assert not set(chosen.absent) & set(chosen.left_out)
 
 
 @pytest.mark.parametrize("version", ["0.6.1", "0.1", "0.6.9.dev1"])
@@ -65,13 +79,3 @@ def test_too_old(version):
 def test_unreadable_version():
     with pytest.raises(UnsupportedVerlError, match="'banana'"):
         select(InstalledVerl("banana", ""))
-
-
-@pytest.mark.parametrize("release", compat.RELEASES)
-def test_hook_records_are_complete(release):
-    hooks = select(InstalledVerl(release, "")).hooks
-    assert len({h.name for h in hooks}) == len(hooks), "names are unique"
-    for hook in hooks:
-        for field in ("name", "module", "attribute", "feature", "why", "upstream", "until"):
-            assert getattr(hook, field).strip(), f"{hook.name} has no {field}"
-        assert hook.upstream.startswith("https://")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import verl_trees
+from verl_trees import from_no_index  # noqa: F401
 
 from verl_fl_overlay import cli, compat
-from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat import pins, trial
 from verl_fl_overlay.compat.release import check, pinning
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
@@ -24,6 +25,13 @@ def test_every_hook_and_all_it_relies_on_is_pinned(release: str) -> None:
     hooks = compat.select(compat.InstalledVerl(release, "")).hooks
     pinned = pins.load(release)
     assert sorted(pinned) == pinning.targets(hooks), "the hooks changed: run verl-fl pin --write for every release"
+    assert [target for target, pin in pinned.items() if pin.kind == "missing"] == []
+
+
+@each_release
+def test_all_that_the_trial_step_uses_is_pinned(release: str) -> None:
+    pinned = pins.load(release, pins.TRIAL)
+    assert sorted(pinned) == sorted(trial.RELIES_ON), "the trial changed: run verl-fl pin --write for every release"
     assert [target for target, pin in pinned.items() if pin.kind == "missing"] == []
 
 
@@ -69,10 +77,34 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert json.loads(capsys.readouterr().out.partition("\n")[2]) == written
 
     load = pins.load
-    new = {target: pins.Fingerprint.from_json(pin) for target, pin in written["functions"].items()}
+
+    def with_new(release: str, part: str = pins.HOOKS) -> dict[str, pins.Fingerprint]:
+        if release != "99.1.0":
+            return load(release, part)
+        return {target: pins.Fingerprint.from_json(pin) for target, pin in written[part].items()}
+
     monkeypatch.setattr(compat, "RELEASES", (*compat.RELEASES, "99.1.0"))
-    monkeypatch.setattr(pins, "load", lambda release: new if release == "99.1.0" else load(release))
+    monkeypatch.setattr(pins, "load", with_new)
     assert check.check(Tree(tmp_path, "a copy")).verdict == "verl 99.1.0 works"
+
+
+def test_pins_without_a_target_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = verl_trees.newest()
+    shutil.copytree(newest.folder / "verl", tmp_path / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+    for file, name in (("workers/engine/base.py", "train_batch"), ("workers/utils/losses.py", "sft_loss")):
+        path = tmp_path / "verl" / file
+        path.write_text(path.read_text().replace(f"def {name}(", f"def {name}_renamed("))
+    monkeypatch.setattr(pinning, "__file__", str(tmp_path / "compat" / "release" / "pinning.py"))
+    (tmp_path / "compat" / "pins").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").touch()
+    assert cli.main(["pin", str(tmp_path), "--write"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"verl-fl pin: nothing was written; verl {newest.version} has no ")
+    assert "verl.workers.engine.base:BaseEngine.train_batch" in said
+    assert "verl.workers.utils.losses:sft_loss" in said
+    assert not list((tmp_path / "compat" / "pins").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "of another kind", "removed"])

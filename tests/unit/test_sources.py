@@ -175,7 +175,7 @@ def test_release_that_is_not_pinned(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_development_version_in_an_archive_is_told_apart_by_what_it_has(tmp_path: Path) -> None:
     files = {"verl/version/version": "0.8.0.dev", "verl/workers/engine/base.py": "", "verl/workers/fsdp_workers.py": ""}
     with opened(str(wheel(tmp_path / "old.whl", files))) as tree:
-        assert pinning.selection_for(tree).shim == "v0_7"
+        assert pinning.shim_for(tree).name == "v0_7"
     files["verl/plugin/platform/platform_manager.py"] = ""
     with opened(str(wheel(tmp_path / "new.whl", files))) as tree:
-        assert pinning.selection_for(tree).shim == "v0_9"
+        assert pinning.shim_for(tree).name == "v0_9"

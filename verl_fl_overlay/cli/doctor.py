@@ -1,4 +1,7 @@
-"""``doctor``: what the overlay would do with the verl that is here, every hook tried for real."""
+"""``doctor``: what the overlay does with the verl that is here; every hook is really installed.
+
+What the files say of each hook comes from ``verl-fl check``, so the two cannot disagree.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from typing import Any
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import env
-from verl_fl_overlay.compat import pins
-from verl_fl_overlay.compat.release.fingerprint import fingerprint
+from verl_fl_overlay.compat.release import check
+from verl_fl_overlay.compat.release.check import Comparison, Finding, Outcome, Status
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
-from verl_fl_overlay.hooks import Hook, HookStatus, State
+from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
@@ -40,23 +43,33 @@ def examine() -> tuple[dict[str, Any], bool]:
     """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
     refusals: list[str] = []
     notes: dict[str, str] = {}
+    findings: dict[str, Finding] = {}
     try:
         _import_verl()
-        for status in activation.activate().hooks.report():
+        hooks = activation.activate().hooks
+        findings = _findings()
+        for status in hooks.report():
             fault = _import_target(status)
-            if fault and status.hook.needs and not installed(status.hook.needs):
+            if fault and not _serves(status):
                 notes[status.hook.name] = f"not needed here: {status.hook.needs} is not installed"
             elif fault:
                 notes[status.hook.name] = fault
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
-    result = activation.report()
     active = activation.active()
-    by_name = {status.hook.name: status.hook for status in active.hooks.report()} if active else {}
+    for status in active.hooks.report() if active else []:
+        finding = findings.get(status.hook.name)
+        named = any(f"hook {status.hook.name!r}" in refusal for refusal in refusals)  # what the process itself refused
+        if finding and finding.fatal and _serves(status) and not named:
+            refusals.append(f"hook {status.hook.name}: {finding.meaning}")
+    result = activation.report()
     for hook in result["hooks"]:
-        hook["pinned"] = _pinned(by_name[hook["name"]])
-        hook["detail"] = hook["detail"] or notes.get(hook["name"], "")
+        finding = findings.get(hook["name"])
+        hook["pinned"] = _pinned(finding.target) if finding else "-"
+        hook["outcome"] = finding.outcome.value if finding else ""
+        follows = finding.meaning if finding and finding.outcome is Outcome.WITHOUT else ""
+        hook["detail"] = hook["detail"] or notes.get(hook["name"], follows)
     unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
     result["problems"] += [unloaded] if unloaded else []
     if refusals:
@@ -67,6 +80,18 @@ def examine() -> tuple[dict[str, Any], bool]:
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
     return result, bool(result["verl"]["supported"]) and (not unloaded or by_another)
+
+
+def _findings() -> dict[str, Finding]:
+    """Return hook -> what ``verl-fl check`` says of it on the files of this verl; none where they cannot be read."""
+    verl = compat.find_verl()
+    tree = Tree(Path(verl.folder).parent, "here") if verl and verl.folder else None
+    return {finding.hook.name: finding for finding in check.check(tree).findings} if tree and tree.version else {}
+
+
+def _serves(status: HookStatus) -> bool:
+    """Return whether the hook has a part in this process: it is not left out, and what it needs is installed."""
+    return status.state is not State.DISABLED and (not status.hook.needs or installed(status.hook.needs))
 
 
 def _import_verl() -> None:
@@ -81,7 +106,7 @@ def _import_verl() -> None:
 
 
 def _unloaded(version: str) -> tuple[str, bool]:
-    """Say what to export where verl loads the overlay in no process but this one, and whether another module may."""
+    """Return what to export if verl does not load the overlay in training, and whether another module may load it."""
     listed = modules(os.environ)
     if OVERLAY in listed or compat.finds_plugin(version, OVERLAY):
         return "", False
@@ -92,7 +117,7 @@ def _unloaded(version: str) -> tuple[str, bool]:
 
 
 def _import_target(status: HookStatus) -> str:
-    """Import the module a hook waits for; return in a line why that failed, "" if the hook waits no more."""
+    """Import the module that a hook waits for; return in a line why that failed, "" if it did not."""
     if status.state is not State.WAITING:
         return ""
     module = status.hook.module
@@ -106,21 +131,20 @@ def _import_target(status: HookStatus) -> str:
     return f"{module} was imported, and the hook was not called to it" if status.state is State.WAITING else ""
 
 
-def _pinned(hook: Hook) -> str:
-    """Compare the source that is here with this release's pin, or with the newest for a release without pins."""
-    verl = compat.find_verl()
-    if verl is None or not hook.module.startswith("verl."):
-        return "-"
-    by_release = pins.pinned(hook.target)
-    pin = by_release.get(verl.version) or next(reversed(by_release.values()), None)
-    if pin is None:
-        return "no pin"
-    here = fingerprint(Tree(Path(verl.folder).parent, "here"), hook.module, hook.attribute)
-    if here == pins.MISSING:
-        return "missing"
-    if not here.same_contract(pin):
-        return "parameters differ"
-    return "yes" if (here.body, here.decorators) == (pin.body, pin.decorators) else "body differs"
+_PINNED = {
+    Status.OK: "yes",
+    Status.UNPINNED: "-",
+    Status.BODY: "body differs",
+    Status.MOVED: "moved",
+    Status.SIGNATURE: "parameters differ",
+    Status.MISSING: "missing",
+}
+
+
+def _pinned(comparison: Comparison) -> str:
+    """Return the word for the table's column; a target that was moved away is missing where it was."""
+    moved_away = comparison.breaks and comparison.status is Status.MOVED
+    return _PINNED[Status.MISSING if moved_away else comparison.status]
 
 
 def as_text(result: dict[str, Any]) -> str:

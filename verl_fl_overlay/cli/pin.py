@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the pins, or write them into the checkout that this overlay runs from.
 
+    Nothing is written, and 1 is returned, if something that is pinned is missing in this verl.
+
     Raises:
         OverlayError: ``--write`` where the overlay is installed, and not a checkout.
     """
@@ -30,6 +33,10 @@ def run(options: argparse.Namespace) -> int:
         raise OverlayError(f"--write is for a checkout, and {folder} is in none; there: pip install -e .")
     with sources.opened(options.target) as tree:
         pins = pinning.pins_of(tree)
+    missing = pinning.missing(pins)
+    if options.write and missing:
+        print(f"verl-fl pin: nothing was written; verl {pins['verl']} has no {', no '.join(missing)}", file=sys.stderr)
+        return 1
     if options.write:
         file = folder / "pins" / f"{pins['verl']}.json"
         file.write_text(pinning.as_text(pins), encoding="utf-8")
