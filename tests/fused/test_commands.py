@@ -48,7 +48,7 @@ def test_tune_without_a_model_or_a_profile_says_so(arguments, said, capsys):
 TUNE = """
 import sys, time, torch
 from verl_fl_overlay.cli import main
-from verl_fl_overlay.flaggems.tuning import tune
+from verl_fl_overlay.flaggems import library
 from verl_fl_overlay.flaggems.library import FlagGems, Kernel
 
 def silu(x):
@@ -59,7 +59,7 @@ def embedding(weight, indices, *rest):
     return weight[indices]
 
 kernels = (Kernel("silu", silu, ("CPU",)), Kernel("embedding", embedding, ("CPU",)))
-tune.load_flag_gems = lambda: FlagGems("5", "x", kernels)
+library.load = lambda: FlagGems("5", "x", kernels)
 sys.exit(main(["tune", *sys.argv[1:]]))
 """
 
