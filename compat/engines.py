@@ -7,19 +7,17 @@ none, and ``EngineRegistry.new`` constructs them all, so these few hold for ever
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.events import Engine, engine_built, engine_initialized, failures
-from verl_fl_overlay.hooks import Hook, Wrapper
+from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.phase import training
 
 BASE = "verl.workers.engine.base"
 UPSTREAM = "https://github.com/volcengine/verl/blob/v0.9.1/verl/workers/engine"
-
-Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -122,14 +120,14 @@ def _exit(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
     return result
 
 
-def _train_batch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with training.inside("train_batch"):
-        return wrapped(*args, **kwargs)
+def computing(mode: str) -> Wrapper:
+    """Return a wrapper for a method that computes: it is inside the training phase."""
 
+    def wrapper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with training.inside(mode):
+            return wrapped(*args, **kwargs)
 
-def _infer_batch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with training.inside("infer_batch"):
-        return wrapped(*args, **kwargs)
+    return wrapper
 
 
 def class_for_cuda(registry: Any, device: str, model_type: str, backend: str) -> Any:
@@ -142,61 +140,48 @@ def class_for_cuda(registry: Any, device: str, model_type: str, backend: str) ->
 
 def base_hooks() -> list[Hook]:
     """Return the hooks on what all engines share."""
+    hook = partial(Hook, module=BASE, feature="phase", required=True)
+    modes = "verl has callbacks for entering and leaving an engine's mode"
     return [
-        Hook(
+        hook(
             name="engine.new",
-            module=BASE,
             attribute="EngineRegistry.new",
             wrapper=_new,
-            feature="phase",
-            required=True,
             why="verl constructs every engine here; features are told of the new engine.",
             upstream=f"{UPSTREAM}/base.py#L432",
             until="verl calls a plugin when an engine is constructed",
         ),
-        Hook(
+        hook(
             name="engine.enter",
-            module=BASE,
             attribute="BaseEngineCtx.__enter__",
             wrapper=_enter,
-            feature="phase",
-            required=True,
             why="verl enters an engine's train or eval mode here; the training phase goes one level in.",
             upstream=f"{UPSTREAM}/base.py#L330",
-            until="verl has callbacks for entering and leaving an engine's mode",
+            until=modes,
             relies_on=(f"{BASE}:BaseEngineCtx.mode",),
             pair="engine.exit",
         ),
-        Hook(
+        hook(
             name="engine.exit",
-            module=BASE,
             attribute="BaseEngineCtx.__exit__",
             wrapper=_exit,
-            feature="phase",
-            required=True,
             why="verl leaves the mode here, also after an exception; the training phase goes one level out.",
             upstream=f"{UPSTREAM}/base.py#L334",
-            until="verl has callbacks for entering and leaving an engine's mode",
+            until=modes,
             pair="engine.enter",
         ),
-        Hook(
+        hook(
             name="engine.train_batch",
-            module=BASE,
             attribute="BaseEngine.train_batch",
-            wrapper=_train_batch,
-            feature="phase",
-            required=True,
+            wrapper=computing("train_batch"),
             why="verl runs one training step here; it is inside the training phase even where no mode was entered.",
             upstream=f"{UPSTREAM}/base.py#L113",
             until="verl has callbacks around a training step",
         ),
-        Hook(
+        hook(
             name="engine.infer_batch",
-            module=BASE,
             attribute="BaseEngine.infer_batch",
-            wrapper=_infer_batch,
-            feature="phase",
-            required=True,
+            wrapper=computing("infer_batch"),
             why="verl computes log-probs or values without gradient here; it is inside the training phase.",
             upstream=f"{UPSTREAM}/base.py#L134",
             until="verl has callbacks around a forward pass",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 from verl_fl_overlay.packages import flash_attn_imports
 
 
-def _without_flash_attn(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _without_flash_attn(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if flash_attn_imports():
         return wrapped(*args, **kwargs)
     try:
@@ -25,7 +22,7 @@ def _without_flash_attn(
     return index_first_axis, pad_input, rearrange, unpad_input
 
 
-def _value_model(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _value_model(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from verl.utils.device import get_device_name
 
     if flash_attn_imports() or get_device_name() == "npu":  # there transformers has flash_attention_2 without it

@@ -6,26 +6,18 @@ a Ray actor's class would be lost when Ray pickles it.  The reference policy is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from verl_fl_overlay.compat.engines import BACKENDS, computing
 from verl_fl_overlay.events import Engine, engine_built, engine_initialized
-from verl_fl_overlay.hooks import Hook, Wrapper
+from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.phase import training
 
 UPSTREAM = "https://github.com/volcengine/verl/blob/v0.7.1/verl/workers"
 
-Call = Callable[..., Any]
 
-
-def _train(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with training.inside("train"):
-        return wrapped(*args, **kwargs)
-
-
-def _infer(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with training.inside("eval"):
-        return wrapped(*args, **kwargs)
+_train, _infer = computing("train"), computing("eval")
 
 
 def _build(backend: str) -> Wrapper:
@@ -35,7 +27,8 @@ def _build(backend: str) -> Wrapper:
             built = wrapped(*args, **kwargs)
         model, optimizer = built[:2]
         chunks = model if isinstance(model, list | tuple) else [model]  # Megatron's workers build a list of them
-        engine_initialized.emit(Engine(backend, tuple(chunks), optimizer))
+        steps = hasattr(optimizer, "param_groups")  # Megatron's reference has its configuration in that place
+        engine_initialized.emit(Engine(backend, tuple(chunks), optimizer if steps else None))
         return built
 
     return build
@@ -56,40 +49,31 @@ BUILDERS = {
 """Ray-facing worker -> its method that builds model and optimizer."""
 
 
-def _needs(module: str) -> str:
-    return "megatron.core" if "megatron" in module else ""
-
-
 def hooks() -> list[Hook]:
     """Return the hooks on the steps of actors and critics, and on the building of their models."""
+    hook = partial(Hook, feature="phase", required=True, until="verl 0.8.0, which has no legacy workers")
     steps = [
-        Hook(
+        hook(
             name=f"legacy.{module.split('.')[1]}.{method}",
             module=f"verl.workers.{module}",
             attribute=f"{owner}.{method}",
             wrapper=wrapper,
-            feature="phase",
-            required=True,
             why="verl 0.7's default workers compute here and enter no engine; it is inside the training phase.",
             upstream=f"{UPSTREAM}/{module.replace('.', '/')}.py",
-            until="verl 0.8.0, which has no legacy workers",
-            needs=_needs(module),
+            needs=BACKENDS["megatron"].needs if "megatron" in module else "",
         )
         for module, (owner, methods) in STEPS.items()
         for method, wrapper in methods.items()
     ]
     builders = [
-        Hook(
+        hook(
             name=f"legacy.{backend}.{method.strip('_')}",
             module=f"verl.workers.{backend}_workers",
             attribute=f"{owner}.{method}",
             wrapper=_build(backend),
-            feature="phase",
-            required=True,
             why="verl 0.7's default workers build their models here, inside the training phase; features are told.",
             upstream=f"{UPSTREAM}/{backend}_workers.py",
-            until="verl 0.8.0, which has no legacy workers",
-            needs=_needs(backend),
+            needs=BACKENDS[backend].needs,
         )
         for backend in ("fsdp", "megatron")
         for owner, method in BUILDERS.items()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay import events
 from verl_fl_overlay.compat import engines, ray_env
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.devices.chips import Chip
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
-
-Call = Callable[..., Any]
 
 
 def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay import events
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
-
-Call = Callable[..., Any]
 
 
 NATIVE_ONLY = {

@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from verl_fl_overlay.events import runtime_env
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
-
-Call = Callable[..., Any]
 
 
 def _with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str]) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.events import rollout_plugin_found
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 
 
-def _register(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _register(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rollout_plugin_found.emit()
     return wrapped(*args, **kwargs)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from verl_fl_overlay.events import failures, token_logprobs
-from verl_fl_overlay.hooks import Hook, Wrapper
-
-Call = Callable[..., Any]
+from verl_fl_overlay.hooks import Call, Hook, Wrapper
 
 FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
 """What verl's function goes by (the first is spelt so): whether flash-attn's kernel is there, and torch_npu's."""

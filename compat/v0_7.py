@@ -4,40 +4,23 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import (
-    engines,
-    flash_attn,
-    legacy_workers,
-    platforms,
-    process_group,
-    ray_env,
-    rollout,
-    token_logprobs,
-    without_accelerator,
-)
+from verl_fl_overlay.compat import engines, every_release, flash_attn, legacy_workers, platforms, process_group
+from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
 
 def hooks(version: Version) -> list[Hook]:
     """Return the hooks of this release line; TorchTitan and the prefix grouper arrived with 0.7.1."""
-    backends = ["fsdp", "megatron", "veomni"]
-    consumers = ["fsdp", "legacy_actor"]
-    if version >= Version("0.7.1"):
-        backends += ["torchtitan"]
-        consumers += ["torchtitan", "prefix_grouper"]
+    first = version < Version("0.7.1")
+    backends = ("fsdp", "megatron", "veomni") if first else ("fsdp", "megatron", "veomni", "torchtitan")
+    consumers = ("fsdp", "legacy_actor") if first else ("fsdp", "legacy_actor", "torchtitan", "prefix_grouper")
+    initialize = [engines.initialize_hook(name, floating_type=name != "fsdp") for name in backends]
     return [
-        *engines.base_hooks(),
-        *(engines.initialize_hook(backend, floating_type=backend != "fsdp") for backend in backends),
+        *every_release.hooks(initialize, consumers),
         *legacy_workers.hooks(),
         flash_attn.padding_hook(),
-        flash_attn.value_model_hook(),
-        *(token_logprobs.logprobs_hook(consumer) for consumer in consumers),
-        *ray_env.ray_hooks(),
-        rollout.plugin_hook(),
-        *process_group.flagcx_hooks(),
         process_group.backend_name_hook(),
-        *(process_group.checkpoint_engine_hooks() if version >= Version("0.7.1") else []),
+        *([] if first else process_group.checkpoint_engine_hooks()),
         *platforms.device_helper_hooks(),
-        *without_accelerator.shared_hooks(),
-        *without_accelerator.device_helper_hooks(),
+        *cpu.device_helper_hooks(),
     ]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from verl_fl_overlay.compat import process_group
 from verl_fl_overlay.devices.cpu import CPU_MODULE
 from verl_fl_overlay.events import enough_cpus
-from verl_fl_overlay.hooks import Hook
+from verl_fl_overlay.hooks import Call, Hook
 
 SOURCE = "https://github.com/volcengine/verl/blob"
-
-Call = Callable[..., Any]
 
 
 def _device_module(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

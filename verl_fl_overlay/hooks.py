@@ -23,7 +23,10 @@ from verl_fl_overlay.errors import HookError
 
 logger = logging.getLogger("verl_fl_overlay")
 
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+Call = Callable[..., Any]
+"""A function of another package."""
+
+Wrapper = Callable[[Call, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called in place of the target with (wrapped, instance, args, kwargs); returns what the caller gets."""
 
 Verify = Callable[["Hook", Any], None]
