@@ -47,7 +47,8 @@ print(json.dumps([*times, states.count("installed"), len(states)]))
 
 def run(program: str, variables: dict[str, str], *arguments: str) -> list[float]:
     """Run ``program`` in a fresh process; return the numbers that it printed."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "USE_FLAG", "TRAINING_"))}
+    left_out = ("VERL_", "USE_FLAG", "TRAINING_", "PYTHONDONTWRITEBYTECODE")  # an installed package has its bytecode
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
         env={**kept, "VERL_USE_EXTERNAL_PLUGINS": "none", **variables},

@@ -6,6 +6,7 @@ This file is the gate: from the verl that is here it chooses the hooks of its re
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -200,9 +201,7 @@ def _name_by_probe(verl: InstalledVerl) -> str | None:
 
 
 def _hooks(name: str, base: Version) -> tuple[Hook, ...]:
-    from verl_fl_overlay.compat import v0_7, v0_8, v0_9
-
-    return tuple({"v0_7": v0_7, "v0_8": v0_8, "v0_9": v0_9}[name].hooks(base))
+    return tuple(importlib.import_module(f"{__name__}.{name}").hooks(base))
 
 
 def _warning(version: Version, base: Version, name: str) -> str:

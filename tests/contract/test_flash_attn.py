@@ -14,7 +14,9 @@ from verl.utils import torch_functional  # noqa: E402
 
 from verl_fl_overlay.compat.flash_attn import padding_hook, value_model_hook  # noqa: E402
 from verl_fl_overlay.compat.token_logprobs import logprobs_hook  # noqa: E402
-from verl_fl_overlay.features import attention  # noqa: E402
+from verl_fl_overlay.features.logprobs import Logprobs  # noqa: E402
+from verl_fl_overlay.packages import flash_attn_imports  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,10 @@ def test_log_probs(flash_attn, npu, disabled, computed_by, monkeypatch):
     monkeypatch.setenv("VERL_DISABLE_FLASH_ATTN_CE", disabled)
     asked = []
     logits, labels = torch.randn(3, 8), torch.tensor([1, 2, 3])
-    wrapper = logprobs_hook("fsdp").wrapper
+    wrapper, feature = logprobs_hook("fsdp").wrapper, Logprobs(Settings())
+    feature.start()
     found = wrapper(lambda *args: asked.append(args) or "verl's", None, (logits, labels, True), {})
+    feature.stop()
     if computed_by == "verl":
         assert found == "verl's"
         assert asked == [(logits, labels, True)]
@@ -50,9 +54,9 @@ def flash_attn(monkeypatch):
     """A package of the name, with the module whose import says that it is there."""
     for name in ("flash_attn", "flash_attn.bert_padding"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    attention.flash_attn_imports.cache_clear()
+    flash_attn_imports.cache_clear()
     yield
-    attention.flash_attn_imports.cache_clear()
+    flash_attn_imports.cache_clear()
 
 
 @pytest.mark.parametrize("hook", [padding_hook(), value_model_hook()], ids=lambda hook: hook.name)

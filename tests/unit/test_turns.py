@@ -141,7 +141,7 @@ def test_where_nothing_can_be_written_everybody_is_the_first(tmp_path):
 def test_the_turn_lies_in_triton_s_cache_and_each_chip_has_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for chip in ("one chip", "another"):
-        monkeypatch.setattr(turns.devices, "chip_name", lambda chip=chip: chip)
+        monkeypatch.setattr(turns.accelerator, "chip_name", lambda chip=chip: chip)
         with turns.first_to_compile("a kernel") as turn:
             assert os.listdir(tmp_path / "cache") == ["verl_fl_turns"]
             assert turn.left == ""

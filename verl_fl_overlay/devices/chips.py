@@ -105,6 +105,12 @@ def find(
         named = environment.get(variable, "").strip().lower()
         if named in CHIPS:
             return CHIPS[named], f"{variable}={named}"
+    return _on_this_machine(installed, command)
+
+
+@functools.cache
+def _on_this_machine(installed: Callable[[str], bool], command: Callable[[str], str | None]) -> tuple[Chip | None, str]:
+    """Ask the file system, once: it takes milliseconds, and who activates asks several times."""
     for chip in CHIPS.values():
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"

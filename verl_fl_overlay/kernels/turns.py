@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_fl_overlay.devices import accelerator as devices
+from verl_fl_overlay.devices import accelerator
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -81,7 +81,7 @@ def first_to_compile(kernels: str) -> AbstractContextManager[Turn]:
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     triton = getattr(sys.modules.get("triton"), "__version__", "")
-    chip, overlay = devices.chip_name(), sys.modules["verl_fl_overlay"].__version__
+    chip, overlay = accelerator.chip_name(), sys.modules["verl_fl_overlay"].__version__
     return first_in(folder, f"compiling {kernels} for {chip} with Triton {triton} and overlay {overlay}")
 
 

@@ -1,0 +1,26 @@
+"""The hooks that every release of verl needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from verl_fl_overlay.compat import engines, flash_attn, process_group, ray_env, rollout, token_logprobs
+from verl_fl_overlay.compat import without_accelerator as cpu
+from verl_fl_overlay.hooks import Hook
+
+CONSUMERS = ("fsdp", "torchtitan", "automodel", "prefix_grouper")
+"""Who asks for log-probs, from 0.8.0 on."""
+
+
+def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = CONSUMERS) -> list[Hook]:
+    """Return them; a release says which backends it has (all, if it says nothing) and who asks for log-probs."""
+    return [
+        *engines.base_hooks(),
+        *(map(engines.initialize_hook, engines.BACKENDS) if initialize is None else initialize),
+        flash_attn.value_model_hook(),
+        *map(token_logprobs.logprobs_hook, consumers),
+        *ray_env.ray_hooks(),
+        rollout.plugin_hook(),
+        *process_group.flagcx_hooks(),
+        *cpu.shared_hooks(),
+    ]
