@@ -24,13 +24,12 @@ def main(check: Path, result: Path | None) -> None:
         print("It is pinned and in the matrix: nothing to do.")
         return
     todo = [f"find out why {fault}" for fault in failed]
-    for hook in found["hooks"]:
-        changed = [c for c in (hook, *hook["relies_on"]) if c["status"] not in ("OK", "UNPINNED")]
-        for change in changed:
-            words = "mend" if change["breaks"] else "review"
-            todo.append(
-                f"{words} hook {hook['name']}: {change['status']} {change['target']} {change['detail']}".rstrip()
-            )
+    compared = {f"hook {hook['name']}": [hook, *hook["relies_on"]] for hook in found["hooks"]}
+    for what, changes in {**compared, "compat/trial.py": found["trial"]}.items():
+        for change in changes:
+            if change["status"] not in ("OK", "UNPINNED"):
+                words = "mend" if change["breaks"] else "review"
+                todo.append(f"{words} {what}: {change['status']} {change['target']} {change['detail']}".rstrip())
     if version not in compat.RELEASES:
         todo += [
             f"write compat/constraints/verl-{version}.txt from the environment of this session (pip freeze)",

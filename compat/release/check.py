@@ -114,13 +114,17 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line: works; works, review these; or will refuse to load."""
+        """One line: works; works with less; works, review these; or will refuse to load."""
         if not self.holds:
             fatal = [f.hook.name + _only_with(f.hook) for f in self.findings if f.fatal]
             return f"verl-fl-overlay will refuse to load on verl {self.version}: {', '.join(fatal)}"
-        review = [f.hook.name for f in self.findings if f.outcome is not Outcome.WORKS]
-        trial = f"; {TRIAL} cannot run on it" if self.trial_breaks else ""
-        return f"verl {self.version} works" + (f", review these: {', '.join(review)}" if review else "") + trial
+        less, review = (
+            ", ".join(finding.hook.name for finding in self.findings if finding.outcome is outcome)
+            for outcome in (Outcome.WITHOUT, Outcome.REVIEW)
+        )
+        said = f"verl {self.version} works" + (f" with less: {less}" if less else "")
+        said += f"{';' if less else ','} review these: {review}" if review else ""
+        return said + (f"; {TRIAL} cannot run on it" if self.trial_breaks else "")
 
     @property
     def trial_breaks(self) -> bool:

@@ -58,7 +58,7 @@ def test_optional_hook_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[st
     edit(copy, "verl/utils/model.py", "def load_valuehead_model(", "def load_value_model(")
     status, out = run(copy, capsys)
     assert status == 0
-    assert out.splitlines()[-1].endswith("works, review these: attention.value_model")
+    assert out.splitlines()[-1].endswith("works with less: attention.value_model")
     assert "means: attention goes on without it" in out
 
 
@@ -67,7 +67,7 @@ def test_engine_s_module_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[
     (copy / "verl/workers/engine/veomni").rename(copy / "verl/workers/engine/veomni_renamed")
     status, out = run(copy, capsys)
     assert status == 0
-    assert out.splitlines()[-1].endswith("works, review these: engine.initialize.veomni")
+    assert out.splitlines()[-1].endswith("works with less: engine.initialize.veomni")
     assert "means: phase goes on without it, which is warned about where veomni is installed" in out
 
 
@@ -94,7 +94,7 @@ def test_attribute_of_instances_that_is_gone(copy: Path, capsys: pytest.CaptureF
     edit(copy, "verl/workers/engine/base.py", "self.mode", "self.mode_renamed")
     status, out = run(copy, capsys)
     assert status == 0
-    assert out.splitlines()[-1].endswith("works, review these: engine.enter")
+    assert out.splitlines()[-1].endswith("works with less: engine.enter")
     read = "verl.workers.engine.base:BaseEngineCtx.mode"
     assert f"means: phase goes on with less: the hook is installed, and does not find {read} as it was" in out
 
