@@ -83,7 +83,13 @@ class Question(Generic[P, T]):
         self._answer: Callable[P, T | None] | None = None
 
     def answer(self, answer: Callable[P, T | None]) -> Callable[[], None]:
-        """Have ``answer`` called from now on; call what is returned to end that."""
+        """Have ``answer`` called from now on; call what is returned to end that.
+
+        Raises:
+            RuntimeError: somebody answers already; one of the two would silently not be asked.
+        """
+        if self._answer is not None:
+            raise RuntimeError(f"two features answer one question: {self._answer} and {answer}")
         self._answer = answer
 
         def end() -> None:
