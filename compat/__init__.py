@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import all_suffixes
 
 from packaging.version import InvalidVersion, Version
 
@@ -28,8 +29,6 @@ def _pinned() -> tuple[str, ...]:
 
     A file with any other name than that of a release (``0.9.2.json.part``, ``0.9.2.dev0.json``) is passed over.
 
-    Raises:
-        OverlayError: there is none, so that nothing could be checked.
     """
     try:
         names = os.listdir(os.path.join(os.path.dirname(__file__), "pins"))
@@ -44,8 +43,6 @@ def _pinned() -> tuple[str, ...]:
             version = Version(name.removesuffix(".json"))
             if f"{version}.json" == name and not version.is_prerelease:
                 found.append(version)
-    if not found:
-        raise OverlayError("verl_fl_overlay/compat/pins holds the pins of no release: reinstall verl-fl-overlay")
     return tuple(map(str, sorted(found)))
 
 
@@ -89,7 +86,7 @@ class InstalledVerl:
     def has_module(self, name: str) -> bool:
         """Say whether it has a module or package ``name`` (``verl.workers.engine``)."""
         path = name.removeprefix("verl.").replace(".", "/")
-        return self.has(f"{path}.py") or self.has(f"{path}/__init__.py")
+        return any(self.has(f"{path}{end}") or self.has(f"{path}/__init__{end}") for end in all_suffixes())
 
 
 def find_verl() -> InstalledVerl | None:
@@ -126,14 +123,6 @@ def finds_plugin(version: str, name: str) -> bool:
     return bool(importlib.metadata.entry_points(group="verl.plugins", name=name))
 
 
-def device_chosen() -> bool:
-    """Return whether verl settled on a device in this process, so that a hook can no longer say another."""
-    manager = sys.modules.get("verl.plugin.platform.platform_manager")
-    if manager is not None:
-        return getattr(manager, "_current_platform", None) is not None
-    return "verl.workers.engine.base" in sys.modules  # before 0.9 the engines keep the helpers they found at import
-
-
 def select(verl: InstalledVerl) -> Shim:
     """Choose the shim for ``verl``, and look for the modules of its hooks.
 
@@ -142,7 +131,10 @@ def select(verl: InstalledVerl) -> Shim:
 
     Raises:
         UnsupportedVerlError: verl is older than 0.7.0, or its version cannot be read.
+        OverlayError: there are no pins, so that nothing could be checked.
     """
+    if not RELEASES:
+        raise OverlayError("verl_fl_overlay/compat/pins holds the pins of no release: reinstall verl-fl-overlay")
     try:
         version = Version(verl.version)
     except InvalidVersion as error:

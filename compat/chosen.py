@@ -11,6 +11,7 @@ def device() -> bool:
     """Return whether verl has a device."""
     manager = sys.modules.get(PLATFORM)
     if manager is not None:
+        # Only a warning hangs on it, so a verl that calls it otherwise is not refused.
         return getattr(manager, "_current_platform", None) is not None
     return "verl.workers.engine.base" in sys.modules  # before 0.9 the engines keep the helpers they found at import
 

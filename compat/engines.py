@@ -54,35 +54,39 @@ def told(engine: Any, name: str, backend: Backend) -> Engine:
     """
     module = _attribute(engine, "module")
     chunks = module if isinstance(module, list | tuple) else [module]  # Megatron and TorchTitan keep a list of them
-    floating_type = _attribute(engine, backend.floating_type) if backend.floating_type else ""
     return Engine(
         name,
         tuple(chunk for chunk in chunks if hasattr(chunk, "named_children")),
         _attribute(engine, "optimizer"),
-        str(floating_type or "").removeprefix("torch."),
+        str(getattr(engine, backend.floating_type, "") if backend.floating_type else "").removeprefix("torch."),
     )
 
 
 def _attribute(engine: Any, name: str) -> Any:
     try:
         return getattr(engine, name)
-    except AttributeError:
+    except Exception as error:  # whatever a property of verl's raises
         whose = f"{type(engine).__module__}.{type(engine).__qualname__}"
-        lost = HookError(f"verl's {whose} has no attribute {name}: what the overlay does with it is left out")
+        said = f"has no attribute {name}" if isinstance(error, AttributeError) else f"raises {error!r} for {name}"
+        lost = HookError(f"verl's {whose} {said}: what the overlay does with it is left out")
         failures.record(f"{whose}.{name}", lost)
         return None
 
 
 def _backend_of(engine: Any, registered: str) -> str:
-    """Return the backend whose class ``engine`` has or inherits, else the name that it was registered under."""
+    """Return the backend whose class ``engine`` has or inherits, else the name that it was registered under.
+
+    Somebody else's engine for Megatron is told by its modules' names.
+    """
     homes = (cls.__module__.removesuffix(".transformer_impl") for cls in type(engine).__mro__)
     found = (home.rpartition(".")[2] for home in homes if home.startswith("verl.workers.engine."))
-    return next((name for name in found if name in BACKENDS), registered)
+    others = "megatron" if any("megatron" in cls.__module__.lower() for cls in type(engine).__mro__) else registered
+    return next((name for name in found if name in BACKENDS), others)
 
 
 def _new(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     engine = wrapped(*args, **kwargs)
-    registered = kwargs["backend"] if "backend" in kwargs else args[1]
+    registered = kwargs.get("backend", args[1] if len(args) > 1 else "")
     engine_built.emit(Engine(_backend_of(engine, str(registered))))
     return engine
 

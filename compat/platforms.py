@@ -35,7 +35,8 @@ def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return events.flagcx_backend.ask() or events.chip_backend.ask() or str(wrapped(*args, **kwargs))
+    found = str(wrapped(*args, **kwargs))
+    return events.chip_backend.ask(found) or found
 
 
 def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -171,7 +172,6 @@ def platform_hooks() -> list[Hook]:
                 "verl.plugin.platform.platform_rocm:PlatformROCm",
                 "verl.plugin.platform.platform_manager:PlatformRegistry.get",
                 "verl.plugin.platform.platform_manager:PlatformRegistry.register",
-                "verl.plugin.platform.platform_manager:_current_platform",  # compat.chosen
             ),
         ),
         engine_class_hook(),

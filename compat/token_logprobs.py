@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.events import failures, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 
@@ -28,7 +29,7 @@ def _wrapper(in_place_by_default: bool) -> Wrapper:
     def logprobs(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(*args, **kwargs)
         in_place = in_place_by_default if call.inplace_backward is None else bool(call.inplace_backward)
-        found = token_logprobs.ask(call.logits, call.labels, in_place, _verl_has_a_kernel())
+        found = token_logprobs.ask(call.logits, call.labels, in_place, _verl_has_a_kernel)
         return wrapped(*args, **kwargs) if found is None else found
 
     return logprobs
@@ -49,7 +50,10 @@ def _verl_has_a_kernel() -> bool:
     try:
         flash_attn, npu = (getattr(torch_functional, flag) for flag in FLAGS)
     except AttributeError as error:
-        failures.record("verl.utils.torch_functional, which tells whether verl has a kernel for log-probs", error)
+        lost = HookError(
+            f"log-probs are computed by verl: {error}, by which it told whether it has a kernel of its own"
+        )
+        failures.record("the look for verl's kernels for log-probs", lost)
         return True
     return bool(npu or (flash_attn and os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") != "1"))
 

@@ -16,6 +16,7 @@ import wrapt
 from verl_fl_overlay import compat, features
 from verl_fl_overlay.compat import chosen
 from verl_fl_overlay.devices import chips
+from verl_fl_overlay.devices.cpu import refuse_hidden_accelerator
 from verl_fl_overlay.errors import OverlayError, SettingsError, UnsupportedVerlError
 from verl_fl_overlay.hooks import call_again_on_import
 from verl_fl_overlay.overlay import Overlay
@@ -109,6 +110,8 @@ def _started() -> Overlay:
         )
     for warning in [*misspelt(), *found_conflicts, *shim.warnings()]:
         logger.warning(warning)
+    if settings.device == "cpu":
+        refuse_hidden_accelerator()
     overlay = Overlay(settings, shim, found_conflicts)
     overlay.start()
     if settings.report_dir:

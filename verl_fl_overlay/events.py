@@ -100,7 +100,8 @@ class Question(Generic[P, T]):
 
     def ask(self, *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return the answer; None where nobody answers, or where the answer is that verl does it itself."""
-        return None if self._answer is None else self._answer(*args, **kwargs)
+        answer = self._answer  # another thread may end it meanwhile
+        return None if answer is None else answer(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ rollout_plugin_found = Event("rollout plugin found")
 chip: Question[[], Chip] = Question()
 """Which chip this process trains on, if verl has no platform for it."""
 
-chip_backend: Question[[], str] = Question()
-"""What the collectives of that chip's vendor are called."""
+chip_backend: Question[[str], str] = Question()
+"""What the collectives are called on that chip, where verl names others."""
 
 flagcx_backend: Question[[], str] = Question()
 """What FlagCX is called, where collectives go through it."""
@@ -151,6 +152,6 @@ enough_cpus: Question[[float, int, str], None] = Question()
 runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
 """(Ray's runtime environment, variables that its workers have from elsewhere) -> the runtime environment to use."""
 
-token_logprobs: Question[[Any, Any, bool, bool], Any] = Question()
-"""(logits, labels, whether the gradient may be written over the logits, whether verl has a kernel of its own) ->
+token_logprobs: Question[[Any, Any, bool, Callable[[], bool]], Any] = Question()
+"""(logits, labels, whether the gradient may be written over the logits, what tells whether verl has its own kernel) ->
 log-probs, as ``kernels.logprobs`` says."""

@@ -10,6 +10,7 @@ from verl_fl_overlay.compat import Shim, pins
 from verl_fl_overlay.errors import SettingsError, nearest
 from verl_fl_overlay.features import Features
 from verl_fl_overlay.hooks import Hook, HookSet
+from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import Settings
 
 
@@ -40,6 +41,8 @@ class Overlay:
         """Install the hooks and start the features; all of it or nothing."""
         events.failures.begin(self.settings.strict)
         with ExitStack() as undo:
+            undo.callback(events.failures.begin, strict=False)
+            undo.callback(training.forget)
             undo.callback(self.hooks.remove)
             self.hooks.install()
             undo.callback(self.features.stop)

@@ -57,6 +57,12 @@ class Phase:
             if self._depth == 0:
                 self.left.emit()
 
+    def forget(self) -> None:
+        """Be off and count from zero: without its hooks verl tells of no leaving any more."""
+        with self._lock:
+            self._depth = 0
+            self.counts.clear()
+
     @contextmanager
     def inside(self, mode: str) -> Iterator[None]:
         """Hold the phase for the length of a ``with`` block, whatever happens in it."""

@@ -270,17 +270,17 @@ def test_the_feature_answers_while_it_is_on():
     logits, labels, _ = random_case((4, 8), torch.bfloat16)
     for _ in range(2):
         feature = Logprobs(Settings.of())
-        assert events.token_logprobs.ask(logits, labels, False, False) is None
+        assert events.token_logprobs.ask(logits, labels, False, lambda: False) is None
         feature.start()
         assert feature.describe() == {"kernels": {}}
         torch.testing.assert_close(
-            events.token_logprobs.ask(logits, labels, False, False), token_logprobs(logits, labels)
+            events.token_logprobs.ask(logits, labels, False, lambda: False), token_logprobs(logits, labels)
         )
         assert feature.describe() == {"kernels": {"cpu, bfloat16": "torch"}}
         mine = type("Mine", (torch.Tensor,), {})
-        assert events.token_logprobs.ask(logits.as_subclass(mine), labels, False, False) is None, (
+        assert events.token_logprobs.ask(logits.as_subclass(mine), labels, False, lambda: False) is None, (
             "verl's own computes these"
         )
-        assert events.token_logprobs.ask(logits, labels, False, True) is None, "verl has a kernel of its own"
+        assert events.token_logprobs.ask(logits, labels, False, lambda: True) is None, "verl has a kernel of its own"
         feature.stop()
         assert feature.describe() == {"kernels": {}}

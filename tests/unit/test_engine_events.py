@@ -60,7 +60,7 @@ def test_each_pipeline_chunk_is_a_model(initialized):
     assert initialized == [events.Engine("megatron", tuple(chunks), None, "float16")]
 
 
-@pytest.mark.parametrize("gone", ["module", "optimizer", "_autocast_dtype"])
+@pytest.mark.parametrize("gone", ["module", "optimizer"])
 def test_an_attribute_that_is_gone_is_named_and_the_rest_is_told(initialized, failures, gone):
     attributes = {"module": Model(), "optimizer": object(), "_autocast_dtype": "torch.bfloat16"}
     del attributes[gone]
@@ -73,6 +73,23 @@ def test_an_attribute_that_is_gone_is_named_and_the_rest_is_told(initialized, fa
     engine = initialized[-1]
     assert engine.models == ((attributes["module"],) if "module" in attributes else ())
     assert engine.optimizer is attributes.get("optimizer")
+
+
+def test_a_floating_type_that_is_gone_is_not_told(initialized, failures):
+    """verl's own code takes it for optional: a subclass may lack it."""
+    initialize(Verls(module=Model(), optimizer=None))
+    assert (initialized[-1].mixed_precision, failures.told()) == ("", {})
+
+
+def test_what_a_property_raises_does_not_reach_verl(initialized, failures):
+    class Lazy(Verls):
+        @property
+        def module(self):
+            raise RuntimeError("not yet")
+
+    initialize(Lazy(optimizer="an optimizer"))
+    assert initialized[-1].optimizer == "an optimizer"
+    assert "raises RuntimeError('not yet') for module" in next(iter(failures.told().values()))
 
 
 def test_under_strict_the_process_stops_at_it(failures):
@@ -88,13 +105,15 @@ def test_under_strict_the_process_stops_at_it(failures):
         (["veomni", "fsdp"], "veomni", "veomni"),
         (["fsdp.fsdp_turbo_impl", "fsdp"], "fsdp_turbo", "fsdp"),
         ([], "somebodys", "somebodys"),
+        (["acme.megatron_engine"], "acme_mcore", "megatron"),
     ],
 )
 def test_the_backend_is_that_of_the_class_that_is_inherited(modules, registered, backend):
     cls: type = object
     for module in reversed(modules):
         home = module if "." in module else f"{module}.transformer_impl"
-        cls = type("Engine", (cls,), {"__module__": f"verl.workers.engine.{home}"})
+        home = home if module.startswith("acme") else f"verl.workers.engine.{home}"
+        cls = type("Engine", (cls,), {"__module__": home})
     told = []
     end = events.engine_built.subscribe(told.append)
     hook_of("engine.new").wrapper(lambda *args: type("Engine", (cls,), {})(), None, ("language_model", registered), {})

@@ -87,6 +87,7 @@ def test_the_hooks_are_off_also_where_a_feature_does_not_stop(monkeypatch):
     overlay = Overlay(Settings(), compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")))
     monkeypatch.setattr(activation._process, "overlay", overlay)
     overlay.start()
+    overlay.features.start()  # again: nothing is started twice
     with pytest.raises(OSError, match="broken does not stop"):
         activation.deactivate()
     assert activation.active() is None
@@ -160,6 +161,7 @@ def test_nothing_of_one_activation_is_in_the_next(tmp_path):
         import json
         import verl
         from verl_fl_overlay import activation, events
+        from verl_fl_overlay.phase import training
         def broken(*args):
             raise ValueError("of the first run")
         found = []
@@ -171,6 +173,7 @@ def test_nothing_of_one_activation_is_in_the_next(tmp_path):
                 end = events.engine_initialized.subscribe(broken)
                 events.engine_initialized.emit(events.Engine("fsdp"))
                 end()
+                training.enter("train")  # and verl is stopped before it leaves
             busy = activation.report()
             activation.deactivate()
             found.append([quiet, busy])
@@ -181,7 +184,7 @@ def test_nothing_of_one_activation_is_in_the_next(tmp_path):
                      if isinstance(each, events.Question) and each._answer is not None]
         subscribers = [name for name, each in vars(events).items()
                        if isinstance(each, events.Event) and each._subscribers]
-        print(json.dumps([found, questions, subscribers]))"""
+        print(json.dumps([found, questions, subscribers, events.failures.told()]))"""
     env = {
         "PYTHONPATH": str(tmp_path),
         "USE_FLAGCX": "1",
@@ -191,9 +194,9 @@ def test_nothing_of_one_activation_is_in_the_next(tmp_path):
         "VLLM_FL_OOT_BLACKLIST": "rms_norm",
         "VERL_FL_REPORT_DIR": str(tmp_path / "reports"),
     }
-    (first, second), questions, subscribers = json.loads(output(program, env=env))
+    (first, second), questions, subscribers, failures = json.loads(output(program, env=env))
     assert any("of the first run" in problem for problem in first[1]["problems"])
     assert first[1]["features"]["phase"]["detail"] == {"engines": ["fsdp: no model, no optimizer"]}
     assert second[0] == first[0], "the second activation begins as the first did"
     assert second[1]["problems"] == first[0]["problems"]
-    assert (questions, subscribers) == ([], [])
+    assert (questions, subscribers, failures) == ([], [], {})

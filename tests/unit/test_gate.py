@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from verl_fl_overlay import compat
 from verl_fl_overlay.compat import InstalledVerl, select
-from verl_fl_overlay.errors import UnsupportedVerlError
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,20 @@ def test_too_old(version):
 def test_unreadable_version():
     with pytest.raises(UnsupportedVerlError, match="'banana'"):
         select(InstalledVerl("banana", ""))
+
+
+@pytest.mark.parametrize(
+    "file", ["workers/engine/base.py", "workers/engine/base/__init__.py", "workers/engine/base.pyc"]
+)
+def test_a_module_is_there_in_whatever_form_python_imports_it(tmp_path, file):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    verl = InstalledVerl("0.9.1", str(tmp_path))
+    assert verl.has_module("verl.workers.engine.base")
+    assert not verl.has_module("verl.workers.engine.other")
+
+
+def test_without_pins_nothing_is_hooked(monkeypatch):
+    monkeypatch.setattr(compat, "RELEASES", ())
+    with pytest.raises(OverlayError, match="holds the pins of no release"):
+        select(InstalledVerl("0.9.1", ""))

@@ -87,3 +87,15 @@ def test_threads_share_one_phase(phase):
         thread.join()
     assert phase.depth == 0
     assert phase.log[::2] == ["in"] * (len(phase.log) // 2), "entering and leaving alternate"
+
+
+def test_two_features_cannot_answer_one_question():
+    question = events.Question()
+    assert question.ask() is None
+    end = question.answer(lambda: "mine")
+    with pytest.raises(RuntimeError, match="two features answer one question"):
+        question.answer(lambda: "yours")
+    assert question.ask() == "mine"
+    end()
+    end()
+    assert question.ask() is None

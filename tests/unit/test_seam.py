@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import verl_fl_overlay
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import pins
+from verl_fl_overlay.events import Engine
 
 PACKAGE = Path(verl_fl_overlay.__file__).parent
 COMPAT = Path(compat.__file__).parent
@@ -31,6 +33,16 @@ def hooks() -> list:
 
 PINNED = {target for release in compat.RELEASES for target in pins.load(release)}
 LISTED = {target for hook in hooks() for target in (hook.target, *hook.relies_on)}
+
+
+OF_AN_ENGINE = {f"engine.{field.name}" for field in fields(Engine)}
+"""What a feature may ask an engine: what the event of that name holds."""
+
+OTHERS_TOO = {"get_device_name"}
+"""What torch's device modules have as well."""
+
+OF_VERL_ALONE = {leaf for t in PINNED if "_" in (leaf := t.split(":")[1].split(".")[-1]).strip("_")} - OTHERS_TOO
+"""Names of verl's functions and attributes that are no plain words."""
 
 
 def docstrings(tree: ast.AST) -> set[ast.AST]:
@@ -60,6 +72,10 @@ def verls_names(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Name | ast.Attribute):
             name = node.id if isinstance(node, ast.Name) else node.attr
             yield from {name} & classes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "engine":
+            yield from {f"engine.{node.attr}"} - OF_AN_ENGINE
+        elif isinstance(node, ast.Attribute | ast.Constant):
+            yield from {node.attr if isinstance(node, ast.Attribute) else node.value} & OF_VERL_ALONE
 
 
 @pytest.mark.parametrize("file", OUTSIDE, ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -76,10 +92,21 @@ def test_no_name_of_verls_outside_compat(file):
         "kind = 'FSDPEngine'",
         "isinstance(x, FSDPEngine)",
         "base.EngineRegistry",
+        "engine.module",
+        "getattr(engine, 'param_dtype', None)",
+        "other._autocast_dtype",
+        "name = 'get_nccl_backend'",
     ],
 )
 def test_the_search_finds_a_name_of_verls(text):
     assert list(verls_names(ast.parse(text)))
+
+
+def root(node: ast.expr) -> str:
+    """Return the variable that a chain of attributes begins with."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def read_of_verl(tree: ast.AST) -> Iterator[str]:
@@ -87,7 +114,9 @@ def read_of_verl(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "verl":
             yield from (f"{node.module}:{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in OF_VERLS_OBJECTS:
+        elif isinstance(node, ast.Import):
+            yield from (f"{alias.name}:" for alias in node.names if alias.name.split(".")[0] == "verl")
+        elif isinstance(node, ast.Attribute) and root(node) in OF_VERLS_OBJECTS:
             yield f".{node.attr}"
         elif (
             isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("_attribute", "getattr")
@@ -110,5 +139,5 @@ def test_what_a_hook_reads_of_verl_is_pinned(file):
 
 
 def test_the_search_finds_what_is_read():
-    text = "from verl.a import b\ndef w(instance):\n _attribute(instance, 'c')\n getattr(engine, 'd')\n instance.e"
-    assert list(read_of_verl(ast.parse(text))) == ["verl.a:b", ".c", ".d", ".e"]
+    text = "from verl.a import b\ndef w(instance):\n _attribute(instance, 'c')\n getattr(engine, 'd')\n instance.e.f"
+    assert set(read_of_verl(ast.parse(text))) == {"verl.a:b", ".c", ".d", ".e", ".f"}

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,9 @@ NVIDIA machine too.
 CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
 """What VERL_FL_DEVICE=cpu trains on; the variable is the one that Ray sets for its workers, there is none for CPUs."""
 
+FLAGCX = "flagcx"
+"""What torch calls FlagCX's collectives, which serve any chip."""
+
 KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
 """Vendors whose platform verl has itself."""
 
@@ -105,12 +109,14 @@ def find(
         named = environment.get(variable, "").strip().lower()
         if named in CHIPS:
             return CHIPS[named], f"{variable}={named}"
-    return _on_this_machine(installed, command)
+    return _on_this_machine(installed, command, os.environ.get("PATH"), tuple(sys.path))
 
 
 @functools.cache
-def _on_this_machine(installed: Callable[[str], bool], command: Callable[[str], str | None]) -> tuple[Chip | None, str]:
-    """Ask the file system, once: it takes milliseconds, and who activates asks several times."""
+def _on_this_machine(
+    installed: Callable[[str], bool], command: Callable[[str], str | None], *searched: Any
+) -> tuple[Chip | None, str]:
+    """Ask the file system once for these search paths: it takes milliseconds, and an activation asks several times."""
     for chip in CHIPS.values():
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"

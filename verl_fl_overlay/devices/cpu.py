@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from types import ModuleType
 from typing import Any
+
+from verl_fl_overlay.errors import SettingsError
 
 
 class CpuModule(ModuleType):
@@ -85,3 +88,17 @@ class CpuModule(ModuleType):
 
 CPU_MODULE = CpuModule()
 """The one that every caller gets; it keeps nothing."""
+
+
+def refuse_hidden_accelerator() -> None:
+    """Raise if VERL_FL_DEVICE=cpu was asked for where torch sees CUDA, which verl took before the overlay was loaded.
+
+    Raises:
+        SettingsError: with the variable that hides the GPUs.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        raise SettingsError(
+            f"VERL_FL_DEVICE=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s) and verl has already "
+            "decided to use them. Hide them too: export CUDA_VISIBLE_DEVICES="
+        )

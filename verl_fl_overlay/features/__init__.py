@@ -138,7 +138,12 @@ class Features:
         self._stop = ExitStack()
 
     def start(self) -> None:
-        """Start them in the order of ``FEATURES``.  If one cannot start, all are stopped and its error is raised."""
+        """Start them in the order of ``FEATURES``.  If one cannot start, all are stopped and its error is raised.
+
+        Nothing is done where they are started already.
+        """
+        if self._started:
+            return
         with ExitStack() as stop:
             for entry in FEATURES.values():
                 if entry.home and not entry.reason_off(self._settings):

@@ -19,7 +19,11 @@ class UnknownChip(Feature):
         chip = chips.without_platform(self.settings)
         if chip is not None:
             self.undo.callback(events.chip.answer(lambda: chip))
-            self.undo.callback(events.chip_backend.answer(partial(chips.backend, chip)))
+            self.undo.callback(events.chip_backend.answer(partial(self._collectives, chip)))
+
+    @staticmethod
+    def _collectives(chip: chips.Chip, found: str) -> str:
+        return found if found == chips.FLAGCX else chips.backend(chip)
 
     def describe(self) -> dict[str, Any]:
         """Return the chip's row, and what told that it is here."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from verl_fl_overlay import events
-from verl_fl_overlay.errors import OverlayError, SettingsError
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.features.feature import Feature
 
 
@@ -14,17 +13,7 @@ class Cpu(Feature):
     """Makes what verl asks for an accelerator fit a CPU."""
 
     def start(self) -> None:
-        """Answer what a process group and Ray's workers need on a CPU.
-
-        Raises:
-            SettingsError: torch sees CUDA.  verl took it for its device when it was imported, before the overlay.
-        """
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            raise SettingsError(
-                f"VERL_FL_DEVICE=cpu, but torch sees {torch.cuda.device_count()} CUDA device(s) and verl has already "
-                "decided to use them. Hide them too: export CUDA_VISIBLE_DEVICES="
-            )
+        """Answer what a process group and Ray's workers need on a CPU."""
         self.undo.callback(events.group_backend.answer(without_repeated_pairs))
         self.undo.callback(events.enough_cpus.answer(refuse_too_few))
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import events
+from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import FlagCXError
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.settings import Settings
 
-BACKEND = "flagcx"
+BACKEND = chips.FLAGCX
 LIBRARY = "libflagcx.so"
 LIBRARY_FOLDERS = ("lib", "build/lib")
 PLUGIN_FOLDER = "plugin/torch"

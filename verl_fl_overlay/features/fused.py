@@ -60,6 +60,8 @@ class Fused(Feature):
     def _remove(self) -> None:
         if self._made is not None:
             _, optimizers, modules = self._made
-            optimizers.remove()
-            modules.remove()
             self._made = None
+            try:
+                optimizers.remove()
+            finally:
+                modules.remove()

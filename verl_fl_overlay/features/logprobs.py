@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from verl_fl_overlay import events
@@ -28,14 +29,14 @@ class Logprobs(Feature):
         """Return what computed so far, as ``TokenLogprobs.used``."""
         return {"kernels": dict(self._made.used) if self._made else {}}
 
-    def _compute(self, logits: Any, labels: Any, in_place: bool, verl_has_a_kernel: bool) -> Any:
+    def _compute(self, logits: Any, labels: Any, in_place: bool, verl_has_a_kernel: Callable[[], bool]) -> Any:
         """Return the log-probs; None where verl computes them itself.
 
         That is where it has flash-attn's kernel or torch_npu's, and for a tensor of another class, such as a DTensor.
         """
         from torch import Tensor  # not at the top, where it would be imported at load
 
-        if verl_has_a_kernel or type(logits) is not Tensor:
+        if type(logits) is not Tensor or verl_has_a_kernel():
             return None
         if self._made is None:
             from verl_fl_overlay.kernels.agreement import Agreement

@@ -21,9 +21,15 @@ from verl_fl_overlay.kernels.agreement import Agreement, Pair, Run, Samples, can
 class _Chosen(int):
     """What a group's ``fused`` is where it was chosen here.
 
-    torch takes it for True, which is what a user would write.  The type tells the two apart, also after the groups were
-    copied or pickled.
+    torch takes it for True, which is what a user would write.  The type tells the two apart, also in a copy of the
+    groups.  Pickled it is a plain 1, which a process without the overlay can read.
     """
+
+    def __deepcopy__(self, memo: Any) -> _Chosen:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (1,)
 
 
 class FusedAdam:
