@@ -126,7 +126,7 @@ def _torch_version() -> str | None:
 
 
 def _device(overlay: Overlay | None) -> str:
-    """Say what torch computes on, without starting it: only a torch that is loaded is asked."""
+    """Return the device that torch computes on; torch is asked only if it is loaded, and is not started."""
     if overlay is not None and overlay.settings.device == "cpu":
         return "cpu"
     torch = sys.modules.get("torch")

@@ -1,4 +1,4 @@
-"""The CPU as a training device: what verl asks of a torch device module and ``torch.cpu`` does not have."""
+"""The CPU as a training device: the functions that verl expects of a torch device module and ``torch.cpu`` lacks."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ class CpuModule(ModuleType):
 
 
 CPU_MODULE = CpuModule()
-"""The one that every caller gets; it keeps nothing."""
+"""The one instance that every caller gets; it has no state."""

@@ -19,7 +19,7 @@ logger = logging.getLogger("verl_fl_overlay")
 
 
 class Routing(Feature):
-    """Routes the chosen operators while the training phase is on, or from its first time on (VERL_FL_SCOPE=process).
+    """Routes the chosen operators while the training phase is on, or from its first start on (VERL_FL_SCOPE=process).
 
     FlagGems is loaded when the phase is entered for the first time: an engine is being initialised then, and its
     worker has chosen its device.
@@ -34,7 +34,7 @@ class Routing(Feature):
         self._fault: Exception | None = None
 
     def start(self) -> None:
-        """Route in the training phase from now on; at the end the operators are taken back, whatever the scope."""
+        """Route in the training phase from now on; ``stop`` takes the operators back in either scope."""
         self.undo.callback(self._take_back)
         if self._counts is not None:
             atexit.register(self._counts.write)
