@@ -198,8 +198,8 @@ def engine_class_hook() -> Hook:
 def device_helper_hooks() -> list[Hook]:
     """Return what the releases without a platform layer (0.7, 0.8) need.
 
-    They are enough for engines in processes that torchrun starts.  They are not enough for 0.7's legacy workers, nor
-    for Ray: those releases ask Ray only for GPUs or NPUs.
+    This is enough for engines in processes that torchrun starts.  It is not enough for 0.7's legacy workers, nor for
+    Ray: those releases ask Ray only for GPUs or NPUs.
     """
     source = "https://github.com/volcengine/verl/blob/v0.8.0/verl/utils/device.py"
     return [

@@ -43,7 +43,7 @@ class _Call(NamedTuple):
 
 
 def _verl_has_a_kernel() -> bool:
-    """Whether verl has flash-attn's or torch_npu's kernel, and no loop over rows; True also if verl does not tell."""
+    """Whether verl uses flash-attn's or torch_npu's kernel and not a loop over rows; True also if it does not tell."""
     from verl.utils import torch_functional
 
     try:

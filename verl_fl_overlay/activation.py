@@ -127,7 +127,7 @@ def _log_at_verls_level() -> None:
 
 
 def deactivate() -> None:
-    """Take everything back; the next activation reads the environment anew."""
+    """Take everything back; the next activation reads the environment again."""
     with _process.lock:
         overlay, _process.overlay = _process.overlay, None
         if overlay is not None:

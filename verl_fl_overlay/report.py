@@ -22,7 +22,7 @@ from verl_fl_overlay.settings.table import misspelt, shown
 
 
 def build(overlay: Overlay | None) -> dict[str, Any]:
-    """Return the report of this process, whose overlay is ``overlay``, None before verl was imported."""
+    """Return the report of this process; ``overlay`` is its overlay, None before verl was imported."""
     found = compat.find_verl()
     hooks = overlay.hooks.report() if overlay else []
     return {

@@ -72,7 +72,7 @@ CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
 """The chip of VERL_FL_DEVICE=cpu.  No variable makes CPUs visible, so it has the one that Ray sets for its workers."""
 
 KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
-"""Vendors whose platform verl has itself."""
+"""Vendors for which verl has its own platform."""
 
 
 def _installed(package: str) -> bool:

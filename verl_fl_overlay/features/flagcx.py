@@ -43,7 +43,7 @@ class FlagCX(Feature):
         """Return what to initialise a group with instead of ``backend``; import the plugin if the text names FlagCX.
 
         A bare ``flagcx`` becomes ``cpu:gloo,<device>:flagcx``, because verl also gathers CPU tensors and objects.
-        Whatever does not name FlagCX is returned as it is.
+        A ``backend`` that does not name FlagCX is returned unchanged.
 
         Raises:
             FlagCXError: the plugin or its library is not there or cannot be loaded; names the file and what was tried.

@@ -85,7 +85,7 @@ class Routing(Feature):
         return self._router
 
     def describe(self) -> dict[str, Any]:
-        """Return what is routed, why, and what is not, in JSON's types."""
+        """Return what is routed and why, and what is not routed, in JSON's types."""
         scope = "the training phase" if self.settings.scope == "phase" else "the process, from the first engine on"
         if self._gems is None:
             found = library.installed_version() or f"not installed: {library.INSTALL}"

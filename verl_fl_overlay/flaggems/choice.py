@@ -70,7 +70,7 @@ SOURCES: list[Source] = [by_list, by_profile, everything]
 
 
 def select(settings: Settings, gems: FlagGems) -> Selection:
-    """Return the kernels to route: those chosen, without those that would harm a gradient.
+    """Return the kernels to route: the chosen ones, except those that would harm a gradient.
 
     VERL_FL_UNSAFE_OPS lets single aten keys through.
 

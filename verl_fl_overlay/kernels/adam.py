@@ -93,7 +93,7 @@ def _is_open(group: dict[str, Any]) -> bool:
 
 
 def _show(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Change a new state dict, whose groups and states are named by number, before its user sees it."""
+    """Change a new state dict before its user sees it; it names groups and states by number."""
     _unchoose(state_dict["param_groups"], state_dict["state"])
 
 

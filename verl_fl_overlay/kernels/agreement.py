@@ -63,7 +63,7 @@ def can_be_checked(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def kernels_take(*tensors: Tensor) -> bool:
-    """Whether a kernel may see these: plain tensors, not empty, of a type and on a device that have kernels."""
+    """Whether a kernel may get these: plain tensors, not empty, with a type and a device that have kernels."""
     return all(
         type(tensor) in (Tensor, nn.Parameter) and can_be_checked(tensor.dtype, tensor.device) and tensor.numel() > 0
         for tensor in tensors

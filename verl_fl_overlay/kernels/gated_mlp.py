@@ -69,7 +69,7 @@ def _pair(samples: Samples, mlp: Any, kernel: Callable[..., Tensor]) -> Pair:
 
 
 def _linear(weight: Tensor) -> nn.Module:
-    """Return a linear module whose weight is ``weight`` itself, so that it gets the gradient."""
+    """Return a linear module with the tensor ``weight`` itself, so that the tensor gets the gradient."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     del linear.weight
     linear.weight = weight

@@ -25,7 +25,7 @@ def files(model: Any) -> Iterator[ModuleType]:
     """Yield the files that define classes of the model and their own rotary function, if nobody has replaced it."""
     for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
         function = getattr(sys.modules.get(name), NAME, None)
-        if function is None or function.__module__ != name:  # somebody else's, or ours already
+        if function is None or function.__module__ != name:  # already replaced, by us or by others
             continue
         if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]:
             yield sys.modules[name]

@@ -93,7 +93,7 @@ def _open(folder: Path, what: str) -> int:
 
 
 def _take(descriptor: int, what: str) -> bool:
-    """Return True with the file locked, False once somebody has finished or the wait was too long."""
+    """Return True with the file locked, False once another process has finished or the wait was too long."""
     begun, said = time.monotonic(), False
     while not os.fstat(descriptor).st_size:
         try:

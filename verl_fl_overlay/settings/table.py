@@ -42,8 +42,8 @@ EXCLUSIVE = (
 class Settings:
     """The parsed environment, and the table of the variables that the overlay acts on: a row is a class attribute.
 
-    What the overlay acts on is an attribute.  Every variable, also the other components', is there by its name:
-    ``settings["USE_FLAGCX"]`` is the parsed value, or the default where it was not set.  ``given`` holds the raw text
+    A variable that the overlay acts on is an attribute.  Every variable, also of other components, can be read by name:
+    ``settings["USE_FLAGCX"]`` is the parsed value, or the default if it was not set.  ``given`` holds the raw text
     of the variables that were set, ``parsed`` their values.
     """
 

@@ -83,7 +83,7 @@ def operator(key: str) -> Any:
 
 
 class _Recorder:
-    """Counts calls with kernels of its own, each of which then lets torch's operator compute."""
+    """Counts calls with its own kernels; each of them then lets torch's operator compute."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Counter[Call]] = {}

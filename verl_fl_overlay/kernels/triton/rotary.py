@@ -19,7 +19,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     Args:
         q: (batch, heads, length, size), with any strides; elements i and i + size / 2 are a pair.
-        k: (batch, heads of its own, length, size).
+        k: (batch, its own number of heads, length, size).
         cos: (batch or 1, length, size).
         sin: like ``cos``.
     """
