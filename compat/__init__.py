@@ -25,9 +25,9 @@ OLDEST = Version("0.7.0")
 
 
 def _pinned() -> tuple[str, ...]:
-    """Return the releases of which ``pins/`` has a file, oldest first.
+    """Return the releases that have a file in ``pins/``, oldest first.
 
-    A file with any other name than that of a release (``0.9.2.json.part``, ``0.9.2.dev0.json``) is passed over.
+    Files that are not named after a release (``0.9.2.json.part``, ``0.9.2.dev0.json``) are ignored.
 
     """
     try:
@@ -47,16 +47,16 @@ def _pinned() -> tuple[str, ...]:
 
 
 RELEASES = _pinned()
-"""The releases that the overlay was written for and is tested with: those that are pinned."""
+"""The pinned releases: the overlay was written for them and is tested with them."""
 
 
 @dataclass(frozen=True)
 class Shim:
     """What the gate chose: verl's version, the shim's name (v0_9), its hooks, and a warning for an untested version.
 
-    ``left_out`` and ``absent`` are hook -> reason for hooks whose module this verl does not have.  In ``left_out`` are
-    those that need a package, since each serves one engine, and to refuse would stop who trains on another.  All others
-    are in ``absent``: a required one is refused, an optional one is warned about.
+    ``left_out`` and ``absent`` are hook -> reason, for hooks on modules that this verl does not have.  ``left_out``
+    holds the hooks that need a package: each serves one engine, and a refusal would stop users of other engines too.
+    ``absent`` holds all others: the overlay refuses if a required one is absent, and warns if an optional one is.
     """
 
     version: str
@@ -90,9 +90,9 @@ class InstalledVerl:
 
 
 def find_verl() -> InstalledVerl | None:
-    """Return the verl that is imported, or would be, without importing it; None if there is none.
+    """Return the verl that is imported or would be imported, without importing it; None if there is none.
 
-    The module is asked first: it may come from a source tree, of which the installed metadata knows nothing.
+    The module is read first: it may come from a source tree, which the installed metadata does not describe.
     """
     module = sys.modules.get("verl")
     spec = importlib.util.find_spec("verl") if module is None else module.__spec__
@@ -116,7 +116,7 @@ def _version_file(folder: str) -> str:
 
 
 def finds_plugin(version: str, name: str) -> bool:
-    """Return whether verl ``version`` loads the entry point ``name`` by itself: none before 0.9 looks for any."""
+    """Return whether verl ``version`` loads the entry point ``name`` by itself; releases before 0.9 load none."""
     allowed = [part.strip() for part in os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").lower().split(",")]
     if Version(version) < Version("0.9.dev0") or (allowed != ["auto"] and name not in allowed):
         return False
@@ -148,7 +148,7 @@ def select(verl: InstalledVerl) -> Shim:
             f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
             "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
-    # After the newest release the files that the probe looks for may have moved, so there the version decides.
+    # A version after the newest release may have moved the files that the probe looks for, so the version decides.
     name = _name_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None
     if name is None:
         name = _name_by_version(base)
@@ -169,7 +169,7 @@ def select(verl: InstalledVerl) -> Shim:
 
 
 def _without_module(verl: InstalledVerl, hooks: tuple[Hook, ...]) -> dict[str, str]:
-    """Return hook -> reason for those whose module is not there; none where verl's files cannot be looked at."""
+    """Return hook -> reason for hooks on modules that verl does not have; empty if verl's files cannot be read."""
     if not verl.has("version/version"):  # the folder is not known, or in a zip
         return {}
     modules = {hook.module for hook in hooks if hook.module.startswith("verl.")}
@@ -184,7 +184,7 @@ def _name_by_version(base: Version) -> str:
 
 
 def _name_by_probe(verl: InstalledVerl) -> str | None:
-    """Return the shim by files that only its release line has; None if this is no source folder of verl."""
+    """Return the shim, found by files that only its release line has; None if the folder has no source of verl."""
     if not verl.has("workers/engine/base.py"):
         return None
     if verl.has("plugin/platform/platform_manager.py"):

@@ -1,4 +1,4 @@
-"""What verl has settled on in this process already, so that a hook comes too late."""
+"""What verl has already chosen in this process; a hook comes too late to change it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PLATFORM = "verl.plugin.platform.platform_manager"
 
 
 def device() -> bool:
-    """Return whether verl has a device."""
+    """Return whether verl has chosen its device."""
     manager = sys.modules.get(PLATFORM)
     if manager is not None:
         # Only a warning hangs on it, so a verl that calls it otherwise is not refused.
@@ -17,5 +17,5 @@ def device() -> bool:
 
 
 def collectives() -> bool:
-    """Return whether verl keeps the name of its collectives, as it does from an import on in 0.7 and 0.8."""
+    """Return whether verl has stored the name of its collectives; 0.7 and 0.8 do so when a module is imported."""
     return "verl.utils.distributed" in sys.modules and PLATFORM not in sys.modules

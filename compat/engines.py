@@ -1,7 +1,7 @@
 """Hooks on verl's training engines: construction, initialise, and the phase in which they compute.
 
-``BaseEngineCtx`` is entered by every engine's train and eval mode, ``train_batch``/``infer_batch`` are overridden by
-none, and ``EngineRegistry.new`` constructs them all, so these few hold for every backend of every release.
+Every engine enters ``BaseEngineCtx`` in train and eval mode, no engine overrides ``train_batch`` or ``infer_batch``,
+and ``EngineRegistry.new`` constructs all engines.  So a few hooks cover every backend of every release.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ UPSTREAM = "https://github.com/volcengine/verl/blob/v0.9.1/verl/workers/engine"
 
 @dataclass(frozen=True)
 class Backend:
-    """One of verl's backends: its class that has an ``initialize`` of its own, the package that its module needs.
+    """One of verl's backends: the class that defines its ``initialize``, and the package that its module needs.
 
-    ``floating_type`` is the attribute of that class that holds the type in which the model computes, "" for none.
+    ``floating_type`` is the attribute of that class for the type in which the model computes, "" if it has none.
     """
 
     owner: str
@@ -39,18 +39,18 @@ class Backend:
 
 BACKENDS = {
     "fsdp": Backend("FSDPEngine", floating_type="_autocast_dtype"),
-    "megatron": Backend("MegatronEngine", "megatron.core", "param_dtype"),  # other packages are of that namespace too
+    "megatron": Backend("MegatronEngine", "megatron.core", "param_dtype"),  # other packages share the namespace
     "veomni": Backend("VeOmniEngine", "veomni"),
     "torchtitan": Backend("TorchTitanEngine", "torchtitan"),
     "automodel": Backend("AutomodelEngine", "nemo_automodel"),
 }
-"""Name of verl's folder -> its backend; VeOmni's engine is also an FSDP engine, and others inherit one of these."""
+"""verl's folder -> its backend.  VeOmni's engine inherits from FSDP's; engines not listed inherit from a listed one."""
 
 
 def told(engine: Any, name: str, backend: Backend) -> Engine:
-    """Return an initialised ``engine`` of verl in torch's terms.
+    """Return a description of an initialised ``engine`` of verl in torch's terms.
 
-    What a changed verl no longer has is recorded by name, and the engine is told without it.
+    If a changed verl no longer has an attribute, that is recorded, and the description leaves it out.
     """
     module = _attribute(engine, "module")
     chunks = module if isinstance(module, list | tuple) else [module]  # Megatron and TorchTitan keep a list of them
@@ -74,9 +74,9 @@ def _attribute(engine: Any, name: str) -> Any:
 
 
 def _backend_of(engine: Any, registered: str) -> str:
-    """Return the backend whose class ``engine`` has or inherits, else the name that it was registered under.
+    """Return the backend of ``engine``'s class or of its base class, else the name under which it was registered.
 
-    Somebody else's engine for Megatron is told by its modules' names.
+    An engine for Megatron that does not inherit verl's is known by the name of its module.
     """
     homes = (cls.__module__.removesuffix(".transformer_impl") for cls in type(engine).__mro__)
     found = (home.rpartition(".")[2] for home in homes if home.startswith("verl.workers.engine."))
@@ -102,15 +102,15 @@ def _initialize(name: str, backend: Backend) -> Wrapper:
 
 
 def _enter(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # After verl's own entering: it moves offloaded weights to the device, which is not training.
+    # verl's own __enter__ runs first: it moves offloaded weights to the device, and that is not training.
     result = wrapped(*args, **kwargs)
     try:
         training.enter(str(_attribute(instance, "mode")))
     except BaseException:
         from verl.workers.engine.base import BaseEngineCtx
 
-        # The with statement does not leave what it did not enter.  The base's leaving alone: an engine's own would undo
-        # what its entering has not done yet.
+        # A with statement does not call __exit__ if __enter__ raised.  Only the base's __exit__ is called here: the
+        # engine's own would undo things that its __enter__ has not done yet.
         BaseEngineCtx.__exit__(instance, *sys.exc_info())
         raise
     return result
@@ -125,7 +125,7 @@ def _exit(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def computing(mode: str) -> Wrapper:
-    """Return a wrapper for a method that computes: it is inside the training phase."""
+    """Return a wrapper that runs a computing method inside the training phase."""
 
     def wrapper(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with training.inside(mode):
@@ -135,7 +135,7 @@ def computing(mode: str) -> Wrapper:
 
 
 def class_for_cuda(registry: Any, device: str, model_type: str, backend: str) -> Any:
-    """Return the engine class that serves CUDA; None where one is registered for ``device``, or none for CUDA."""
+    """Return the engine class for CUDA; None if ``device`` has a class of its own, or CUDA has none."""
     by_device = registry._engines.get(model_type, {}).get(backend, {})
     if any(key == device or (isinstance(key, tuple) and key[0] == device) for key in by_device):
         return None
@@ -196,7 +196,7 @@ def base_hooks() -> list[Hook]:
 def initialize_hook(name: str, *, floating_type: bool = True) -> Hook:
     """Return the hook on the ``initialize`` of a backend (a key of ``BACKENDS``).
 
-    ``floating_type`` is False for a release whose engines do not keep it.
+    ``floating_type`` is False for a release in which the engines do not store that type.
     """
     backend = BACKENDS[name] if floating_type else replace(BACKENDS[name], floating_type="")
     module = f"verl.workers.engine.{name}.transformer_impl"

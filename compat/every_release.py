@@ -9,11 +9,11 @@ from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
 CONSUMERS = ("fsdp", "torchtitan", "automodel", "prefix_grouper")
-"""Who asks for log-probs, from 0.8.0 on."""
+"""The callers that ask for log-probs, from 0.8.0 on."""
 
 
 def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = CONSUMERS) -> list[Hook]:
-    """Return them; a release says which backends it has (all, if it says nothing) and who asks for log-probs."""
+    """Return the hooks; ``initialize`` are those on a release's backends (default: all), ``consumers`` its callers."""
     return [
         *engines.base_hooks(),
         *(map(engines.initialize_hook, engines.BACKENDS) if initialize is None else initialize),

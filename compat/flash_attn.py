@@ -1,4 +1,4 @@
-"""Where verl takes it for granted that the flash-attn package is there, on every device but the NPU."""
+"""Where verl assumes that the flash-attn package is installed, on every device except the NPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _without_flash_attn(wrapped: Call, instance: Any, args: tuple[Any, ...], kwa
 def _value_model(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     from verl.utils.device import get_device_name
 
-    if flash_attn_imports() or get_device_name() == "npu":  # there transformers has flash_attention_2 without it
+    if flash_attn_imports() or get_device_name() == "npu":  # on an NPU transformers needs no flash-attn
         return wrapped(*args, **kwargs)
     try:
         return _load(*args, **kwargs)

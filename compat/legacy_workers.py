@@ -1,7 +1,7 @@
-"""Hooks on the legacy workers, which train by default in verl 0.7.0 and 0.7.1, and are gone from 0.8.0 on.
+"""Hooks on the legacy workers: verl 0.7.0 and 0.7.1 train with them by default, 0.8.0 has removed them.
 
-They sit below the Ray-facing workers, on the classes that compute, which those build in their own process: a wrapper on
-a Ray actor's class would be lost when Ray pickles it.  The reference policy is an actor's object without an optimizer.
+The hooks are on the classes that compute; the Ray-facing workers build these in their own process.  A hook on the class
+of a Ray actor would be lost when Ray pickles it.  The reference policy is a PPO actor object without an optimizer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _train, _infer = computing("train"), computing("eval")
 
 def _build(backend: str) -> Wrapper:
     def build(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        engine_built.emit(Engine(backend))  # the worker takes an engine's part
+        engine_built.emit(Engine(backend))  # the worker stands for an engine
         with training.inside("initialize"):
             built = wrapped(*args, **kwargs)
         model, optimizer = built[:2]
         chunks = model if isinstance(model, list | tuple) else [model]  # Megatron's workers build a list of them
-        steps = hasattr(optimizer, "param_groups")  # Megatron's reference has its configuration in that place
+        steps = hasattr(optimizer, "param_groups")  # for a reference Megatron returns a configuration
         engine_initialized.emit(Engine(backend, tuple(chunks), optimizer if steps else None))
         return built
 

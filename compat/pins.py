@@ -1,6 +1,6 @@
 """Pins: the fingerprints of every hooked function in every release, and the check of a live function against them.
 
-The overlay loads this file in every process; what reads source code is in ``release`` and is not loaded there.
+The overlay loads this file in every process.  The code that reads verl's source is in ``release``, not loaded there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _PREFIX: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parame
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a name stands for.
+    """The definition that a name stands for.
 
     ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
     import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
-    has to give.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change how the
+    must define.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change how the
     function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold that body.
-    ``source`` is the definition's text without docstring, comments and blank lines; it is verl's, and so not kept in
-    the pins.
+    ``source`` is the definition's text without docstring, comments and blank lines; the pins do not keep it, because
+    it is verl's text.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Fingerprint:
     source: tuple[str, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as it stands in a pins file."""
+        """Return the fingerprint as a pins file stores it."""
         kept = {name: value for name, value in vars(self).items() if value and name != "source"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
@@ -53,24 +53,24 @@ class Fingerprint:
         return cls(**values)
 
     def same_contract(self, other: Fingerprint) -> bool:
-        """Compare kind, names and order of the parameters and which have defaults, but not the defaults themselves."""
+        """Compare kind, names and order of the parameters, and which ones have defaults; ignore the default values."""
         return self.kind == other.kind and shape(self.parameters) == shape(other.parameters)
 
 
 MISSING = Fingerprint("missing")
 FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
-"""The kinds that can be hooked, and that have a body to find them by."""
+"""The kinds that can be hooked; they have a body, by which they can be found again."""
 INSTANCE_ATTRIBUTE = "instance attribute"
-"""The kind of what a method assigns to ``self``."""
+"""The kind of an attribute that a method assigns to ``self``."""
 
 
 def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Return each name and whether it has a default: source has its text and a process its value, which differ."""
+    """Return each name and whether it has a default; the default itself is text in source and a value in a process."""
     return [(parameter.partition("=")[0], "=" in parameter) for parameter in parameters]
 
 
 HOOKS, TRIAL = "functions", "trial"
-"""The two parts of a pins file: what the hooks of the release use, and what the trial step does."""
+"""The two parts of a pins file: what the hooks of the release use, and what the trial step uses."""
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def load(release: str, part: str = HOOKS) -> dict[str, Fingerprint]:
     """Return the pins of ``release``: ``module:attribute`` -> fingerprint.
 
     Raises:
-        OverlayError: their file is missing or damaged; without it every function would be accepted.
+        OverlayError: the pins file is missing or damaged; without it every function would be accepted.
     """
     file = f"pins/{release}.json"
     try:
@@ -97,23 +97,23 @@ def pinned(target: str, part: str = HOOKS) -> dict[str, Fingerprint]:
 
 
 def is_late(pins: dict[str, Fingerprint]) -> bool:
-    """Return whether in some release only an instance has it: no class shows whether it is there."""
+    """Return whether in some release only instances have it; then the class does not show whether it exists."""
     return any(pin.kind == INSTANCE_ATTRIBUTE for pin in pins.values())
 
 
 def has_contract(pins: dict[str, Fingerprint]) -> bool:
-    """Return whether it has to be called or subclassed as it was; of all else it is enough that it is there."""
+    """Return whether kind and parameters must match, as for functions and classes; anything else only has to exist."""
     return all(pin.kind in (*FUNCTIONS, "class") for pin in pins.values())
 
 
 def verify(hook: Hook, target: Any) -> None:
-    """Compare a live target, and what its hook relies on, with the pins; any release's will do.
+    """Compare a live target, and what its hook relies on, with the pins; the pin of any release may match.
 
-    Targets outside verl are not pinned and not compared.  Nothing is imported for this: what lies in a module that is
-    not loaded yet, and what only instances have, is missed when the wrapper reads it.
+    Targets outside verl are not pinned and not compared.  Nothing is imported for this: if a name is in a module that
+    is not loaded yet, or only instances have it, its absence is noticed when the wrapper reads it.
 
     Raises:
-        HookError: kind or parameters differ from those of every pinned release; says which were found and expected.
+        HookError: kind or parameters differ from those of every pinned release; the text shows both sides.
         OverlayError: the pins themselves cannot be read.
     """
     _verify_contract("it", target, pinned(hook.target))
@@ -148,7 +148,7 @@ def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> No
 def _is_wrapper_of_others(target: Any, found: Fingerprint) -> bool:
     """Return whether this is another plugin's wrapper: (*args, **kwargs), with at most one parameter before them.
 
-    In a function of verl's own module that one parameter would be verl's choice, so there none may be before them.
+    A function from a verl module may have no parameter before them: verl itself would have added it.
     """
     *leading, variadic, keywords = found.parameters if len(found.parameters) > 1 else ("", "")
     passes_on = variadic.startswith("*") and keywords.startswith("**")

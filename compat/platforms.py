@@ -1,4 +1,4 @@
-"""Platforms for chips that verl has none for: its interface, filled from the table of chips and ``torch.<device>``."""
+"""Platforms for chips without one in verl: verl's interface, filled from the chip table and ``torch.<device>``."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _engine_class(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: d
 
 
 def platform_class(chip: Chip) -> type[Any]:
-    """Build the class; only here, because its base is verl's."""
+    """Build the class when it is needed, and not at import: its base class is verl's."""
     return _like_cuda(chip) if chip.device == "cuda" else _of_its_own(chip)
 
 
 def _like_cuda(chip: Chip) -> type[Any]:
-    """Return verl's own platform for a chip that calls itself cuda in torch, under its vendor's name."""
+    """Return verl's own platform under the vendor's name, for a chip that torch calls cuda."""
     from verl.plugin.platform import platform_cuda, platform_rocm
 
     base = platform_rocm.PlatformROCm if chip.on_rocm else platform_cuda.PlatformCUDA
@@ -198,8 +198,8 @@ def engine_class_hook() -> Hook:
 def device_helper_hooks() -> list[Hook]:
     """Return what the releases without a platform layer (0.7, 0.8) need.
 
-    Enough for engines in processes that torchrun starts.  Not enough for Ray, which those releases ask for GPU or NPU
-    only, and for 0.7's legacy workers.
+    This is enough for engines in processes that torchrun starts.  It is not enough for 0.7's legacy workers, nor for
+    Ray: those releases ask Ray only for GPUs or NPUs.
     """
     source = "https://github.com/volcengine/verl/blob/v0.8.0/verl/utils/device.py"
     return [

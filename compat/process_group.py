@@ -15,7 +15,7 @@ NATIVE_ONLY = {
     "delta_sharded": "NCCL",
     "kimi_ckpt_engine": "vLLM's own communicator",
 }
-"""verl's checkpoint engines that communicate past torch's backends -> what they communicate through."""
+"""Checkpoint engine of verl that bypasses torch's backends -> the library that it communicates through."""
 
 
 def _group(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,7 +86,7 @@ def flagcx_hooks() -> list[Hook]:
 
 
 def backend_name_hook() -> Hook:
-    """Return what the releases without a platform layer (0.7, 0.8) need besides."""
+    """Return what the releases without a platform layer (0.7, 0.8) also need."""
     return Hook(
         name="flagcx.backend",
         module="verl.utils.device",
@@ -101,7 +101,7 @@ def backend_name_hook() -> Hook:
 
 
 def checkpoint_engine_hooks() -> list[Hook]:
-    """Return what the releases with checkpoint engines and groups of their own (0.7.1 on) need besides."""
+    """Return what the releases with checkpoint engines and groups of their own (0.7.1 on) also need."""
     engines = [
         Hook(
             name=name,

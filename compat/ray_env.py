@@ -1,4 +1,4 @@
-"""Where verl gives Ray the variables of its workers, and which variables they have already."""
+"""Where verl gives Ray the variables of its workers, and which variables the workers already have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str])
 
 
 def _of_submitted_job() -> dict[str, str]:
-    """Return the variables of the job that ``ray job submit`` started us as: Ray refuses to be given them again."""
+    """Return the variables that ``ray job submit`` gave to this job; Ray refuses to take them a second time."""
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
     submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env") or {}
@@ -35,7 +35,7 @@ def _of_running_job() -> dict[str, str]:
 
 
 def _of_job_config(job_config: Any) -> Any:
-    """Return the runtime environment in ``ray.init``'s job_config; None where Ray takes a submitted job's instead."""
+    """Return the runtime environment in ``ray.init``'s job_config; None if Ray uses a submitted job's instead."""
     from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
     return None if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else getattr(job_config, "runtime_env", None)
@@ -58,7 +58,7 @@ def _create_worker(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
 
 
 def with_what_the_job_lacks(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return a rollout server's ``variables`` with those to forward that the running job does not give it."""
+    """Return a rollout server's ``variables``, plus the variables to forward that the running job does not give it."""
     forwarded: dict[str, str] = _with_overlay({"env_vars": variables}, _of_running_job())["env_vars"]
     return forwarded
 
@@ -108,7 +108,7 @@ def ray_hooks() -> list[Hook]:
 
 
 def rollout_hooks() -> list[Hook]:
-    """Return what the releases need whose platform says which variables a rollout server gets (0.9 on)."""
+    """Return what the releases need in which the platform names a rollout server's variables (0.9 on)."""
     return [
         Hook(
             name=f"ray.rollout_env.{platform.lower()}",

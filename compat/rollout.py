@@ -1,4 +1,4 @@
-"""vllm-plugin-FL in the processes of verl's rollout: the moment before it reads its environment."""
+"""The moment before vllm-plugin-FL reads its environment, in the processes of verl's rollout."""
 
 from __future__ import annotations
 

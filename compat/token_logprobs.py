@@ -10,7 +10,7 @@ from verl_fl_overlay.events import failures, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 
 FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
-"""What verl's function goes by (the first is spelt so): whether flash-attn's kernel is there, and torch_npu's."""
+"""verl's flags (the first is misspelt there) for whether it has flash-attn's kernel, and torch_npu's."""
 
 CONSUMERS = {
     "fsdp": ("verl.workers.engine.fsdp.transformer_impl", True, ""),
@@ -19,9 +19,9 @@ CONSUMERS = {
     "prefix_grouper": ("verl.trainer.ppo.prefix_grouper_utils", False, "prefix_grouper"),
     "legacy_actor": ("verl.workers.actor.dp_actor", False, ""),
 }
-"""Who binds the function -> its module, whether a call that does not say may be done in place, the package it needs.
+"""Caller of the function -> its module, the default for computing in place, the package that the module needs.
 
-In place is verl's default, but the legacy actor and the prefix grouper compute the entropy from the same logits.
+In place is verl's default.  The legacy actor and the prefix grouper also compute the entropy from the same logits.
 """
 
 
@@ -44,7 +44,7 @@ class _Call(NamedTuple):
 
 
 def _verl_has_a_kernel() -> bool:
-    """Whether verl computes them by flash-attn or torch_npu, and not one row after the other, or does not tell."""
+    """Whether verl uses flash-attn's or torch_npu's kernel and not a loop over rows; True also if it does not tell."""
     from verl.utils import torch_functional
 
     try:
@@ -59,7 +59,7 @@ def _verl_has_a_kernel() -> bool:
 
 
 def logprobs_hook(consumer: str) -> Hook:
-    """Return the hook on ``consumer``'s (a key of ``CONSUMERS``) binding of ``logprobs_from_logits``."""
+    """Return the hook on the name ``logprobs_from_logits`` in the module of ``consumer`` (a key of ``CONSUMERS``)."""
     module, in_place_by_default, needs = CONSUMERS[consumer]
     return Hook(
         name=f"logprobs.{consumer}",

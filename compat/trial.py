@@ -1,6 +1,6 @@
 """The trial: one step of verl's real FSDP2 engine on a model.  ``parity``, ``tune`` and ``warmup`` run it.
 
-It is run by path in a process of its own and imports no overlay: the environment alone decides whether verl loads it.
+It is run by path in its own process and does not import the overlay: the environment decides whether verl loads it.
 python trial.py MODEL RESULT.pt --rows 4 --length 256 --micro-batch 2 --seed 0
 """
 
@@ -81,7 +81,7 @@ def build(model: str, micro_batch: int) -> Any:
 
 
 def batch(vocabulary: int, rows: int, length: int, micro_batch: int, seed: int) -> Any:
-    """Return ``rows`` sequences of random tokens, ``length`` to half of it long, each half a prompt."""
+    """Return ``rows`` sequences of ``length`` / 2 to ``length`` random tokens; half of each sequence is a prompt."""
     import torch
     from verl.utils import tensordict_utils
     from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -111,7 +111,7 @@ def batch(vocabulary: int, rows: int, length: int, micro_batch: int, seed: int) 
 
 
 def run(model: str, rows: int, length: int, micro_batch: int, seed: int) -> dict[str, Any]:
-    """Compute log-probs, then loss and gradients of one training step, of the same batch and weights."""
+    """Compute log-probs, then loss and gradients of one training step, on the same batch and weights."""
     from functools import partial
 
     import torch

@@ -1,4 +1,4 @@
-"""verl 0.9.0, 0.9.1 and, until a line of its own is needed, what comes next: a platform layer chooses the device."""
+"""verl 0.9.0, 0.9.1 and newer versions until one needs its own shim; a platform layer chooses the device."""
 
 from __future__ import annotations
 

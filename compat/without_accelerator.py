@@ -1,4 +1,4 @@
-"""What a CPU (VERL_FL_DEVICE=cpu) needs in each release beyond what every chip does that verl does not know."""
+"""What a CPU (VERL_FL_DEVICE=cpu) needs in each release, in addition to what every chip unknown to verl needs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Write compat/engines.md from results: ``python tools/engines.py out/engines``.
 
-A result is the JUnit file of ``pytest tests/engines``, one a release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
-Cells for which the folder has no result stay what they were; exit status 1 if a test failed.
+A result is the JUnit file of ``pytest tests/engines``, one per release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
+Cells without a result in the folder stay as they were.  The exit status is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU, what it asks torch.cuda is answered for the CPU.
 
 
 def said(case: Case) -> str:
-    """Return what a cell says of one test."""
+    """Return the text of a cell for one test."""
     if case.outcome == "skipped":
         return "not in that release" if case.why.startswith("not in verl") else f"not run ({case.why})"
     return case.outcome.replace("failed", "FAILED")
@@ -52,14 +52,14 @@ def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def before() -> dict[tuple[str, ...], dict[str, str]]:
-    """Return what the table says now."""
+    """Return the cells of the table as it is now."""
     lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {tuple(row[: len(KEY)]): dict(zip(HEAD, row, strict=True)) for row in rows[2:]}
 
 
 def row(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
-    """Return a row; what a release lacks was not run on any device."""
+    """Return a row; an engine that the release lacks is marked so on every device."""
     lacking = "not in that release" in known.values()
     nothing = "not in that release" if lacking else "not run (no result)"
     return [*key, *(nothing if lacking else known.get(column, nothing) for column in COLUMNS.values())]

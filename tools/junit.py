@@ -25,7 +25,7 @@ def cases(file: Path) -> Iterator[Case]:
     """Yield every test of a result file."""
     for case in ElementTree.parse(file).iter("testcase"):
         name, skipped = case.get("name", ""), case.find("skipped")
-        # A file that cannot be collected has no class, and its module for a name.
+        # A file that cannot be collected has no class; its name is that of its module.
         module = (case.get("classname") or name).split(".")
         failed = case.find("failure") is not None or case.find("error") is not None
         outcome = "failed" if failed else "passed" if skipped is None else "skipped"

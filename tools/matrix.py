@@ -1,7 +1,7 @@
 """The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into README.md.
 
-A row is a JSON file, which says what it ran on, with a JUnit file beside it.  What has no result says "not run"; exit
-status 1 if a row failed that may not.
+A row is a JSON file, which says what it ran on, and a JUnit file beside it.  A row without a result says "not run".
+The exit status is 1 if a row failed that must not fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def outcomes(junit: Path) -> dict[str, Counter[str]]:
 
 
 def went_wrong(counts: dict[str, Counter[str]]) -> bool:
-    """Tell whether a test failed, or none was reached."""
+    """Tell whether a test failed, or no test ran."""
     return not counts or any(count["failed"] for count in counts.values())
 
 

@@ -23,9 +23,9 @@ def by_release() -> dict[str, tuple[Hook, ...]]:
 
 
 def hooks(releases: Mapping[str, Iterable[Hook]]) -> str:
-    """Return the table of hooks: all that is said of one, and the releases of which it holds.
+    """Return the table of hooks: the texts of each hook, and the releases that have it.
 
-    A hook has one row, or several where a release says something else of it, such as another target.
+    A hook has one row, or several if it differs between releases, for example in its target.
     """
     having: dict[tuple[str, ...], list[str]] = {}
     for release, chosen in releases.items():
@@ -85,7 +85,7 @@ TABLES = {
 
 
 def main() -> int:
-    """Write the tables that are not up to date, or only tell whether there are any; return the exit status."""
+    """Write outdated tables, or with --check only tell whether there are any; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is not up to date")
     options = parser.parse_args()

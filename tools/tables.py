@@ -15,7 +15,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def replaced(text: str, name: str, by: str, made: str) -> str:
-    """Return ``text`` with ``made`` as its part ``name``, which stands between two comments."""
+    """Return ``text`` with its part ``name``, which is between two comments, replaced by ``made``."""
     before, begin, rest = text.partition(f"<!-- {name}: made by {by} -->\n")
     _, end, after = rest.partition("<!-- end -->")
     if not begin or not end:

@@ -1,6 +1,6 @@
 """FlagOS for verl, as an overlay of hooks: ``export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay``.
 
-Importing this package activates the overlay as soon as verl is there, which is now when verl itself loads it.
+Importing this package activates the overlay: at once if verl is being imported or is loaded, else with verl's import.
 """
 
 import os

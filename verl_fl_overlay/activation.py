@@ -1,4 +1,4 @@
-"""Activation: from the environment to installed hooks and started features, once a process."""
+"""Activation: from the environment to installed hooks and started features, once per process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("verl_fl_overlay")
 
 
 class _Process:
-    """What this process has one of: the active overlay, None before verl was imported."""
+    """The state of this process: the active overlay, None before verl was imported, and its lock."""
 
     def __init__(self) -> None:
         self.overlay: Overlay | None = None
@@ -47,7 +47,7 @@ def active() -> Overlay | None:
 
 
 def report() -> dict[str, Any]:
-    """Return the report of this process; works before verl was imported, and then names that as a problem."""
+    """Return the report of this process; if verl was not imported yet, the report names that as a problem."""
     return build(active())
 
 
@@ -72,7 +72,7 @@ def _activate_or_say_why() -> None:
         activate()
     except OverlayError as error:
         if OVERLAY not in modules(os.environ):
-            # Nobody asked for us by name: verl >= 0.9 found our entry point, and hides what it raises.
+            # Nobody asked for us by name: verl >= 0.9 found our entry point, and hides the errors that it raises.
             logger.warning("verl-fl-overlay is installed and stays off: %s", error)
         raise
 
@@ -123,14 +123,14 @@ def _started() -> Overlay:
 
 
 def _log_at_verls_level() -> None:
-    """Log from VERL_LOGGING_LEVEL on, as verl's own modules do, and from INFO on where that is not set."""
+    """Log from level VERL_LOGGING_LEVEL on, as verl's own modules do; from INFO on if it is not set."""
     level = logging.getLevelName(os.environ.get("VERL_LOGGING_LEVEL", "INFO").strip().upper())
     if isinstance(level, int):
         logger.setLevel(level)
 
 
 def deactivate() -> None:
-    """Take everything back; the next activation reads the environment anew."""
+    """Take everything back; the next activation reads the environment again."""
     with _process.lock:
         overlay, _process.overlay = _process.overlay, None
         if overlay is not None:
@@ -138,7 +138,7 @@ def deactivate() -> None:
 
 
 def _too_late(settings: Settings) -> Iterator[str]:
-    """Tell what verl chose before it could be told of ours; where it loads us first that cannot be."""
+    """Yield what verl chose before the overlay was loaded; this cannot happen if verl loads the overlay first."""
     listed = modules(settings.given)
     if listed[:1] == (OVERLAY,):
         return

@@ -1,4 +1,4 @@
-"""The names that code written for verl's earlier FlagOS plugins imports, over ``Settings``.
+"""The API of verl's earlier FlagOS plugins on top of ``Settings``, for code that imports it.
 
 Change ``from verl_plugin_fl.utils.config_manager import ...`` to this module.  The environment is read at every call.
 """
@@ -78,5 +78,5 @@ class FLEnvManager:
 
 
 def may_enable_flag_gems(phase: str = "training") -> None:
-    """Do nothing: the overlay routes FlagGems' operators itself, from the moment an engine trains until it has done."""
+    """Do nothing: the overlay itself routes FlagGems' operators while an engine trains."""
     logger.debug("may_enable_flag_gems(%r) does nothing: verl-fl-overlay routes FlagGems itself", phase)

@@ -1,4 +1,4 @@
-"""What the overlay raises, and the nearest real name where a user's name is none.
+"""The errors that the overlay raises, and the nearest real name for a wrong name of a user.
 
 None of these is an ImportError: verl wraps several of its imports in ``except ImportError`` and would swallow it.
 """
@@ -25,7 +25,7 @@ class HookError(OverlayError):
 
 
 class FlagCXError(OverlayError):
-    """FlagCX was asked for, and its plugin or library is not there, does not load, or cannot serve what verl asks."""
+    """FlagCX was asked for, but its plugin or library is missing, does not load, or cannot do what verl asks for."""
 
 
 def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:

@@ -1,8 +1,8 @@
-"""What hooks tell features and what they ask them: the only words that the two halves of the overlay share.
+"""The events and questions with which hooks reach features: all that the two halves of the overlay share.
 
 A hook (in ``compat``) emits an event and asks a question; a feature subscribes and answers.  A subscriber that fails is
 the overlay's fault and not verl's: it is logged once and verl goes on, unless ``VERL_FL_STRICT=1``, which raises.
-Settings that turn out impossible always raise.  An answer that fails is raised to verl, which waits for it.
+Settings that turn out impossible always raise.  If an answer fails, verl gets the error, since it waits for the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Failures:
-    """What failed since the overlay was activated: where -> its first error."""
+    """The failures since the overlay was activated: place -> its first error."""
 
     def __init__(self) -> None:
         self.strict = False
@@ -36,11 +36,11 @@ class Failures:
         self._first.clear()
 
     def told(self) -> dict[str, str]:
-        """Return what failed so far."""
+        """Return the failures so far."""
         return dict(self._first)
 
     def record(self, where: str, error: Exception) -> None:
-        """Log ``error`` and keep it, if it is the first one there; raise it instead under VERL_FL_STRICT=1."""
+        """Log and keep ``error`` if it is the first one at this place; under VERL_FL_STRICT=1 raise it instead."""
         if self.strict:
             raise error
         if where not in self._first:
@@ -56,7 +56,7 @@ class Event:
         self._subscribers: tuple[Callable[..., object], ...] = ()
 
     def subscribe(self, subscriber: Callable[..., object]) -> Callable[[], None]:
-        """Add a subscriber; call what is returned to take it away again."""
+        """Add a subscriber; the returned function removes it."""
         self._subscribers = (*self._subscribers, subscriber)
 
         def unsubscribe() -> None:
@@ -77,13 +77,13 @@ class Event:
 
 
 class Question(Generic[P, T]):
-    """What a hook wants to know.  One feature answers while it is on; else verl goes on as if nobody had asked."""
+    """A question of a hook.  One feature answers while it is on; else verl goes on as if nobody had asked."""
 
     def __init__(self) -> None:
         self._answer: Callable[P, T | None] | None = None
 
     def answer(self, answer: Callable[P, T | None]) -> Callable[[], None]:
-        """Have ``answer`` called from now on; call what is returned to end that.
+        """Call ``answer`` for each question from now on; the returned function ends that.
 
         Raises:
             RuntimeError: somebody answers already; one of the two would silently not be asked.
@@ -99,19 +99,19 @@ class Question(Generic[P, T]):
         return end
 
     def ask(self, *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return the answer; None where nobody answers, or where the answer is that verl does it itself."""
+        """Return the answer; None if nobody answers, or if verl is to do the work itself."""
         answer = self._answer  # another thread may end it meanwhile
         return None if answer is None else answer(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine of verl, or a worker that does without one, in torch's terms.
+    """An engine of verl, or a worker that has no engine, in torch's terms.
 
     ``backend`` is what trains: fsdp, megatron, veomni, torchtitan, automodel, or a name that a plugin registered.
-    ``models`` are the torch modules that it trains (Megatron has one for each pipeline chunk), ``optimizer`` is what
-    steps them, None for a model that is only asked.  ``mixed_precision`` is the floating type in which it computes,
-    "" where verl does not say.
+    ``models`` are the torch modules that it trains (Megatron has one for each pipeline chunk).  ``optimizer`` steps
+    them; it is None for a model that is not trained.  ``mixed_precision`` is the floating type in which it computes,
+    "" if verl does not say.
     """
 
     backend: str
@@ -135,22 +135,22 @@ chip: Question[[], Chip] = Question()
 """Which chip this process trains on, if verl has no platform for it."""
 
 chip_backend: Question[[str], str] = Question()
-"""What the collectives are called on that chip, where verl names others."""
+"""(torch's name for the collectives that verl found) -> the name for that chip."""
 
 flagcx_backend: Question[[], str] = Question()
-"""What FlagCX is called, where collectives go through it."""
+"""torch's name for FlagCX, if collectives go through it."""
 
 group_backend: Question[[Any], Any] = Question()
-"""What to initialise a process group with, for what verl asked torch for."""
+"""(backend that verl asked torch for) -> the backend to initialise the process group with."""
 
 past_torch: Question[[str, str, str], None] = Question()
-"""(what in verl, through what it communicates past torch's backends, the way on): the answer is an error, if any."""
+"""(part of verl that bypasses torch's backends, the library it uses instead, the way on): the answer may raise."""
 
 enough_cpus: Question[[float, int, str], None] = Question()
-"""(free CPUs of the Ray cluster, workers to be, the way on): the answer is an error if there are too few."""
+"""(free CPUs of the Ray cluster, workers to start, the way on): the answer raises if there are too few CPUs."""
 
 runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
-"""(Ray's runtime environment, variables that its workers have from elsewhere) -> the runtime environment to use."""
+"""(Ray's runtime environment, variables that workers get from elsewhere) -> the runtime environment to use."""
 
 token_logprobs: Question[[Any, Any, bool, Callable[[], bool]], Any] = Question()
 """(logits, labels, whether the gradient may be written over the logits, what tells whether verl has its own kernel) ->

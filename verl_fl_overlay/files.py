@@ -21,7 +21,7 @@ def this_process() -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` under another name and move it to ``file``, so that a reader finds all of it or the old one.
+    """Write ``text`` under another name and move it to ``file``; a reader finds the old file or the complete new one.
 
     Raises:
         OSError: the folder is not there or cannot be written.
@@ -32,10 +32,10 @@ def write_whole(file: Path, text: str) -> None:
 
 
 class RegularFile:
-    """One file that is written at most once a second.  Where it cannot be written that is warned about once."""
+    """A file that is written at most once a second.  If it cannot be written, one warning is logged."""
 
     def __init__(self, asked_by: str, file: Callable[[], Path], text: Callable[[], str]) -> None:
-        """Take the setting that asked for it ("NAME=value"), and what to call for its place and its content."""
+        """Take the setting that asked for it ("NAME=value"), and the functions that return its place and content."""
         self._asked_by = asked_by
         self._file = file
         self._text = text

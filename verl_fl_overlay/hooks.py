@@ -1,4 +1,4 @@
-"""Hooks: what is put around a function of another package, when, and how it is taken back.
+"""Hooks: wrappers around functions of other packages, their installation and their removal.
 
 Nothing here knows verl.  A ``Hook`` says where and why.  A ``HookSet`` installs its hooks when somebody imports their
 modules (it imports none itself), counts their calls, reports their state and removes them exactly.
@@ -38,10 +38,10 @@ class Hook:
     """One function of another package, and what we put around it.
 
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
-    the hook unnecessary: the README's table and ``doctor`` are made from these.  ``needs`` names a package without
-    which the module cannot be imported, so that waiting for it is no fault.  ``relies_on`` lists, as
-    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the hook that
-    undoes what this one does, or the other way round.  If a user leaves that one out by name, this one is left out too.
+    the hook unnecessary: the table in compat/README.md and ``doctor`` show these.  ``needs`` names a package that the
+    module imports; without it the hook may wait for ever, and that is no fault.  ``relies_on`` lists, as
+    ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the counterpart
+    of this hook: one undoes what the other does.  If a user leaves the counterpart out by name, this one is out too.
     """
 
     name: str
@@ -78,7 +78,7 @@ class State(str, Enum):
 
 @dataclass
 class HookStatus:
-    """A hook's state, a word on how it came to it, and how often its wrapper was called in this process."""
+    """A hook's state, the reason for it, and how often its wrapper was called in this process."""
 
     hook: Hook
     state: State = State.WAITING
@@ -88,9 +88,9 @@ class HookStatus:
 
 @dataclass
 class _Installed:
-    """What exact removal needs: where the wrapper sits, and the wrapper itself.
+    """What an exact removal needs: the place of the wrapper, and the wrapper itself.
 
-    Somebody else's closure may hold a wrapper, so that it cannot be taken out; ``live`` = False turns it off instead.
+    A wrapper in another package's closure cannot be taken out; ``live`` = False turns it off instead.
     """
 
     parent: Any
@@ -99,12 +99,12 @@ class _Installed:
     live: bool = True
 
     def lost(self, hook: Hook) -> bool:
-        """Tell whether the module was executed again, so that what it defines now has no wrapper."""
+        """Tell whether the module was executed again, so that its new definitions have no wrapper."""
         try:
             parent, _, found = wrapt.resolve_path(sys.modules[hook.module], hook.attribute)
         except (KeyError, wrapt.PathResolutionError):
-            return False  # nobody can get it
-        if found is self.handle:  # where a subclass took the class's place, too
+            return False  # nobody can reach the target
+        if found is self.handle:  # also if a subclass has replaced the class
             return False
         if parent is not self.parent:
             return True
@@ -119,7 +119,7 @@ class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
 
 
 class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
-    """A wrapper that is pickled like the function in it, by name: who loads it gets the function that is there."""
+    """A wrapper that is pickled by name, like the function in it: unpickling gives what has that name there."""
 
     __bound_function_wrapper__ = _BoundWrapper
 
@@ -133,14 +133,14 @@ def being_imported(module: ModuleType) -> bool:
 
 
 def call_again_on_import(module: ModuleType, callback: Callable[[ModuleType], None]) -> None:
-    """Register for ``module`` once more.
+    """Register ``callback`` for the import of ``module`` once more.
 
-    When a callback raises, the import system forgets the module; a second try to import it must raise again.
+    If a callback raises, the import system drops the module; a second import must raise again.
     """
     if not being_imported(module):
         return
     name = module.__name__
-    sys.modules.pop(name, None)  # wrapt calls back at once, and not later, for a module that is there
+    sys.modules.pop(name, None)  # for a module that is there wrapt would call back at once
     try:
         wrapt.when_imported(name)(callback)
     finally:
@@ -151,8 +151,8 @@ class HookSet:
     """Installs hooks lazily, a group at a time, and takes them back.
 
     The hooks of one feature in one module are a group: all of them are installed or none.  If a required hook fails
-    (under ``strict``: any hook), the whole set is taken off, and the import that brought the module raises
-    ``HookError``, and so does every later one until ``remove``.  So nobody trains on half an overlay.
+    (under ``strict``: any hook), the whole set is taken off.  Then the import of the module raises ``HookError``, and
+    so does every later import until ``remove``.  So nobody trains with half an overlay.
     """
 
     def __init__(
@@ -166,8 +166,8 @@ class HookSet:
     ) -> None:
         """Take the hooks.
 
-        ``disabled`` are those to leave out, name -> reason.  ``absent`` are those whose module does not exist, name ->
-        what says so.  ``verify`` is called with a hook and its target before the target is wrapped.
+        ``disabled`` are hooks to leave out, name -> reason.  ``absent`` are hooks on modules that do not exist, name ->
+        explanation.  ``verify`` is called with a hook and its target before the target is wrapped.
         """
         self._status = {hook.name: HookStatus(hook) for hook in hooks}
         for name, reason in (disabled or {}).items():
@@ -198,7 +198,7 @@ class HookSet:
         return replace(status, state=State.FAILED, detail="its module was imported anew since, and is without the hook")
 
     def install(self) -> None:
-        """Install every hook whose module is there and register the others; doing it again changes nothing.
+        """Install each hook if its module is imported, else register it for the import; a second call changes nothing.
 
         Raises:
             HookError: a required hook does not fit its target, or its module is absent; nothing is left installed.
@@ -215,8 +215,8 @@ class HookSet:
             registered = [module for module in waiting if module not in self._registered]
             present = [module for module in waiting if module in self._registered]
             self._registered.update(registered)
-        # Outside the lock: a module that is already imported is handled at once, one that another thread is importing
-        # is waited for, and that thread may itself be waiting for this lock.
+        # Outside the lock: this handles imported modules at once, and waits for a module that another thread is
+        # importing; that thread may itself be waiting for this lock.
         for name in registered:
             wrapt.when_imported(name)(self._module_imported)
         for name in present:
@@ -242,7 +242,7 @@ class HookSet:
             importlib.import_module(module.__name__)  # waits, if another thread is still executing the module
         with self._lock:
             if not self._active:
-                return  # removed: another set may be there by now
+                return  # removed; another set may be installed by now
             groups: dict[str, list[HookStatus]] = {}
             for status in self._status.values():
                 if status.hook.module == module.__name__ and status.state is State.WAITING:

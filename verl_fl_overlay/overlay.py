@@ -38,7 +38,7 @@ class Overlay:
         """What else has to be taken back when the overlay stops."""
 
     def start(self) -> None:
-        """Install the hooks and start the features; all of it or nothing."""
+        """Install the hooks and start the features; if one of them fails, undo all of it."""
         events.failures.begin(self.settings.strict)
         with ExitStack() as undo:
             undo.callback(events.failures.begin, strict=False)
@@ -50,7 +50,7 @@ class Overlay:
             self.undo = undo.pop_all()
 
     def stop(self) -> None:
-        """Stop the features and remove the hooks; all hooks are off also where a feature raises."""
+        """Stop the features and remove the hooks; the hooks are removed even if a feature raises."""
         self.undo.close()
 
 

@@ -1,4 +1,4 @@
-"""Which packages are here.  Nothing is imported to tell, but the package that a dotted name is in."""
+"""Which packages are here.  Nothing is imported for this except the parent package of a dotted name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FLAGOS_BUILDS = {
     "TransformerEngine-FL": ("transformer_engine", "plugin/core/__init__.py"),
     "Megatron-LM-FL": ("megatron", "plugin/decorators.py"),
 }
-"""FlagOS' builds, which have the name and version of NVIDIA's packages -> the package, a file that only they have."""
+"""FlagOS' build -> NVIDIA's package, which has the same name and version, and a file that only FlagOS' build has."""
 
 
 def installed(name: str) -> bool:
@@ -20,12 +20,12 @@ def installed(name: str) -> bool:
         return find_spec(name) is not None
     except ValueError:  # it is in sys.modules without a spec
         return True
-    except Exception:  # the package that it would be in is not there, or cannot be imported
+    except Exception:  # its parent package is not there, or cannot be imported
         return False
 
 
 def folders(name: str) -> list[str]:
-    """Return the folders of the package ``name``; none where it is not here, is a module, or was made by hand."""
+    """Return the folders of the package ``name``; none if it is missing, is a module, or was made by hand."""
     try:
         spec = find_spec(name)
     except ValueError:
@@ -43,7 +43,7 @@ def flagos_builds() -> dict[str, bool]:
 
 @functools.cache
 def flash_attn_imports() -> bool:
-    """Import flash-attn, once, and return whether that went well: one that was built for another torch fails here."""
+    """Import flash-attn, once, and return whether that worked; a flash-attn built for another torch fails here."""
     try:
         importlib.import_module("flash_attn.bert_padding")
     except ImportError:

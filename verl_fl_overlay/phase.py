@@ -1,7 +1,7 @@
-"""The training phase: on from the outermost moment an engine starts to compute until it has finished.
+"""The training phase: on from the first engine that starts to compute until the last one has finished.
 
-verl nests these moments (``train_mini_batch`` enters ``train_mode`` and calls ``train_batch``, which enters it again)
-and keeps several engines in one process, so the phase is counted, and is one for the whole process.
+verl nests its calls (``train_mini_batch`` enters ``train_mode`` and calls ``train_batch``, which enters it again) and
+keeps several engines in one process.  So the phase counts its levels, and there is one phase for the whole process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Phase:
 
     @property
     def depth(self) -> int:
-        """How many entered moments have not been left yet."""
+        """How many levels were entered and not left yet."""
         return self._depth
 
     @property
@@ -40,7 +40,7 @@ class Phase:
     def enter(self, mode: str) -> None:
         """Go one level in; ``mode`` ("train", "eval", "initialize" ...) is counted.
 
-        Once this was called the level has to be left, also when it raised (a subscriber under VERL_FL_STRICT=1).
+        After each call ``leave`` must be called, even if this raised (a subscriber under VERL_FL_STRICT=1).
         """
         with self._lock:
             self._depth += 1

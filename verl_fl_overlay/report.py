@@ -22,7 +22,7 @@ from verl_fl_overlay.settings.table import misspelt, shown
 
 
 def build(overlay: Overlay | None) -> dict[str, Any]:
-    """Return the report of this process, whose overlay is ``overlay``, None before verl was imported."""
+    """Return the report of this process; ``overlay`` is its overlay, None before verl was imported."""
     found = compat.find_verl()
     hooks = overlay.hooks.report() if overlay else []
     return {
@@ -126,7 +126,7 @@ def _torch_version() -> str | None:
 
 
 def _device(overlay: Overlay | None) -> str:
-    """Say what torch computes on, without starting it: only a torch that is loaded is asked."""
+    """Return the device that torch computes on; torch is asked only if it is loaded, and is not started."""
     if overlay is not None and overlay.settings.device == "cpu":
         return "cpu"
     torch = sys.modules.get("torch")

@@ -1,1 +1,1 @@
-"""verl's releases from their source: pins made and compared; off the load path."""
+"""Reads verl's source to make and compare pins; training does not load it."""

@@ -1,4 +1,4 @@
-"""Whether the hooks work on a verl, also one that was never tested: its source against the pins; imports no verl."""
+"""Checks whether the hooks work on a verl, tested or not: compares its source with the pins, and does not import it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Status(str, Enum):
 
 
 class Outcome(str, Enum):
-    """What follows for a hook; verdict, exit status and all that is said of the hook are made from this."""
+    """What the check means for a hook; the verdict, the exit status and all texts on the hook follow from it."""
 
     WORKS = "works"
     REVIEW = "review"
@@ -48,9 +48,9 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One target against its pin in the release ``against``; ``breaks`` if it cannot be used as pinned.
+    """One target, compared with its pin in the release ``against``; ``breaks`` if it cannot be used as pinned.
 
-    ``late`` is set for what only instances have: its absence does not keep a hook from being installed.
+    ``late`` is set for an attribute that only instances have: the hook is installed even if the attribute is absent.
     """
 
     target: str
@@ -63,13 +63,13 @@ class Comparison:
 
     @property
     def changed(self) -> bool:
-        """Whether somebody has to look at it."""
+        """Whether somebody has to review it."""
         return self.status not in (Status.OK, Status.UNPINNED)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a hook meets: its target, the things it relies on, what follows from it, and that in words."""
+    """What the check found for a hook: its target, what it relies on, the outcome, and the outcome in words."""
 
     hook: Hook
     target: Comparison
@@ -84,12 +84,12 @@ class Finding:
 
     @property
     def breaks(self) -> bool:
-        """Whether the target or something the hook relies on is not there as pinned."""
+        """Whether the target, or something that the hook relies on, cannot be used as pinned."""
         return any(c.breaks for c in (self.target, *self.reliances))
 
     @property
     def changed(self) -> list[Comparison]:
-        """The comparisons that somebody has to look at."""
+        """The comparisons that somebody has to review."""
         return [c for c in (self.target, *self.reliances) if c.changed]
 
 
@@ -99,7 +99,7 @@ TRIAL = "parity, tune and warmup"
 
 @dataclass(frozen=True)
 class Report:
-    """The findings on one verl, one for each hook, and what became of all that the trial step uses."""
+    """The findings on one verl, one for each hook, and the comparisons of everything that the trial step uses."""
 
     version: str
     origin: str
@@ -133,14 +133,14 @@ class Report:
 
 
 SourceOf = Callable[[str], Tree | None]
-"""Gives the source of a pinned release, to show what changed since; None if it is not to be had."""
+"""Returns the source of a pinned release, to show what changed since; None if the source is not available."""
 
 
 def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda release: None) -> Report:
     """Compare what the hooks need with what is in ``tree``.
 
-    ``against`` names the pinned release to compare with; by default it is for each target the nearest one that is not
-    newer, else the oldest.  ``source_of`` is asked only for the releases against which something changed.
+    ``against`` names the pinned release to compare with.  By default each target is compared with the newest release
+    that is not newer than ``tree``, else with the oldest.  ``source_of`` is called only where something changed.
 
     Raises:
         OverlayError: verl is too old, a hooked file cannot be parsed, or ``against`` has no pins.
@@ -171,13 +171,13 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
 
 
 def _taken_back_with(hook: Hook, cannot: list[Hook]) -> Hook | None:
-    """Return the hook because of which ``hook`` is not installed either: optional, of the same feature and module."""
+    """Return the optional hook in ``cannot`` of the same feature and module; it prevents ``hook`` too."""
     group = (hook.feature, hook.module, False)
     return next((h for h in cannot if (h.feature, h.module, h.required) == group), None)
 
 
 def _outcome(hook: Hook, shim: compat.Shim, failed: Hook | None, comparisons: list[Comparison]) -> Outcome:
-    """Return what follows; ``failed`` is this hook, or another that takes it along, if that cannot be installed."""
+    """Return the outcome; ``failed`` is a hook that cannot be installed: this one, or one that prevents this one."""
     if hook.name in shim.left_out:
         return Outcome.WITHOUT
     if failed and hook.required:

@@ -23,12 +23,12 @@ from verl_fl_overlay.errors import OverlayError
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 _HOPS = 8
-"""How many imports, aliases and base classes are followed; more is a circle."""
+"""How many imports, aliases and base classes are followed; a longer chain must be a circle."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A definition and where it stands: its node, all statements that assign an attribute, none if outside verl."""
+    """A definition and its place: one node, or all statements that assign an attribute, or none if outside verl."""
 
     module: str
     name: str
@@ -75,7 +75,7 @@ def elsewhere(tree: Tree, pin: Fingerprint) -> list[str]:
 
 
 _WORDS = 6
-"""How many names of a body are kept to find it again; more than two tell it from the common ones."""
+"""How many names of a body are kept to find it again; three are enough to distinguish it from common bodies."""
 
 
 def _words(body: list[ast.stmt]) -> tuple[str, ...]:
@@ -283,11 +283,11 @@ _TRANSPARENT = {
     *("classmethod", "staticmethod", "property", "abstractmethod", "override", "final", "wraps", "cache", "lru_cache"),
     *("no_grad", "enable_grad", "inference_mode"),
 }
-"""Decorators of Python and torch that are part of the kind, or leave parameters and result as they are."""
+"""Decorators of Python and torch that are part of the kind, or that do not change parameters and result."""
 
 
 def _transparent(tree: Tree, module: str, decorator: ast.expr) -> bool:
-    """Tell whether a decorator leaves the function's parameters alone; one that cannot be looked into may not."""
+    """Tell whether a decorator keeps the function's parameters; one that cannot be inspected counts as not keeping."""
     name = ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
     if name.rpartition(".")[2] in _TRANSPARENT:
         return True

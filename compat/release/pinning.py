@@ -1,4 +1,4 @@
-"""Making the pins of a release: the fingerprints of everything that its hooks, and the trial step, use of verl."""
+"""Makes the pins of a release: the fingerprints of everything in verl that its hooks and the trial step use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from verl_fl_overlay.hooks import Hook
 
 @dataclass(frozen=True)
 class _InTree(compat.InstalledVerl):
-    """A verl whose files are read, and which need not be installed."""
+    """A verl that is read from its files; it need not be installed."""
 
     tree: Tree
 
@@ -25,7 +25,7 @@ class _InTree(compat.InstalledVerl):
 
 
 def shim_for(tree: Tree) -> compat.Shim:
-    """Choose the hooks as the overlay would for the verl in ``tree``.
+    """Choose the same hooks as the overlay would choose for the verl in ``tree``.
 
     Raises:
         UnsupportedVerlError: it is too old.
@@ -51,10 +51,10 @@ def pins_of(tree: Tree) -> dict[str, Any]:
 
 
 def missing(pins: dict[str, Any]) -> list[str]:
-    """Return the targets that are not there.  Pins with them must not be written: they would accept their absence."""
+    """Return the targets that verl lacks.  Pins with them must not be written: they would accept the absence."""
     return [target for part in (HOOKS, TRIAL) for target, pin in pins[part].items() if pin["kind"] == MISSING.kind]
 
 
 def as_text(pins: dict[str, Any]) -> str:
-    """Return the pins as they stand in their file, the same text for the same pins."""
+    """Return the pins as the text of their file; equal pins give equal text."""
     return json.dumps(pins, indent=1, sort_keys=True) + "\n"

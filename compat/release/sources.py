@@ -1,6 +1,6 @@
-"""Where verl's source can be had: a version on the package index, a wheel, an sdist, a folder, a git checkout.
+"""Reads verl's source: a version on the package index, a wheel, an sdist, a folder or a git checkout.
 
-All of them end as a ``Tree`` to read from.  Archives are unpacked in memory; nothing in them is executed or imported.
+Each of them becomes a ``Tree``.  Archives are unpacked in memory; nothing in them is executed or imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from verl_fl_overlay.errors import OverlayError
 
 VERSION_FILE = "verl/version/version"
 NEWEST = "latest"
-"""As a target: whatever verl is newest on the package index."""
+"""The target that means the newest verl on the package index."""
 
 _BROKEN = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 """What the archive modules raise for a truncated, damaged or encrypted file."""
@@ -36,7 +36,7 @@ _BROKEN = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError
 
 @dataclass(frozen=True)
 class Tree:
-    """verl's files, in a folder or (``folder`` None) in memory, and in words where they came from."""
+    """verl's files, in a folder or (if ``folder`` is None) in memory, and a text on where they came from."""
 
     folder: Path | None
     origin: str
@@ -83,7 +83,7 @@ def opened(target: str) -> Iterator[Tree]:
 
 
 class PinnedReleases:
-    """The source of pinned releases: the installed verl where it is that release, else fetched, once."""
+    """Gives the source of pinned releases: the installed verl if it is that release, else a download, made once."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -96,7 +96,7 @@ class PinnedReleases:
         self._stack.close()
 
     def tree(self, release: str) -> Tree | None:
-        """Return the source of ``release``, None if it is neither installed nor to be fetched."""
+        """Return the source of ``release``; None if it is not installed and cannot be downloaded."""
         if release not in self._trees:
             self._trees[release] = self._find(release)
         return self._trees[release]
@@ -173,7 +173,7 @@ def _untarred(tarred: tarfile.TarFile, origin: str) -> dict[str, bytes]:
 def _of_verl(names: list[str], content: Callable[[str], bytes], origin: str) -> dict[str, bytes]:
     """Return the files under ``verl/``, which is one folder deeper in an sdist; links are left out.
 
-    No file is written here, but an archive with an absolute path, or one with "..", was made to do harm.
+    No file is written here.  Still, an archive with an absolute path or with ".." is malicious, and is refused.
 
     Raises:
         OverlayError: there is such a path.
@@ -189,7 +189,7 @@ def _of_verl(names: list[str], content: Callable[[str], bytes], origin: str) -> 
 
 
 def _at_commit(checkout: Path, ref: str) -> tuple[str, dict[str, bytes]]:
-    """Return the commit that ``ref`` names and ``verl/`` as it is there; the checkout's own files are not touched."""
+    """Return the commit that ``ref`` names, and ``verl/`` in that commit; the checkout's files are not touched."""
     if ref.startswith("-"):
         raise OverlayError(f"{ref!r} is no git ref")
     commit = _git(checkout, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
@@ -230,7 +230,7 @@ def _download(version: str, folder: Path) -> None:
 
 
 def _installer() -> list[str]:
-    """Return the install command of whichever of pip and uv is here, so that its index settings hold."""
+    """Return the install command of pip or uv, whichever is here, so that the user's index settings apply."""
     pip = ["install", "--quiet", "--no-compile"]
     if find_spec("pip"):
         return [sys.executable, "-m", "pip", *pip]

@@ -1,4 +1,4 @@
-"""The command line, ``verl-fl`` or ``python -m verl_fl_overlay``: one file a command."""
+"""The command line, ``verl-fl`` or ``python -m verl_fl_overlay``: one file per command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from verl_fl_overlay.errors import OverlayError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit status: 2 with a line that says why, where the overlay refuses."""
+    """Run one command and return its exit status; if the overlay refuses, print the reason and return 2."""
     from verl_fl_overlay.cli import check, dispatch, doctor, env, ops, parity, pin, tune, warmup
 
     parser = argparse.ArgumentParser(prog="verl-fl", description="verl with FlagOS, as an overlay of hooks.")
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OverlayError as error:
         refusal = str(error)
     except ModuleNotFoundError as error:
-        if error.name != "torch":  # an extra, and what runs a step or a kernel needs it
+        if error.name != "torch":  # torch is an extra; commands that run a step or a kernel need it
             raise
         refusal = "torch is not installed: pip install torch"
     command_line = " ".join(filter(None, (options.command, getattr(options, "action", ""))))

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what each hook meets; return 1 if the overlay would refuse to load."""
+    """Print the finding for each hook; return 1 if the overlay would refuse to load."""
     with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
         report = check.check(tree, options.against, pinned.tree)
     print(json.dumps(check.as_json(report), indent=1) if options.json else check.as_text(report))

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Print what is found; return 1 if it is more than notes."""
+    """Print the findings; return 1 if one of them is more than a note."""
     try:
         findings = lint.check(file.read(options.file))
     except OverlayError as error:

@@ -1,6 +1,6 @@
 """``doctor``: what the overlay does with the verl that is here; every hook is really installed.
 
-What the files say of each hook comes from ``verl-fl check``, so the two cannot disagree.
+The check of verl's files is that of ``verl-fl check``, so the two commands cannot disagree.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def examine() -> tuple[dict[str, Any], bool]:
     if refusals:
         result["verl"]["supported"] = False
         inactive = "the overlay is not active"
-        checked = env.examine(os.environ)  # nobody reads the environment where verl cannot be imported
+        checked = env.examine(os.environ)  # an overlay that is off has not checked it
         others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
@@ -83,14 +83,14 @@ def examine() -> tuple[dict[str, Any], bool]:
 
 
 def _findings() -> dict[str, Finding]:
-    """Return hook -> what ``verl-fl check`` says of it on the files of this verl; none where they cannot be read."""
+    """Return hook -> what ``verl-fl check`` finds for it in the files of this verl; empty if they cannot be read."""
     verl = compat.find_verl()
     tree = Tree(Path(verl.folder).parent, "here") if verl and verl.folder else None
     return {finding.hook.name: finding for finding in check.check(tree).findings} if tree and tree.version else {}
 
 
 def _serves(status: HookStatus) -> bool:
-    """Return whether the hook has a part in this process: it is not left out, and what it needs is installed."""
+    """Return whether this process uses the hook: it is not left out, and the package that it needs is installed."""
     return status.state is not State.DISABLED and (not status.hook.needs or installed(status.hook.needs))
 
 
@@ -117,7 +117,7 @@ def _unloaded(version: str) -> tuple[str, bool]:
 
 
 def _import_target(status: HookStatus) -> str:
-    """Import the module that a hook waits for; return in a line why that failed, "" if it did not."""
+    """Import the module that a hook waits for; if that fails, return the reason in one line, else ""."""
     if status.state is not State.WAITING:
         return ""
     module = status.hook.module
@@ -142,7 +142,7 @@ _PINNED = {
 
 
 def _pinned(comparison: Comparison) -> str:
-    """Return the word for the table's column; a target that was moved away is missing where it was."""
+    """Return the word for the table's column; a target that moved is missing at its old place."""
     moved_away = comparison.breaks and comparison.status is Status.MOVED
     return _PINNED[Status.MISSING if moved_away else comparison.status]
 
@@ -184,7 +184,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _detail(name: str, detail: dict[str, Any]) -> list[str]:
-    """Lay out what a feature says of itself, a line an entry; what is empty is left out."""
+    """Lay out a feature's description, one line per entry; empty entries are left out."""
     told = {key: value for key, value in detail.items() if value not in (None, "", [], {}, ())}
     width = max(map(len, told), default=0)
     lines = [f"  {key.ljust(width)}  {_value(value)}" for key, value in told.items()]

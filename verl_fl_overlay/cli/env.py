@@ -95,7 +95,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def as_exports(environment: Mapping[str, str], phase: str = "") -> str:
-    """Return shell lines that give another process the variables that are set here, and the overlay with them."""
+    """Return shell lines that give another process the variables that are set here, and make verl load the overlay."""
     of_other_phases = TABLE.keys() - {variable.name for variable in of_phase(phase)}
     wanted = {name: text for name, text in forwarded(environment).items() if name not in of_other_phases}
     return "\n".join(f"export {name}={shlex.quote(text)}" for name, text in wanted.items())

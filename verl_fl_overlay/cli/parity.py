@@ -16,7 +16,7 @@ from typing import Any
 from verl_fl_overlay.cli.trial import Trial, kernels_of, native_environment, run_trial, run_with_overlay
 
 NOISE = 3.0
-"""A difference is also allowed if it is at most so many times that between two native runs."""
+"""A difference is also allowed up to this multiple of the difference between two native runs."""
 
 
 def add(commands: Any) -> None:
@@ -50,26 +50,26 @@ class Line:
 
     @property
     def of_allowed(self) -> float:
-        """The difference as a part of what is allowed, the bound or the noise; infinite for NaN."""
+        """The difference divided by the largest allowed one (the bound, or NOISE times the noise); infinite for NaN."""
         part = self.difference / max(self.bound, NOISE * self.noise)
         return float("inf") if math.isnan(part) else part
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is within the bound or the noise; NaN is not."""
+        """Whether the difference is allowed; NaN is not."""
         return self.of_allowed <= 1
 
 
 def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any]) -> list[Line]:
     """Return every compared quantity; ``again`` is a second native run.
 
-    The bounds are those of a model that computes in bf16.  Where flash-attn is missing verl rounds a log-prob to bf16
-    itself: by half a unit in the last place at most, by a quarter on average, and the overlay does not.  Twice that is
-    allowed on average and four times at most, since a fused kernel rounds once where native modules round twice.
-    Rounding alone makes a KL of a 24th of the squared unit; four times that is allowed, and 1e-3 in any case, which is
-    far below where PPO's early stopping acts.  A gradient is a sum over all tokens, in which roundings cancel out: 2 %
-    of its norm, 3 % of a group's (one parameter of every layer), are ten times what was seen.  A single parameter's may
-    be little more than rounding, so half of it is allowed: a gradient that is cut is off by all of it.
+    The bounds are for a model that computes in bf16.  Without flash-attn verl rounds a log-prob to bf16, the overlay
+    does not: that is at most half a unit in the last place, a quarter on average.  The bounds are 2 units at most and
+    0.5 on average, since a fused kernel rounds once where native modules round twice.  Rounding alone gives a KL of
+    unit**2 / 24.  Four times that is allowed, and 1e-3 in any case: PPO's early stopping acts far above it.  In a
+    gradient, which is a sum over all tokens, roundings cancel out.  So 2 % of its norm, or 3 % of a group's (one
+    parameter of every layer), is allowed: ten times what was seen.  The gradient of a single parameter may be mostly
+    rounding, so 50 % is allowed; a gradient that is cut differs by 100 %.
     """
 
     def line(name: str, measure: Any, bound: float) -> Line:
@@ -81,7 +81,7 @@ def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any])
         line("log-prob, largest difference in bf16 units", lambda a, b: float((_gap(a, b).abs() / unit).max()), 2.0),
         line("log-prob, mean difference in bf16 units", lambda a, b: float((_gap(a, b).abs() / unit).mean()), 0.5),
         line("KL(native, overlay), estimated by k3", lambda a, b: float(_k3(_gap(a, b))), max(1e-3, rounding)),
-        # A loss over few tokens is rounded to bf16 as they are: by up to a unit in the last place.
+        # A loss over few tokens has the rounding of its log-probs: up to one bf16 unit in the last place.
         line("loss, relative", lambda a, b: _relative(a["loss"], b["loss"]), 2**-8),
         line("grad_norm, relative", lambda a, b: _relative(a["grad_norm"], b["grad_norm"]), 0.02),
     ]
@@ -103,7 +103,7 @@ def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any])
 
 
 def _by_group(norms: dict[str, float]) -> dict[str, float]:
-    """Return the norms of groups: the parameters whose names differ in numbers only."""
+    """Return one norm per group; parameters are in one group if their names differ only in numbers."""
     squares: dict[str, float] = {}
     for name, norm in norms.items():
         group = ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -116,7 +116,7 @@ def _gap(one: dict[str, Any], other: dict[str, Any]) -> Any:
 
 
 def _unit(values: Any) -> Any:
-    """Return a unit in the last place of bf16 at ``values``; near zero that at one, which logits have there."""
+    """Return bf16's unit in the last place at ``values``; for values below one, that at one, as logits have it."""
     return 2.0 ** (values.abs().clamp(min=1).log2().floor() - 7)
 
 

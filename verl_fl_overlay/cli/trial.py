@@ -37,10 +37,10 @@ class Trial:
 
 
 def native_environment() -> dict[str, str]:
-    """Return the environment without the overlay; where verl cannot do without it, with no more of it than that.
+    """Return the environment without the overlay, or with only the part of it that verl needs to run at all.
 
-    That is on a CPU and on a chip that verl does not know.  Other modules that verl loads stay, so that what they do
-    is on both sides.  Other plugins are off where none is named, since nothing else keeps the overlay's out.
+    verl needs that part on a CPU and on a chip that it does not know.  Other modules that verl loads stay, so that they
+    act on both sides.  If no plugin is named, all plugins are off, since otherwise verl would load the overlay's.
     """
     kept = {
         name: value
@@ -80,7 +80,7 @@ def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
         numbers = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(trial).items() if name != "model"]
-        # By path, and not with its folder first in the search path, in which "logprobs" is another module.
+        # runpy does not put the file's folder on the search path, where flash_attn.py would hide flash-attn.
         program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         done = subprocess.run(
             [sys.executable, "-c", program, str(PROGRAM), trial.model, str(result), *numbers],
@@ -110,6 +110,6 @@ def run_with_overlay(trial: Trial) -> dict[str, Any]:
 
 
 def kernels_of(result: dict[str, Any]) -> dict[str, Any]:
-    """Return what the features that compute say of a trial with the overlay: which kernels they used, and why not."""
+    """Return the descriptions of the features that compute, after a trial: which kernels they used, or why none."""
     told = result["overlay"]["features"]
     return {name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]}

@@ -6,9 +6,9 @@ from typing import Any
 
 
 def accelerator() -> Any:
-    """Return torch's module of the accelerator here, such as ``torch.cuda``; None where there is only the CPU.
+    """Return torch's module of the accelerator here, such as ``torch.cuda``; None if there is only the CPU.
 
-    A torch built for an accelerator names its module also on a machine without one.
+    A torch that is built for an accelerator names this module even on a machine without one.
     """
     import torch
 
@@ -17,7 +17,7 @@ def accelerator() -> Any:
 
 
 def chip_name() -> str:
-    """Return the model of the accelerator here, as torch names it: what was compiled or measured is for that one."""
+    """Return torch's name of the accelerator model here; compiled kernels and measurements hold for that model."""
     module = accelerator()
     if module is None:
         return "cpu"

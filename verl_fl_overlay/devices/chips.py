@@ -1,4 +1,4 @@
-"""The chips of the FlagOS stack as one table: what each is called by whom, and how to tell which one is here."""
+"""The table of the FlagOS stack's chips: the names that components give each chip, and how to detect it."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ CHIPS = {
 }
 """FlagGems' name of the vendor -> its chip.
 
-Those whose package or tool nobody else has come first; Kunlunxin's tool has the name of Intel's, which may lie on an
-NVIDIA machine too.
+Chips with a package or tool of their own come first.  Kunlunxin's tool has the same name as Intel's, and that may also
+be on an NVIDIA machine.
 """
 
 
 CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
-"""What VERL_FL_DEVICE=cpu trains on; the variable is the one that Ray sets for its workers, there is none for CPUs."""
+"""The chip of VERL_FL_DEVICE=cpu.  No variable makes CPUs visible, so it has the one that Ray sets for its workers."""
 
 FLAGCX = "flagcx"
 """What torch calls FlagCX's collectives, which serve any chip."""
 
 KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
-"""Vendors whose platform verl has itself."""
+"""Vendors for which verl has its own platform."""
 
 
 def _installed(package: str) -> bool:
@@ -99,10 +99,10 @@ def find(
     installed: Callable[[str], bool] = _installed,
     command: Callable[[str], str | None] = shutil.which,
 ) -> tuple[Chip | None, str]:
-    """Return the chip of this machine and what told it; (None, ...) where nothing does.
+    """Return the chip of this machine and how it was detected; (None, ...) if there is none.
 
-    No vendor's package is imported: what counts is GEMS_VENDOR by any of its names, then an installed package, then a
-    vendor's tool.
+    No vendor's package is imported.  GEMS_VENDOR, under any of its names, decides first, then an installed package,
+    then a vendor's tool.
     """
     environment = os.environ if environment is None else environment
     for variable in VENDOR_NAMES:
@@ -127,14 +127,14 @@ def _on_this_machine(
 
 
 def called(name: str) -> Chip | None:
-    """Return the chip whose vendor, or whose device if no other chip has it, goes by ``name``; None if none."""
+    """Return the chip with the vendor ``name``, or with the device ``name`` if only one has it; None if none."""
     return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
 
 
 def chosen(settings: Settings) -> tuple[Chip | None, str]:
-    """Return the chip that training is to run on, and what told it; (None, ...) where nothing does.
+    """Return the chip that training is to run on, and what decided that; (None, ...) if nothing does.
 
-    The CPU where VERL_FL_DEVICE says so, else what VERL_PLATFORM names, else what is found on this machine.
+    VERL_FL_DEVICE=cpu decides first, then VERL_PLATFORM, then what is found on this machine.
     """
     if settings.device == "cpu":
         return CPU, "VERL_FL_DEVICE=cpu"
@@ -143,7 +143,7 @@ def chosen(settings: Settings) -> tuple[Chip | None, str]:
 
 
 def without_platform(settings: Settings) -> Chip | None:
-    """Return the chip that training is to run on, if it is one that verl itself has no platform for."""
+    """Return the chip that training is to run on if verl has no platform for it, else None."""
     chip, _ = chosen(settings)
     return None if chip is None or chip.vendor in KNOWN_TO_VERL else chip
 

@@ -1,4 +1,4 @@
-"""The CPU as a training device: what verl asks of a torch device module and ``torch.cpu`` does not have."""
+"""The CPU as a training device: the functions that verl expects of a torch device module and ``torch.cpu`` lacks."""
 
 from __future__ import annotations
 

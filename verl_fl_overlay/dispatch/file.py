@@ -1,6 +1,6 @@
-"""vllm-plugin-FL's dispatch file: read with care, and found where the plugin finds it.
+"""vllm-plugin-FL's dispatch file: found where the plugin finds it, and read with limits.
 
-The plugin is told by the environment and by this file alone: nothing of it is imported or changed.
+The overlay controls the plugin through the environment and this file only; it does not import or change the plugin.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def read(file: Path) -> dict[str, Any]:
 
     Raises:
         OverlayError: it is not there, larger than ``LARGEST``, not YAML, not one mapping, nested beyond ``DEEPEST``,
-            says a key twice, holds a value that is none of its type, or uses aliases, through which a few lines can
-            stand for gigabytes.
+            repeats a key, holds a value that does not fit its type, or uses aliases, with which a few lines can
+            expand to gigabytes.
     """
     yaml = pyyaml()
     try:
         with file.open("rb") as opened:
-            content = opened.read(LARGEST + 1)  # no more: it may be a device that never ends
+            content = opened.read(LARGEST + 1)  # a limit, because a device never ends
         if len(content) > LARGEST:
             raise OverlayError(f"{file} is too long; a dispatch file has at most {LARGEST} bytes")
         text = content.decode("utf-8")
@@ -66,7 +66,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def pyyaml() -> Any:
-    """Return PyYAML, which is no requirement of the overlay's.
+    """Return PyYAML, which the overlay does not require.
 
     Raises:
         OverlayError: it is not installed.
@@ -80,7 +80,7 @@ def pyyaml() -> Any:
 def _refuse_bombs(file: Path, text: str) -> None:
     yaml = pyyaml()
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: it ends at the first fault
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily, so that it stops at the first fault
         if isinstance(event, yaml.AliasEvent):
             raise OverlayError(
                 f"{file} uses YAML's aliases (*name), which a dispatch file does not need; spell them out"
@@ -121,7 +121,7 @@ def defaults(vendor: str) -> tuple[dict[str, Any], str]:
 
 
 def _configuration(vendor: str) -> Path | None:
-    """Return the installed plugin's file for ``vendor``; it may go by torch's name of the device, as for musa."""
+    """Return the installed plugin's file for ``vendor``; its name may be torch's device name, as for musa."""
     device = chips.CHIPS[vendor].device if vendor in chips.CHIPS else vendor
     for folder in folders("vllm_fl"):
         for name in (vendor, device):
@@ -132,15 +132,15 @@ def _configuration(vendor: str) -> Path | None:
 
 
 def given_file(settings: Settings) -> Path | None:
-    """Return the file of VLLM_FL_CONFIG, which takes the place of the plugin's own."""
+    """Return the file of VLLM_FL_CONFIG, which replaces the plugin's own."""
     file = Path(settings["VLLM_FL_CONFIG"])
     return file if file.is_file() else None
 
 
 def configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:
-    """Return the file that the plugin goes by, and what it says: that of VLLM_FL_CONFIG, or its own for the chip.
+    """Return the file that the plugin uses, and its content: that of VLLM_FL_CONFIG, or the plugin's for the chip.
 
-    Where VLLM_FL_CONFIG names no file the plugin goes by none, not by its own.
+    If VLLM_FL_CONFIG names a file that does not exist, the plugin uses no file, not even its own.
 
     Raises:
         OverlayError: the file cannot be read.
@@ -154,6 +154,6 @@ def configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:
 
 
 def listed(content: dict[str, Any], key: str) -> list[str]:
-    """Return a list of names as the plugin reads it: what is no list is none."""
+    """Return a list of names as the plugin reads it: any other type counts as empty."""
     names = content.get(key)
     return [str(name) for name in names] if isinstance(names, list) else []

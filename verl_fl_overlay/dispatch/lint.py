@@ -1,4 +1,4 @@
-"""What vllm-plugin-FL would ignore in a dispatch file, or take for something else."""
+"""Finds what vllm-plugin-FL would ignore or misunderstand in a dispatch file."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ WRONG_NAMES = {
 """Names that documents give for FlagGems' functions -> the functions."""
 
 NOTE = "note: "
-"""How a finding begins that is no fault."""
+"""The beginning of a finding that is not a fault."""
 
 
 def check(content: dict[str, Any]) -> list[str]:
-    """Return everything in ``content`` that vllm-plugin-FL would ignore or take for something else.
+    """Return everything in ``content`` that vllm-plugin-FL would ignore or misunderstand.
 
-    To leave out what the FlagGems that is here does not have is noted only: the plugin's own lists name the functions
-    of several versions.
+    If a list leaves out a function that the FlagGems here does not have, that is only a note: the plugin's own lists
+    name the functions of several versions.
     """
     return [*_keys(content), *_policy(content), *_op_backends(content), *_lists(content)]
 
@@ -119,7 +119,7 @@ def _flaggems_name(key: str, name: str) -> Iterator[str]:
 def flaggems_names() -> frozenset[str]:
     """Return the function names of the installed FlagGems, read from its source; empty if there is none.
 
-    It is not imported: that takes seconds and a chip.
+    FlagGems is not imported, because that takes seconds and needs a chip.
     """
     spec = find_spec("flag_gems")
     if spec is None or spec.origin is None:
@@ -129,7 +129,7 @@ def flaggems_names() -> frozenset[str]:
 
 @functools.cache
 def _registered(source: str) -> frozenset[str]:
-    """Return the functions that FlagGems' ``source`` registers: thousands of lines, and asked for with every name."""
+    """Return the functions that FlagGems' ``source`` registers; cached, since a check asks for them once per name."""
     tree = ast.parse(Path(source).read_text(encoding="utf-8"))
     pairs = (node for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) >= 2)
     functions = (pair.elts[1] for pair in pairs if isinstance(pair.elts[0], ast.Constant))

@@ -8,12 +8,11 @@ from verl_fl_overlay.settings import Settings
 
 
 def render(settings: Settings, vendor: str = "") -> str:
-    """Return a dispatch file that does what the environment asks for, on top of the plugin's defaults for ``vendor``
-    (FlagGems' name) or, where none is named, of the file of VLLM_FL_CONFIG, else of the defaults for this machine.
+    """Return a dispatch file that adds to a base file what the environment asks for.
 
-    An empty file counts as none: the shell makes it so before ``render > $VLLM_FL_CONFIG`` starts.
-
-    A blacklist extends the one in that file instead of taking its place; a whitelist stands alone.
+    The base is the plugin's defaults for ``vendor`` (FlagGems' name).  If no vendor is named, it is the file of
+    VLLM_FL_CONFIG, else the defaults for this machine.  An empty file counts as none: the shell empties it before
+    ``render > $VLLM_FL_CONFIG`` starts.  A blacklist extends the base's; a whitelist replaces the base's two lists.
     """
     given = None if vendor else given_file(settings)
     found, _ = chips.find()

@@ -1,6 +1,6 @@
 """The features: what each is for, and when the settings leave it out.
 
-A feature's module is imported when it starts, so that one that is off costs nothing where verl is loaded.
+A feature's module is imported only when the feature starts, so a feature that is off costs no time at load.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from verl_fl_overlay.settings.stack import REPLACED_LISTS
 
 @dataclass(frozen=True)
 class Entry:
-    """A feature as it is known before it starts.
+    """What is known of a feature before it starts.
 
-    ``home`` is its class, as ``module:class`` below this package; "" for one that its hooks alone make up.
-    ``reason_off`` returns "" when the settings ask for it.  ``fed_by`` names the feature whose hooks it lives on where
-    that is not itself.
+    ``home`` is its class, as ``module:class`` below this package; "" if the feature consists of hooks only.
+    ``reason_off`` returns "" when the settings ask for it.  ``fed_by`` names another feature if this one has no hooks
+    and depends on that feature's.
     """
 
     name: str
@@ -159,5 +159,5 @@ class Features:
         self._stop.close()
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Return what a feature says of itself; nothing where it was not started."""
+        """Return a feature's description; nothing if it was not started."""
         return self._started[name].describe() if name in self._started else {}

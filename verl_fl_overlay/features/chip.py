@@ -1,4 +1,4 @@
-"""Training on a chip that verl has no platform for, the CPU among them: which chip that is."""
+"""Tells verl which chip it trains on, if verl has no platform for that chip; the CPU is such a chip."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from verl_fl_overlay.features.feature import Feature
 
 
 class UnknownChip(Feature):
-    """Settles on the chip once: to find it asks the file system, and verl asks for its device in every step."""
+    """Chooses the chip once: the search reads the file system, and verl asks for its device in every step."""
 
     def start(self) -> None:
         """Answer which chip this is and what its collectives are called."""
@@ -26,6 +26,6 @@ class UnknownChip(Feature):
         return found if found == chips.FLAGCX else chips.backend(chip)
 
     def describe(self) -> dict[str, Any]:
-        """Return the chip's row, and what told that it is here."""
+        """Return the chip's row, and how the chip was detected."""
         chip, told_by = chips.chosen(self.settings)
         return {"told by": told_by, **({} if chip is None else asdict(chip))}

@@ -24,10 +24,10 @@ def without_repeated_pairs(backend: Any) -> Any:
 
 
 def refuse_too_few(free: float, needed: int, way_on: str) -> None:
-    """Raise where Ray has fewer CPUs free than there are to be workers, which take one each.
+    """Raise if Ray has fewer free CPUs than workers to start; each worker takes one CPU.
 
     Raises:
-        OverlayError: says how many are there, and the way on.
+        OverlayError: says how many CPUs there are, and what to do.
     """
     if free < needed:
         raise OverlayError(

@@ -9,7 +9,7 @@ from verl_fl_overlay.features.feature import Feature
 
 
 class Engines(Feature):
-    """Keeps a line on each engine, not the engine: verl may drop it."""
+    """Keeps a description of each engine and not the engine itself, so that verl can free it."""
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)

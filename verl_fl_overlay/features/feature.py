@@ -11,8 +11,8 @@ from verl_fl_overlay.settings import Settings
 class Feature:
     """A part of the overlay while it is on.  All that it knows is in the object, so nothing is left when it is gone.
 
-    ``start`` subscribes to events and answers questions (``verl_fl_overlay.events``).  It gives what takes each of
-    these back to ``undo.callback``.  ``describe`` is asked for the report and returns JSON's types.
+    ``start`` subscribes to events and answers questions (``verl_fl_overlay.events``).  It passes the function that ends
+    each of these to ``undo.callback``.  ``describe`` is called for the report and returns JSON's types.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -20,10 +20,10 @@ class Feature:
         self.undo = ExitStack()
 
     def start(self) -> None:
-        """Begin to act; what was begun is taken back by ``stop``, also where this raises halfway."""
+        """Begin to act.  ``stop`` undoes what was begun, also if this method raises halfway."""
 
     def stop(self) -> None:
-        """Take back all that was begun, the last first; doing it again changes nothing."""
+        """Undo all that was begun, the last first; a second call changes nothing."""
         self.undo.close()
 
     def describe(self) -> dict[str, Any]:

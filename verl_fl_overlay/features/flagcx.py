@@ -1,7 +1,7 @@
-"""FlagCX as torch's collectives: found, imported before the first group, and asked for by a name torch understands.
+"""FlagCX as torch's collectives: finds its plugin, imports it before the first group, and names it as torch expects.
 
-FlagCX's torch plugin registers the backend ``flagcx`` when it is imported; nothing in verl imports it.  It lies in
-site-packages, or under FLAGCX_PATH where only the library was built.
+FlagCX's torch plugin registers the backend ``flagcx`` when it is imported; nothing in verl imports it.  It is in
+site-packages, or under FLAGCX_PATH if only the library was built.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLUGIN_FOLDER = "plugin/torch"
 
 
 class FlagCX(Feature):
-    """Gives training's process groups to FlagCX, and refuses what goes past it."""
+    """Gives training's process groups to FlagCX, and refuses communication that bypasses it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -44,7 +44,7 @@ class FlagCX(Feature):
         """Return what to initialise a group with instead of ``backend``; import the plugin if the text names FlagCX.
 
         A bare ``flagcx`` becomes ``cpu:gloo,<device>:flagcx``, because verl also gathers CPU tensors and objects.
-        Whatever does not name FlagCX is returned as it is.
+        A ``backend`` that does not name FlagCX is returned unchanged.
 
         Raises:
             FlagCXError: the plugin or its library is not there or cannot be loaded; names the file and what was tried.
@@ -89,13 +89,13 @@ def load() -> str:
             f"pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
         ) from error
     finally:
-        if autoload is not None:  # the plugin's import takes it away
+        if autoload is not None:  # the plugin's import deletes it
             os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
     return str(getattr(plugin, "__file__", None) or BACKEND)
 
 
 def _load_library(folder: str) -> None:
-    """Load the library, so that a plugin that was built elsewhere finds it by its name."""
+    """Load the library first; then a plugin that was built elsewhere finds it by its name."""
     tried = [Path(folder) / place / LIBRARY for place in LIBRARY_FOLDERS]
     found = next((file for file in tried if file.is_file()), None)
     if found is None:
@@ -121,9 +121,9 @@ def _add_plugin(folder: str) -> None:
 
 
 def refuse(what: str, through: str, way_on: str) -> None:
-    """Raise: ``what`` of verl communicates ``through`` something past torch's backends, which FlagCX cannot serve.
+    """Raise: ``what`` in verl bypasses torch's backends, communicates ``through`` a library, and cannot use FlagCX.
 
     Raises:
-        FlagCXError: names both, and the way on.
+        FlagCXError: names both, and what to do.
     """
     raise FlagCXError(f"verl's {what} communicates through {through}, and USE_FLAGCX=1 asks for FlagCX. {way_on}")

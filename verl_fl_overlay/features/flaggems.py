@@ -19,7 +19,7 @@ logger = logging.getLogger("verl_fl_overlay")
 
 
 class Routing(Feature):
-    """Routes the chosen operators while the training phase is on, or from its first time on (VERL_FL_SCOPE=process).
+    """Routes the chosen operators while the training phase is on, or from its first start on (VERL_FL_SCOPE=process).
 
     FlagGems is loaded when the phase is entered for the first time: an engine is being initialised then, and its
     worker has chosen its device.
@@ -34,7 +34,7 @@ class Routing(Feature):
         self._fault: Exception | None = None
 
     def start(self) -> None:
-        """Route in the training phase from now on; at the end the operators are taken back, whatever the scope."""
+        """Route in the training phase from now on; ``stop`` takes the operators back in either scope."""
         self.undo.callback(self._take_back)
         if self._counts is not None:
             atexit.register(self._counts.write)
@@ -85,7 +85,7 @@ class Routing(Feature):
         return self._router
 
     def describe(self) -> dict[str, Any]:
-        """Return what is routed, why, and what is not, in JSON's types."""
+        """Return what is routed and why, and what is not routed, in JSON's types."""
         scope = "the training phase" if self.settings.scope == "phase" else "the process, from the first engine on"
         if self._gems is None:
             found = library.installed_version() or f"not installed: {library.INSTALL}"

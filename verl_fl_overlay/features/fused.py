@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from verl_fl_overlay.kernels.model import FusedModules
 
 ADAM = "adam"
-"""The kind that is the optimizer's; the others are the model's."""
+"""The kind that belongs to the optimizer; the others belong to the model."""
 
 
 class Fused(Feature):
@@ -42,7 +42,7 @@ class Fused(Feature):
         """Fuse an engine that verl has just built.
 
         Raises:
-            ModuleNotFoundError: a kind needs Triton, which is not there; the optimizer is fused.
+            ModuleNotFoundError: a kind needs Triton, which is not installed; the optimizer is fused all the same.
         """
         if self._made is None:  # these import torch, which a process that has an engine has imported too
             from verl_fl_overlay.kernels.adam import FusedAdam

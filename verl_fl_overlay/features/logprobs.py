@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Logprobs(Feature):
-    """Answers verl's question for the log-probs of the tokens in a batch."""
+    """Computes the log-probs of tokens when verl asks for them."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -32,7 +32,7 @@ class Logprobs(Feature):
     def _compute(self, logits: Any, labels: Any, in_place: bool, verl_has_a_kernel: Callable[[], bool]) -> Any:
         """Return the log-probs; None where verl computes them itself.
 
-        That is where it has flash-attn's kernel or torch_npu's, and for a tensor of another class, such as a DTensor.
+        It does so if it has flash-attn's or torch_npu's kernel, and for a tensor of another class, such as a DTensor.
         """
         from torch import Tensor  # not at the top, where it would be imported at load
 

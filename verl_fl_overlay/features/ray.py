@@ -1,7 +1,7 @@
 """The overlay and its settings in every process that Ray starts, on this node and on others.
 
-A Ray worker has the environment that its node was started with.  Of the driver's it has only what a runtime environment
-names.
+A Ray worker has the environment with which its node was started.  From the driver's environment it gets only the
+variables that a runtime environment names.
 """
 
 from __future__ import annotations

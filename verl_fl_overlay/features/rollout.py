@@ -1,4 +1,4 @@
-"""vllm-plugin-FL in rollout: a list that the user sets extends the chip's own list, which it would have replaced."""
+"""vllm-plugin-FL in rollout: a list that the user sets extends the chip's own list, and does not replace it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Rollout(Feature):
         """Wait for the plugin.
 
         Raises:
-            OverlayError: VERL_FL_STRICT=1, and the plugin's configuration cannot be read.  Later would be too late:
-                vLLM takes whatever a plugin raises for its absence.
+            OverlayError: VERL_FL_STRICT=1, and the plugin's configuration cannot be read.  It is read here because
+                vLLM takes any later error of a plugin for the plugin's absence.
         """
         if self.settings.strict:
             configured(self.settings)
@@ -38,8 +38,8 @@ class Rollout(Feature):
     def extend_lists(self) -> None:
         """Add to the lists in this process's environment what the plugin's configuration leaves out on this chip.
 
-        Who means a list exactly writes it into the file of VLLM_FL_CONFIG.  Processes that are started from here have
-        the longer lists too.
+        A user who wants no additions writes the list into the file of VLLM_FL_CONFIG.  Processes that are started from
+        here inherit the longer lists.
 
         Raises:
             OverlayError: the file cannot be read.

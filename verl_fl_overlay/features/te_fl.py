@@ -1,4 +1,4 @@
-"""TransformerEngine-FL and Megatron-LM-FL: their policy made what the environment says, and told."""
+"""Makes the policy of TransformerEngine-FL and Megatron-LM-FL follow the environment, and reports it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class TransformerEngineFL(Feature):
         self.undo.callback(engine_built.subscribe(self.built))
 
     def built(self, engine: Engine) -> None:
-        """Have TransformerEngine-FL read its policy anew, note what it became, and warn once if that is not FlagOS.
+        """Let TransformerEngine-FL read its policy again, note the result, and warn once if that is not FlagOS.
 
-        It keeps the first policy that it reads, which may be from before the environment was complete.
+        By itself it keeps the first policy that it reads; the environment may not have been complete then.
         """
         if engine.backend != "megatron":
             return
@@ -95,7 +95,7 @@ def _policy(policy: Any) -> dict[str, Any]:
 def _implementations(core: Any) -> dict[str, int] | None:
     """Return for how many operators each kind has an implementation here: {"flagos": 7, "vendor:CUDA": 109 ...}.
 
-    None where this TransformerEngine-FL does not tell.
+    None if this TransformerEngine-FL does not tell.
     """
     manager = core.get_default_manager() if hasattr(core, "get_default_manager") else None
     snapshot = getattr(getattr(manager, "registry", None), "snapshot", None)
@@ -111,7 +111,7 @@ def _implementations(core: Any) -> dict[str, int] | None:
 
 
 def _own_database() -> AbstractContextManager[object]:
-    """Return a context for TransformerEngine-FL's import of FlagGems, which reads only then where its database is."""
+    """Return a context for TransformerEngine-FL's import of FlagGems: FlagGems reads its database's path only then."""
     if "flag_gems" in sys.modules or not installed("flag_gems"):
         return nullcontext()
     from verl_fl_overlay.flaggems.database import own_database

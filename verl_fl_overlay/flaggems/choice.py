@@ -1,4 +1,4 @@
-"""Which operators training routes to FlagGems, and who said so."""
+"""Which operators training routes to FlagGems, and which setting or profile decided that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Choice:
     names: tuple[str, ...]
     source: str
     may_be_empty: bool = False
-    """Whether routing nothing is an answer, and not a mistake."""
+    """Whether an empty choice is valid, and not a mistake."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Selection:
 
 
 Source = Callable[[Settings, FlagGems], Choice | None]
-"""Returns what it says should be routed, None if it has nothing to say."""
+"""Returns the functions to route, None if this source does not decide."""
 
 
 def by_list(settings: Settings, gems: FlagGems) -> Choice | None:
@@ -66,11 +66,11 @@ def everything(settings: Settings, gems: FlagGems) -> Choice:
 
 
 SOURCES: list[Source] = [by_list, by_profile, everything]
-"""Asked in this order; the first that has something to say decides."""
+"""Asked in this order; the first that returns a choice decides."""
 
 
 def select(settings: Settings, gems: FlagGems) -> Selection:
-    """Return the kernels to route: those chosen, without those that would harm a gradient.
+    """Return the kernels to route: the chosen ones, except those that would harm a gradient.
 
     VERL_FL_UNSAFE_OPS lets single aten keys through.
 

@@ -1,4 +1,4 @@
-"""How often each routed kernel was really called, written to a file of this process's own."""
+"""Counts the calls of each routed kernel, and writes the counts to a file of this process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from verl_fl_overlay.flaggems.library import Kernel
 class CallCounts:
     """Counts the calls of kernels.
 
-    The counts come from the dispatcher's own calls.  FlagGems' log would tell them too, but its level and handlers
-    would have to be changed for that, in every process that shares the logger.
+    The kernels themselves count, when torch's dispatcher calls them.  FlagGems' log shows calls too, but only after
+    changes to the level and handlers of a logger that other code shares.
     """
 
     def __init__(self, path: str) -> None:
@@ -44,17 +44,17 @@ class CallCounts:
 
     @property
     def file(self) -> Path:
-        """This process's file: of two ranks, and of two worker groups that both have a rank 0, none share one."""
+        """This process's file; two ranks never share one, nor do two worker groups that both have a rank 0."""
         rank = os.environ.get("RANK", "0")
         return self._path.with_name(f"{self._path.stem}.training.rank{rank}.{this_process()}{self._path.suffix}")
 
     def write_regularly(self) -> None:
-        """Write, unless nothing was called since the last time or that was less than a second ago."""
+        """Write, unless nothing was called since the last writing, or that was less than a second ago."""
         if self._calls.total() != self._written:
             self._file.write_regularly()
 
     def write(self) -> None:
-        """Write, unless nothing was called since the last time."""
+        """Write, unless nothing was called since the last writing."""
         if self._calls.total() != self._written:
             self._file.write()
 

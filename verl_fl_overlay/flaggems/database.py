@@ -1,6 +1,6 @@
-"""A tuning database for each process.  FlagGems has one SQLite file a host, and ranks that share it lock each other.
+"""A tuning database for each process.  FlagGems has one SQLite file per host, and ranks that share it block each other.
 
-The next run finds the file again, so that what was tuned stays tuned.
+The next run uses the same file again, so the tuning results are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verl_fl_overlay.devices.accelerator import chip_name
 VARIABLE = "FLAGGEMS_DB_URL"
 
 _seats: list[int] = []
-"""Descriptors of the lock files this process holds; the system lets go of them when the process ends."""
+"""Descriptors of the lock files this process holds; the system releases them when the process ends."""
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class FlagGems:
     kernels: tuple[Kernel, ...]
     not_here: frozenset[str] = frozenset()
     enabled_before: str = ""
-    """What had been enabled in this process when we came, "" if nothing."""
+    """What was enabled in this process before the overlay loaded FlagGems, "" if nothing."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def _older(version: str) -> bool:
     try:
         return bool(version) and Version(Version(version).base_version) < OLDEST
     except InvalidVersion:
-        return False  # a vendor's own name for its build: what it can do is found out when it is used
+        return False  # a vendor's own version name: what that build can do shows when it is used
 
 
 def _enabled_before() -> str:
@@ -121,14 +121,14 @@ def _import() -> ModuleType:
     try:
         with own_database() as ours:
             module = importlib.import_module("flag_gems")
-            if ours:  # a database of the user's is shared, or kept apart, by the user
+            if ours:  # if the database is the user's, the user decides who shares it
                 tuner.take_turns()
             return module
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
             raise FlagGemsError(f"FlagGems is not installed: {INSTALL}") from error
         raise FlagGemsError(f"flag_gems cannot be imported, it needs {error.name}: pip install {error.name}") from error
-    except Exception as error:  # whatever its probing of the chip raises
+    except Exception as error:  # its probing of the chip may raise anything
         said = " ".join(str(error).split()).rstrip(". ")
         raise FlagGemsError(
             f"flag_gems cannot be imported: {type(error).__name__}: {said}. It has no CPU "
@@ -137,10 +137,10 @@ def _import() -> ModuleType:
 
 
 def _offered(module: ModuleType) -> tuple[Kernel, ...]:
-    """Have FlagGems go through its own registration with a registrar that only takes notes.
+    """Run FlagGems' own registration with a registrar that only records.
 
-    So its conditions on torch, the vendor's replacements and exclusions are FlagGems' own, in every version; the
-    registrar's module moved between versions, and is found as the default of ``enable``.
+    So FlagGems itself applies its conditions on torch and its vendors' replacements and exclusions, in every version.
+    The registrar's module moved between versions, so it is found as a default argument of ``enable``.
     """
     parameters = inspect.signature(module.enable).parameters
     if "registrar" not in parameters:
@@ -160,7 +160,7 @@ def _offered(module: ModuleType) -> tuple[Kernel, ...]:
 
 
 def _torch_has(key: str) -> bool:
-    """Tell whether torch has the operator: a registration for one it does not have is taken, and never called."""
+    """Tell whether torch has the operator; torch accepts a registration for one that it lacks, and never calls it."""
     import torch
 
     name, _, overload = key.partition(".")
@@ -173,7 +173,7 @@ def _torch_has(key: str) -> bool:
 
 @contextmanager
 def _registrar_kept(module: ModuleType) -> Iterator[None]:
-    """Leave FlagGems' note of who enabled it last as it was; ``use_gems`` deletes it, so it may be missing."""
+    """Restore FlagGems' note of who enabled it last; the note may be missing, since ``use_gems`` deletes it."""
     missing = object()
     kept = getattr(module, "current_work_registrar", missing)
     try:

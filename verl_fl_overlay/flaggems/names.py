@@ -1,4 +1,4 @@
-"""The names in a user's list: checked against the installed FlagGems, and explained where they are not its own."""
+"""Checks the names in a user's list against the installed FlagGems, and explains those that it does not have."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOT_ROUTED = {
     "rotary_embedding": "it is a fused function that models call, no aten operator to route",
     "fused_moe": "it is a fused function that models call, no aten operator to route",
 }
-"""A name that looks like an operator and is none here -> what became of it."""
+"""A name that looks like an operator that can be routed, but is none -> the reason."""
 
 
 def check(names: Iterable[str], variable: str, gems: FlagGems) -> None:

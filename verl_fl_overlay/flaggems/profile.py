@@ -40,8 +40,8 @@ class Key:
 class Measurement:
     """One aten key in one step: how often it is called, and what a step spends in it, in milliseconds.
 
-    A time is the larger one of the device's and the host's, and includes the operators that this one calls.  Of many
-    shapes the largest and the most frequent are timed; another shape counts as the nearest of these.
+    A time is the larger one of the device's and the host's, and includes the operators that this one calls.  If there
+    are many shapes, only the largest and the most frequent are timed; any other shape counts as the nearest of these.
     """
 
     key: str
@@ -69,7 +69,7 @@ class Profile:
     """Median time of whole steps: "native", "chosen"."""
 
     def save(self, file: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file completely or not at all."""
         write_whole(file, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
 
@@ -125,7 +125,7 @@ def find(setting: str) -> tuple[Profile, str] | None:
         setting: "auto" for a shipped profile that fits, "" for none, or a file.
 
     Raises:
-        ProfileError: a file was named that does not fit, which tells both keys, or that is not finished.
+        ProfileError: the named file is not finished, or does not fit; in that case the text shows both keys.
     """
     if not setting:
         return None

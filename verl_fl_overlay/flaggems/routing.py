@@ -16,7 +16,7 @@ logger = logging.getLogger("verl_fl_overlay")
 class Router:
     """Registers ``kernels`` in a ``torch.library.Library`` of its own between ``enter`` and ``leave``.
 
-    A dispatch key that somebody else's Python kernel holds is theirs: it is not touched, and named in ``held``.  A
+    If another package's Python kernel holds a dispatch key, the router does not touch it and names it in ``held``.  A
     kernel that cannot be registered is left out from then on and named in ``failed``; the others stay.
     """
 
@@ -34,7 +34,7 @@ class Router:
         return self._library is not None
 
     def enter(self) -> None:
-        """Put the kernels in place; nothing is done if they are."""
+        """Put the kernels in place, unless they are there already."""
         import torch
 
         if self._library is not None:
@@ -62,7 +62,7 @@ class Router:
                     self._note_failed(kernel, dispatch_key, error)
 
     def leave(self) -> None:
-        """Take the kernels back; what was there before is in place again, whoever it belongs to."""
+        """Take the kernels back, and restore whatever was there before, torch's or other packages' kernels."""
         import torch
 
         if self._library is None:
@@ -70,7 +70,7 @@ class Router:
         library, self._library = self._library, None
         library._destroy()
         del library
-        # Both gave up all claims of our library, also those that torch's own Python kernels had before us.
+        # Both removed all claims of our library, among them those that torch's own Python kernels had before.
         torch.library._impls.update(self._claims)
         self._claims.clear()
 

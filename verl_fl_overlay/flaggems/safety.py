@@ -26,11 +26,11 @@ FAULTY = {
 """Aten key -> what is known to be wrong with FlagGems' kernel for it, in every version so far."""
 
 _ENDS_GRADIENT = {"detach", "detach_", "no_grad", "inference_mode", "data_ptr"}
-"""Names in a function's code that tell that what it computes is not differentiated."""
+"""Names in a function's code which show that its result is not differentiated."""
 
 
 def why_unsafe(kernel: Kernel) -> str:
-    """Return why training must not use ``kernel``, "" if it may.  Ask before anything is registered."""
+    """Return why training must not use ``kernel``, "" if it may.  Call this before anything is registered."""
     if kernel.key in FAULTY:
         return FAULTY[kernel.key]
     takes_autograds_place = any(key.startswith("Autograd") for key in kernel.dispatch_keys)
@@ -42,10 +42,10 @@ def why_unsafe(kernel: Kernel) -> str:
 
 
 def seen_by_autograd(kernel: Kernel) -> Kernel:
-    """Return a safe ``kernel`` as it has to be registered, which differs where torch only decomposes.
+    """Return a safe ``kernel`` as it must be registered; this differs where torch only decomposes the operator.
 
-    Its function brings the gradient itself and so belongs on autograd's key too; on the backend's alone torch warns
-    that it was not registered there, and announces that it will cut the gradient one day.
+    There the kernel's function computes the gradient itself, so it is registered on autograd's key too.  With the
+    backend's key alone torch warns of the missing registration, and announces that it will cut the gradient one day.
     """
     import torch
 
@@ -67,9 +67,9 @@ def differentiated_by_decomposition(key: str) -> bool:
 def where_gradient_ends(function: Callable[..., Any]) -> str:
     """Say where ``function`` computes something that autograd does not see, "" if it sees all of it.
 
-    What a ``torch.autograd.Function`` does inside has its own backward; calls of torch are differentiated by torch.
-    The functions that are reached from ``function`` are searched for anything else that computes: a triton kernel, or
-    an object that cannot be seen through.  When in doubt the gradient ends.
+    A ``torch.autograd.Function`` has its own backward, and torch differentiates calls of torch.  All functions that
+    ``function`` reaches are searched for anything else that computes: a triton kernel, or an object that cannot be
+    inspected.  In doubt the gradient counts as ended.
     """
     import torch
 
@@ -105,7 +105,7 @@ def where_gradient_ends(function: Callable[..., Any]) -> str:
 
 
 def _foreign(module: str | None) -> bool:
-    """Tell whether a module is torch's, triton's or Python's own: their functions are differentiated, or only plan."""
+    """Tell whether a module is torch's, triton's or Python's: torch differentiates its functions, or they only plan."""
     root = (module or "").partition(".")[0]
     return root in {"torch", "triton", "builtins", "math", "logging", "typing", "functools", "operator", "itertools"}
 
@@ -141,7 +141,7 @@ def _imports(code: CodeType) -> Iterator[str]:
 
 
 def _reached(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield what ``function`` can reach by name; an attribute that a global shares its name with is yielded too."""
+    """Yield what ``function`` can reach by name; a global with the same name as a used attribute is yielded too."""
     for name in _used_names(function.__code__):
         if name in function.__globals__:
             yield name, function.__globals__[name]

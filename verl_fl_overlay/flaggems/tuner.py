@@ -1,7 +1,7 @@
-"""FlagGems' autotuner, used by one process of a node at a time; the others take what the first one found.
+"""Makes the processes of a node use FlagGems' autotuner in turns; the others take what the first one found.
 
-Each process has its own tuning database (``database``).  Shared is the tiling that was chosen for one kernel and one
-key; the process that timed the tilings leaves it in its turn.
+Each process has its own tuning database (``database``).  The processes share only the tiling chosen for a kernel and a
+key: the process that timed the tilings leaves the choice in its ``Turn``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Policy = Callable[..., tuple[Any, dict[Any, float]]]
 
 
 def take_turns() -> None:
-    """Make the tuners of the imported FlagGems take turns; nothing is done for a FlagGems that has none."""
-    module = sys.modules.get("flag_gems.utils.libentry")  # of that name there is also a function
+    """Make the tuners of the imported FlagGems take turns; do nothing if it has no tuners."""
+    module = sys.modules.get("flag_gems.utils.libentry")  # a function has the same name
     tuner = getattr(module, "LibTuner", None)
     for kind in getattr(tuner, "_dispatch_table", {}).values():
         if not isinstance(vars(kind).get("policy"), wrapt.FunctionWrapper):

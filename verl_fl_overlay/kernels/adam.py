@@ -1,8 +1,8 @@
 """Lets an engine's Adam or AdamW step with torch's own fused kernel, where verl's configuration leaves that open.
 
-torch's default on a device launches one kernel for each operation of a step and holds a copy of all parameters while it
-does; fused is one kernel, and no copy.  verl's ``optim.override_optimizer_config`` can ask for either; then it stays.
-What a checkpoint holds is what it would hold without the overlay.
+By default torch launches one kernel per operation of a step on a device, and holds a copy of all parameters meanwhile.
+The fused step is one kernel and needs no copy.  If verl's ``optim.override_optimizer_config`` asks for either of them,
+that stays.  A checkpoint holds the same as without the overlay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verl_fl_overlay.kernels.agreement import Agreement, Pair, Run, Samples, can
 
 
 class _Chosen(int):
-    """What a group's ``fused`` is where it was chosen here.
+    """The value of a group's ``fused`` if the overlay has chosen it.
 
     torch takes it for True, which is what a user would write.  The type tells the two apart, also in a copy of the
     groups.  Pickled it is a plain 1, which a process without the overlay can read.
@@ -36,7 +36,7 @@ class FusedAdam:
     """The optimizers of this process that may step with the fused kernel.
 
     Attributes:
-        counts: {"adam": how many these are}.
+        counts: {"adam": how many they are}.
     """
 
     def __init__(self, agreement: Agreement) -> None:
@@ -80,7 +80,7 @@ class FusedAdam:
             if type(group["fused"]) is _Chosen:
                 for parameter in trained:
                     state = optimizer.state.get(parameter, {})
-                    if "step" in state:  # torch keeps it on the CPU for its default, and like this for the kernel
+                    if "step" in state:  # on the CPU for torch's default, like this for the kernel
                         state["step"] = state["step"].to(parameter.device, torch.float32)
 
     def _has_kernel(self, kind: type[Optimizer], group: dict[str, Any], parameter: Tensor) -> bool:
@@ -88,7 +88,7 @@ class FusedAdam:
         if not can_be_checked(dtype, device):
             return False
         names = ("amsgrad", "maximize", "decoupled_weight_decay")
-        options = {name: group[name] for name in names if name in group}  # the last is not in every torch
+        options = {name: group[name] for name in names if name in group}  # not every torch has the last one
         return self._agreement.agree(("adam", kind, dtype, *options.items()), device, _pair, kind, options, device)
 
 
@@ -99,7 +99,7 @@ def _is_open(group: dict[str, Any]) -> bool:
 
 
 def _show(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Change a new state dict, whose groups and states are named by number, before its user sees it."""
+    """Change a new state dict before its user sees it; it names groups and states by number."""
     _unchoose(state_dict["param_groups"], state_dict["state"])
 
 
@@ -109,12 +109,12 @@ def _unchoose(groups: list[dict[str, Any]], states: Any) -> None:
         if type(group["fused"]) is _Chosen:
             group["fused"] = None
             for parameter in group["params"]:
-                if "step" in states.get(parameter, {}):  # a new one: a state dict holds the optimizer's own
+                if "step" in states.get(parameter, {}):  # a new dict, since a state dict shares the optimizer's
                     states[parameter] = {**states[parameter], "step": states[parameter]["step"].cpu()}
 
 
 def _pair(samples: Samples, kind: Any, options: dict[str, bool], device: torch.device) -> Pair:
-    # A chip's torch may answer with the CPU's kernel, slowly, for what it has none for.
+    # If a chip's torch has no kernel of its own it may fall back to the CPU's, which is slow.
     decoupled = options.get("decoupled_weight_decay", kind is AdamW)
     name = f"aten::_fused_adam{'w' if decoupled else ''}_"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, torch._C._dispatch_key_for_device(device.type)):
@@ -123,8 +123,8 @@ def _pair(samples: Samples, kind: Any, options: dict[str, bool], device: torch.d
     def stepped(fused: bool | None) -> Run:
         def run(values: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
             parameter = torch.nn.Parameter(values.detach().clone())
-            # Within three steps these show in any type what the defaults would show after hundreds.  torch's default
-            # epsilon is zero in fp16, and native's numbers are then infinite.
+            # With these values three steps show, in any type, what takes hundreds of steps with the defaults.  torch's
+            # default epsilon is zero in fp16, and native's numbers are then infinite.
             optimizer = kind([parameter], lr=1.0, betas=(0.8, 0.6), weight_decay=0.1, eps=0.1)
             optimizer.param_groups[0].update(options, fused=fused)
             for gradient in gradients:
@@ -134,7 +134,7 @@ def _pair(samples: Samples, kind: Any, options: dict[str, bool], device: torch.d
 
         return run
 
-    # Gradients far below epsilon and far above it.  The second ones are small, so that amsgrad's maximum is a past one.
+    # Gradients far below epsilon and far above it.  The second ones are small: amsgrad's maximum is then a past one.
     scales = torch.tensor((0.1, 0.3, 1, 1, 3, 30))
     gradients = [samples.rows((scales * each).tolist(), 33) for each in (1, 0.1, 1)]
     return (samples.normal(6, 33), *gradients), stepped(None), stepped(True)

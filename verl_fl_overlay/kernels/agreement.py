@@ -1,7 +1,7 @@
-"""Whether a fused kernel gives the numbers of what it replaces, found out on this chip before the kernel is used.
+"""Checks on this chip, before a fused kernel is used, that it gives the same numbers as what it replaces.
 
-Both run once on the same samples, forward and, where there are gradients, backward.  If they differ, or the kernel
-cannot be built on this chip, native goes on; that is logged once and reported.
+Both run once on the same samples: forward, and backward if there are gradients.  If they differ, or if the kernel
+cannot be built on this chip, the native code stays in use; that is logged once and reported.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from verl_fl_overlay.kernels import state, turns
 logger = logging.getLogger("verl_fl_overlay")
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-"""Largest norm of a row's difference over the norm of native's row; a kernel rounds once where native rounds twice."""
+"""Largest relative difference of a row, by 2-norms; a kernel rounds once where native code rounds twice."""
 
 NATIVE_DEVICES = ("cpu", "meta")
-"""There are no kernels for these."""
+"""Device types that have no kernels."""
 
 MOST_CHECKS = 1024
-"""Checks of one class and type; a class that needs more has a state that changes from call to call, and is native."""
+"""Most checks of one class and type.  If a class needs more, its state changes from call to call; it stays native."""
 
 Key = tuple[Any, ...]
 """(kind, the class or function that is replaced, floating type, all else that decides what is computed)."""
@@ -34,9 +34,9 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class Samples:
-    """Numbers on which things that look alike differ: rows of very different magnitude, each with a mean of its own.
+    """Numbers that distinguish lookalikes: rows of very different magnitudes, with different means.
 
-    They come from a generator of this object alone, and are the same for each check.
+    They come from this object's own generator, so each check gets the same numbers.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Samples:
         return torch.randn(shape, generator=self._generator)
 
     def rows(self, scales: Sequence[float], *shape: int) -> Tensor:
-        """Return (len(scales), *shape): the rows have these magnitudes, and means of 1, -2 and 0 of them in turn."""
+        """Return (len(scales), *shape): rows of these magnitudes; their means are 1, -2 and 0 magnitudes in turn."""
         means = torch.tensor([(1.0, -2.0, 0.0)[index % 3] for index in range(len(scales))])
         per_row = (-1, *[1] * len(shape))
         return torch.tensor(scales).view(per_row) * (self.normal(len(scales), *shape) + means.view(per_row))
@@ -63,7 +63,7 @@ def can_be_checked(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def kernels_take(*tensors: Tensor) -> bool:
-    """Whether a kernel may see these: plain tensors, not empty, of a type and on a device that have kernels."""
+    """Whether a kernel may get these: plain tensors, not empty, with a type and a device that have kernels."""
     return all(
         type(tensor) in (Tensor, nn.Parameter) and can_be_checked(tensor.dtype, tensor.device) and tensor.numel() > 0
         for tensor in tensors
@@ -71,7 +71,7 @@ def kernels_take(*tensors: Tensor) -> bool:
 
 
 class Agreement:
-    """What was found about kernels.  A feature makes one when it starts, so that a new start checks anew."""
+    """The results of checks.  A feature makes a new object when it starts, so a new start checks again."""
 
     def __init__(self) -> None:
         self._reasons: dict[Key, str] = {}
@@ -89,7 +89,7 @@ class Agreement:
         return not self.reason(key, device, pair, *of)
 
     def reason(self, key: Key, device: torch.device, pair: Callable[..., Pair], *of: Any) -> str:
-        """Return why native goes on, "" where the kernel may be used: what a check found, now or before.
+        """Return why native code stays in use, "" if the kernel may be used.  Each key is checked once.
 
         Args:
             key: what the answer holds for.
@@ -113,7 +113,7 @@ class Agreement:
         else:
             try:
                 reason = _difference(kind, device, dtype, pair, *of)
-            except Exception as error:  # whatever Triton raises when it cannot build a kernel, or torch has none
+            except Exception as error:  # Triton, if it cannot build a kernel, and torch, if it has none
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if reason and not any(before):
             logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, dtype, reason)
@@ -123,7 +123,7 @@ class Agreement:
 
 def _difference(kind: str, device: torch.device, dtype: torch.dtype, pair: Callable[..., Pair], *of: Any) -> str:
     """Run both on the same samples; return what differs by more than its type allows, "" if nothing does."""
-    # The hooks that save nothing hide the check from activation checkpointing, which counts what is saved.
+    # Activation checkpointing counts saved tensors; these hooks hide the check's tensors from it.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -145,7 +145,7 @@ def _difference(kind: str, device: torch.device, dtype: torch.dtype, pair: Calla
 
 @contextmanager
 def _random_numbers_of_its_own(device: torch.device) -> Iterator[None]:
-    """Keep torch's generators as they are, and what is drawn inside (a dropout in a forward) the same each time."""
+    """Restore torch's generators afterwards, and make random draws inside (a forward's dropout) the same each time."""
     devices = range(torch.get_device_module(device).device_count()) if device.type != "cpu" else ()
     with torch.random.fork_rng(devices, device_type=device.type):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""MLPs gated by SiLU: how one is recognised, the kernel in its middle, and what that is compared with.
+"""MLPs gated by SiLU: how one is recognised, the kernel for its gate, and the native code for the check.
 
 MLPs with another activation, a clamp, a factor or a dropout look alike.  The samples tell them apart.
 """
@@ -26,10 +26,10 @@ def recognise(module: Any) -> bool:
 
 
 def forward(agreement: Agreement) -> Callable[..., Any]:
-    """Return what takes the place of an MLP's forward: (..., hidden) -> (..., hidden).
+    """Return the replacement for an MLP's forward: (..., hidden) -> (..., hidden).
 
-    The projections run as they are, quantised or with adapters.  The kernel works element by element, so the sizes of
-    a module decide nothing and are not in the key.
+    The projections run unchanged, also quantised or with adapters.  The kernel works element by element, so the sizes
+    of a module do not matter and are not in the key.
     """
     from verl_fl_overlay.kernels.triton.gate import silu_and_mul
 
@@ -57,8 +57,8 @@ def _pair(samples: Samples, mlp: Any, kernel: Callable[..., Tensor]) -> Pair:
         hidden = kernel(nn.functional.linear(values, gate), nn.functional.linear(values, up))
         return (nn.functional.linear(hidden, down),)
 
-    # Tokens of all magnitudes.  Around 1 the activations of this shape (GELU, its approximations) differ most, and far
-    # out a clamp shows.
+    # Tokens of all magnitudes: similar activations (GELU, its approximations) differ most around 1, and large values
+    # show a clamp.
     hidden, inner = 64, 96
     gate, up = (samples.normal(inner, hidden) / 8 for _ in range(2))
     return (
@@ -69,7 +69,7 @@ def _pair(samples: Samples, mlp: Any, kernel: Callable[..., Tensor]) -> Pair:
 
 
 def _linear(weight: Tensor) -> nn.Module:
-    """Return a linear module whose weight is ``weight`` itself, so that it gets the gradient."""
+    """Return a linear module with the tensor ``weight`` itself, so that the tensor gets the gradient."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     del linear.weight
     linear.weight = weight

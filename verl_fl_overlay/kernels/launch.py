@@ -10,8 +10,8 @@ import torch
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch ``kernel`` on the device of its first argument, which is a tensor.
 
-    Triton launches on the current device.  Making one current costs a quarter of a launch, and small models are bound
-    by what their launches cost the host, so that is only done for a tensor that is elsewhere.
+    Triton launches on the current device.  To make a device current costs a quarter of a launch, and launches limit the
+    speed of small models, so this is only done for a tensor on another device.
     """
     device = arguments[0].device
     accelerator = getattr(torch, device.type)

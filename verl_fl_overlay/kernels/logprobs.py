@@ -1,8 +1,8 @@
 """Log-probabilities of tokens in fp32, vectorised, in chunks, forward and backward, on any device.
 
-No second copy of 16-bit logits is needed: forward keeps one number a token, and backward, where it is allowed to,
-writes the gradient over the logits.  On a device with Triton its kernels do the work (once they were seen to give the
-right numbers there), elsewhere torch's own operators.
+No second copy of 16-bit logits is needed: forward keeps one number per token, and backward writes the gradient over the
+logits if that is allowed.  On a device with Triton, Triton kernels compute, after a check that their numbers are right
+there; on other devices torch's own operators compute.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class TokenLogprobs:
         Args:
             logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides.
             labels: token ids, one for each row of ``logits``; int32 or int64, each in [0, vocabulary).
-            in_place: let backward write the gradient over 16-bit ``logits``.  Whoever else has saved them for a
-                backward of its own then gets torch's error about a tensor modified in place, never a wrong gradient.
+            in_place: let backward write the gradient over 16-bit ``logits``.  If other code saved them for its own
+                backward, it gets torch's error about a tensor modified in place, never a wrong gradient.
 
         Returns:
             Log-probs of shape ``logits.shape[:-1]``: fp32, or fp64 for fp64 logits.  NaN in a row gives NaN.
 
         Raises:
             LogprobsInputError: wrong types or sizes, or, on the CPU, a label outside the vocabulary.  On other devices
-                a label is checked without waiting for it, where torch can: it raises a device-side assertion, as its
-                ``gather`` does.
+                the host does not wait for the labels: if torch can, a wrong one raises a device-side assertion, as in
+                torch's ``gather``.
         """
         _refuse_misfits(logits, labels)
         what = logits.device, logits.dtype
         kernels = self._kernels.get(what) or self._choose(*what)
-        # Who computes in fp32 too, as verl's distillation does, saves a copy of 16-bit logits and wider ones
-        # themselves.
+        # Other code that computes in fp32, such as verl's distillation, saves a copy of 16-bit logits, but wider
+        # logits themselves.
         return _apply(logits, labels, in_place and logits.element_size() == 2, kernels)
 
     def _choose(self, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -111,7 +111,7 @@ def _refuse_misfits(logits: Tensor, labels: Tensor) -> None:
 class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, in_place: bool, kernels: ModuleType) -> Tensor:
-        labels = labels.reshape(-1).contiguous()  # a column of a matrix keeps its stride otherwise
+        labels = labels.reshape(-1).contiguous()  # without this a column of a matrix keeps its stride
         accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
         result = torch.empty(labels.numel(), dtype=accumulator, device=logits.device)
         normalizer = torch.empty_like(result)
@@ -154,14 +154,14 @@ def _matrices(logits: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
 def _pair(samples: Samples, device: torch.device) -> Pair:
     from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
 
-    # From a temperature at which all tokens are alike to one at which two are left.  The kernels take 4,096 logits at a
-    # time: the second block is not full, and holds a label, and the largest logit of some rows.
+    # At the first temperature all tokens are about equally likely, at the last only two are.  The kernels take 4,096
+    # logits at a time: the second block is not full, and it holds a label and the largest logit of some rows.
     logits = samples.rows((0.1, 1, 4, 30, 8), 5000)
     labels = torch.tensor([3, 4999, int(logits[2].argmax()), int(logits[3].topk(2).indices[1]), 4096], device=device)
     logits[1, 4998], logits[4, 4096] = logits[1].max() + 2, logits[4].max()
 
     def computed(kernels: ModuleType) -> Run:
-        # Each log-prob is a row of its own.  The gradient is written over a copy of the logits, as in training.
+        # Each log-prob is compared as one row.  The gradient is written over a copy of the logits, as in training.
         return lambda logits: (_apply(logits * 1, labels, True, kernels).unsqueeze(-1),)
 
     return (logits,), computed(logprobs_torch), computed(logprobs_triton)

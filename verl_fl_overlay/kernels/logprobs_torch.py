@@ -22,7 +22,7 @@ def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) 
     for rows in _chunks(logits):
         values = logits[rows].to(result.dtype)
         largest = values.amax(-1, keepdim=True)
-        # The label's logit minus the largest comes first: a token that is nearly certain keeps its digits.
+        # The largest logit is subtracted first, so that the log-prob of a nearly certain token keeps its digits.
         log_sum = (values - largest).exp_().sum(-1, keepdim=True).log_()
         picked = values.gather(-1, labels[rows].long().unsqueeze(-1))
         result[rows] = (picked - largest - log_sum).squeeze(-1)

@@ -1,7 +1,7 @@
 """Puts fused kernels into a model, and takes them out again.
 
-A module is recognised by its structure, and its kernel is checked at its first call.  Parameters and their names stay
-as they are, and a forward that somebody else replaced before stays theirs.
+A module is recognised by its structure, and its kernel is checked at its first call.  Parameters and their names do not
+change.  If other code has already replaced a forward, that forward stays.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from verl_fl_overlay.kernels.agreement import Agreement
 logger = logging.getLogger("verl_fl_overlay")
 
 KINDS = {"rms_norm": rms_norm, "gated_mlp": gated_mlp}
-"""The kinds of modules, each with the file that recognises them and has a forward for them."""
+"""The kinds of modules: each kind's file recognises its modules and has a forward for them."""
 
 ROTARY = "rotary"
-"""The kind that is a function of a model's file."""
+"""The kind that is a function in a model's file, and not a module."""
 
 LIGER = "liger_kernel"
-"""The package whose fused classes and forwards verl puts in when use_liger is set."""
+"""The package of the fused classes and forwards that verl puts in when use_liger is set."""
 
 
 class FusedModules:
@@ -49,7 +49,7 @@ class FusedModules:
         """Replace what is recognised in ``model`` (a torch module) and was not replaced before.
 
         Raises:
-            ModuleNotFoundError: there is no Triton.  What its import costs is paid here, and not in the first step.
+            ModuleNotFoundError: there is no Triton.  It is imported here, so that the first step does not take longer.
         """
         if not self._kinds:
             return
@@ -75,7 +75,7 @@ class FusedModules:
         return {kind: KINDS[kind].forward(self._agreement) for kind in self._kinds if kind in KINDS}
 
     def remove(self) -> None:
-        """Give every module and file its own forward and function back, unless somebody has replaced ours since."""
+        """Restore every module's forward and every file's function, unless other code has replaced ours since."""
         for module in self._modules:
             if getattr(vars(module).get("forward"), "__func__", None) in self._forwards.values():
                 del module.__dict__["forward"]
@@ -88,7 +88,7 @@ class FusedModules:
 
 
 def _is_untouched(module: Any) -> bool:
-    """Whether the forward is what the module's class came with, takes one input, and is not a fused one already."""
+    """Whether the forward is the one that the module's class defines, takes one input, and is not fused already."""
     forward = type(module).forward
     home = forward.__module__
     own = home in {cls.__module__ for cls in type(module).__mro__} and "forward" not in vars(module)

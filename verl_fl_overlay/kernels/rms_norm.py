@@ -1,6 +1,6 @@
-"""RMS norms: how one is recognised, the kernel in its place, and what that is compared with.
+"""RMS norms: how one is recognised, the kernel in its place, and the native code for the check.
 
-A layer norm, a norm of groups or of a part of a row, and one that clamps look alike.  The samples tell them apart.
+A layer norm, a norm of groups or of a part of a row, and a norm that clamps look alike.  The samples tell them apart.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from verl_fl_overlay.kernels import state
 from verl_fl_overlay.kernels.agreement import Agreement, Pair, Samples, kernels_take
 
 EPSILON = ("variance_epsilon", "eps")
-"""What norms call the number that they add to the mean of the squares."""
+"""The names that norms use for the number that they add to the mean of the squares."""
 
 NOT_STATE = state.TORCH_S_OWN | {"forward", "weight"}
-"""The forward is ours; the weight is an input of the kernel, and FSDP1 keeps it as a plain attribute."""
+"""Not in the key: the forward is ours, and the weight, which FSDP1 keeps as an attribute, is the kernel's input."""
 
 
 def recognise(module: Any) -> bool:
@@ -40,7 +40,7 @@ def epsilon(module: Any) -> float | None:
 
 
 def forward(agreement: Agreement) -> Callable[..., Any]:
-    """Return what takes the place of a norm's forward: (..., size) -> (..., size)."""
+    """Return the replacement for a norm's forward: (..., size) -> (..., size)."""
     from verl_fl_overlay.kernels.triton.rms_norm import rms_norm
 
     def forward(self: Any, *inputs: Tensor, **named: Tensor) -> Any:
@@ -63,8 +63,8 @@ def _pair(samples: Samples, norm: Any, added: float, kernel: Callable[..., Tenso
         return (kernel(values, weight, added),)
 
     (size,) = norm.weight.shape
-    # A mean shows a layer norm, a row so small that epsilon counts shows where epsilon is added, a large one a clamp.
-    # Columns of different magnitude show a norm of groups of them, or of some.
+    # A mean shows a layer norm.  A row so small that epsilon counts shows where epsilon is added.  A large row shows a
+    # clamp.  Columns of different magnitudes show a norm of groups or of a part of the columns.
     columns = torch.logspace(-1, 1, size)
     columns *= size**0.5 / columns.norm()
     values = samples.rows((1, 1, 1, max(math.sqrt(added), 1e-3), 0.1, 30, 1000), size) * columns

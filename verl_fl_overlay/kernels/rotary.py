@@ -1,7 +1,7 @@
-"""Rotary position embeddings: where they are found, the kernel in their place, and what that is compared with.
+"""Rotary position embeddings: where they are found, the kernel in their place, and the native code for the check.
 
-A rotation of neighbours instead of halves, one of a part of the head, and one backwards look alike.  The samples tell
-them apart.
+A rotation of neighbours instead of halves, a rotation of a part of the head, and a backward rotation look alike.  The
+samples tell them apart.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from verl_fl_overlay.kernels.agreement import Agreement, Pair, Samples, kernels_take
 
 NAME = "apply_rotary_pos_emb"
-"""What Hugging Face models call the function in each model's own file."""
+"""The name of the function in the file of each Hugging Face model."""
 
 
 def files(model: Any) -> Iterator[ModuleType]:
-    """Yield the files that define the model's classes and a rotary function of their own that is still there."""
+    """Yield the files that define classes of the model and their own rotary function, if nobody has replaced it."""
     for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
         function = getattr(sys.modules.get(name), NAME, None)
-        if function is None or function.__module__ != name:  # somebody else's, or ours already
+        if function is None or function.__module__ != name:  # already replaced, by us or by others
             continue
         if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]:
             yield sys.modules[name]
 
 
 def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[..., Any]:
-    """Return what takes the place of a model file's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
+    """Return the replacement for a model file's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
 
-    It rotates q (batch, heads, length, size) and k by cos and sin (batch or 1, length, size).  Native does what needs
-    broadcasting of other kinds, and a gradient to cos or sin.
+    It rotates q (batch, heads, length, size) and k by cos and sin (batch or 1, length, size).  Native code computes
+    calls with other broadcasting, and calls that need a gradient to cos or sin.
     """
     from verl_fl_overlay.kernels.triton.rotary import rotate
 
@@ -51,7 +51,7 @@ def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[..
 
 
 def _fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether these have the shapes and the type that the kernel computes with, and no gradient that it leaves out."""
+    """Whether the kernel takes these shapes and this type, and computes all gradients that are needed."""
     if not (q.dim() == k.dim() == 4 and q.dtype == k.dtype == cos.dtype == sin.dtype and kernels_take(q, k, cos, sin)):
         return False
     batch, _, *token = q.shape
@@ -74,7 +74,7 @@ def _pair(
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         return tuple(kernel(q, k, cos.detach(), sin.detach()))
 
-    # Real angles, whose halves are the same, and numbers whose halves differ: each shows what the other hides.
+    # Real angles have equal halves, the normal numbers do not: each of the two shows errors that the other hides.
     positions = torch.tensor([[0.0, 1, 7, 1000], [3, 2, 90, 30000]][: 1 if shared else 2])
     half = positions[..., None] / 10000 ** (torch.arange(size // 2) / (size // 2))
     angles = torch.cat([half, half], -1)

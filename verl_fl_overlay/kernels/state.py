@@ -1,7 +1,7 @@
-"""What a module computes with beside its inputs and weights, as a part of a key.
+"""The state of a module as a part of a key: all that it computes with, except its inputs and weights.
 
-A kernel is checked for one state of a module and is used for that state alone.  The key is built at each call, so a
-module whose ``limit`` is changed after the check has another key then, and is checked again.
+A kernel is checked for one state of a module and is used for that state only.  The key is built at each call.  So if a
+module's ``limit`` changes after the check, its key changes too, and it is checked again.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ VALUES = frozenset(
     {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.Size, torch.memory_format}
     | {FunctionType, BuiltinFunctionType, type}
 )
-"""Types whose objects never change, and functions and classes, which count by identity."""
+"""Types of objects that never change, and functions and classes, which are compared by identity."""
 
 TORCH_S_OWN = frozenset(vars(nn.Module())) - {"training"}
 """What torch keeps in each module: parameters, buffers, children and hooks."""
 
 HOLDERS = (Tensor, MethodType)
-"""Objects whose attributes do not show what they hold.  For a bound method that is an object, maybe the model."""
+"""Types of objects that hold more than their attributes show; a bound method holds an object, maybe the model."""
 
 
 class Unseen(NamedTuple):
-    """The place in a key of an object whose changes nobody could see; a kernel is not used with such a key."""
+    """Stands in a key for an object that may change unseen; a kernel is not used with such a key."""
 
     type: type
 
 
 class _Object:
-    """An object, equal to itself as long as its attributes are the same; changes further inside are not noticed.
+    """An object, equal to itself as long as its attributes are the same; changes inside these are not noticed.
 
-    A key keeps it, so that no other object comes to have its identity.
+    A key keeps the object alive, so no other object can get its id.
     """
 
     __slots__ = ("attributes", "value")
 
     def __init__(self, value: Any) -> None:
-        # A configuration's own __getattribute__ is in Python, and this runs at each call of an MLP.
+        # object's, since a configuration's own is slow Python code, and this runs at each call of an MLP.
         self.value, self.attributes = value, object.__getattribute__(value, "__dict__").copy()
 
     def __hash__(self) -> int:
@@ -50,14 +50,14 @@ class _Object:
     def __eq__(self, other: object) -> bool:
         try:
             return isinstance(other, _Object) and self.value is other.value and self.attributes == other.attributes
-        except (RuntimeError, ValueError):  # another array or tensor than before, which cannot be compared
+        except (RuntimeError, ValueError):  # an array or tensor was replaced, and cannot be compared
             return False
 
 
 def of_module(module: Any, but: frozenset[str] = TORCH_S_OWN) -> tuple[Any, ...]:
     """Return the module's own attributes, without those named in ``but``, as a part of a key.
 
-    A name with two underscores is what FSDP2 writes into the modules that it shards.
+    Names that begin with two underscores are left out: FSDP2 writes them into the modules that it shards.
     """
     own = module.__dict__
     return tuple(
@@ -70,10 +70,10 @@ def of_module(module: Any, but: frozenset[str] = TORCH_S_OWN) -> tuple[Any, ...]
 
 
 def of(value: Any) -> Any:
-    """Return ``value`` as a part of a key, which equals another one only if both values compute the same.
+    """Return ``value`` as a part of a key; two parts are equal only if both values compute the same.
 
-    Lists, tuples, dicts, sets and modules without weights count by what is in them, other objects with attributes by
-    identity and attributes.  For what cannot be told in this way, a tensor for one, it is ``Unseen``.
+    Lists, tuples, dicts, sets and modules without weights are compared by content, other objects with attributes by
+    identity and attributes.  Values that cannot be compared in this way, such as tensors, become ``Unseen``.
     """
     kind = type(value)
     if kind in VALUES:
@@ -104,9 +104,9 @@ def run_natively(module: Any, run: Callable[[Any], Any], **attributes: Any) -> A
     """Return ``run(copy)`` for a copy of ``module`` with these attributes and the forward of its class.
 
     Raises:
-        TypeError: ``run`` changed the module's state, which a kernel in its place would not do.
+        TypeError: ``run`` changed the module's state; a kernel in its place would not do that.
     """
-    probe = object.__new__(type(module))  # FSDP2 answers copy.copy with the module that it wrapped
+    probe = object.__new__(type(module))  # under FSDP2 copy.copy returns the module that it wrapped
     probe.__dict__ = {name: value for name, value in vars(module).items() if name != "forward"} | attributes
     but = TORCH_S_OWN | attributes.keys()
     before = of_module(probe, but)

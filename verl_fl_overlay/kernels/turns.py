@@ -22,21 +22,21 @@ from verl_fl_overlay.devices import accelerator
 logger = logging.getLogger("verl_fl_overlay")
 
 LONGEST_WAIT = 300.0
-"""Seconds after which a process goes on by itself: a turn may wait for a collective that wants all of them."""
+"""Seconds after which a process goes on by itself: a turn may wait for a collective that needs all processes."""
 
 POLL = 0.05
 """Seconds between two looks at a turn that another process has."""
 
 
 _mine: set[tuple[Path, str]] = set()
-"""The turns that this process is in.  A process has one such set, since the system's locks belong to the process: its
+"""The turns that this process is in.  The set is the process's, since the system's file locks are: without the set its
 own lock would keep it from entering a turn again.
 """
 
 
 @dataclass
 class Turn:
-    """What the first process left for the others: "" for itself; it may say more than that it has finished."""
+    """The text that the first process left for the others, such as its result; "" in the first process."""
 
     left: str = ""
 
@@ -45,9 +45,9 @@ class Turn:
 def first_in(folder: Path, what: str) -> Iterator[Turn]:
     """Wait while another process does ``what``, unless one has done it before; then let this one do it.
 
-    The first one may set ``left`` of what is yielded, and the others find it there.  The system takes the turn of a
-    process that ends, however it ends, and the next one is the first; so it is after an exception.  What a process asks
-    for again inside its own turn it does at once.  No collective may happen inside.
+    The first process may set ``left`` of the yielded ``Turn``, and the others find it there.  If the first process
+    raises or ends before it has finished, in whatever way, the next one becomes the first.  If a process asks for the
+    same work again inside its own turn, it does it at once.  No collective may happen inside.
 
     Args:
         folder: where the processes meet; each ``what`` has a file there.
@@ -55,7 +55,7 @@ def first_in(folder: Path, what: str) -> Iterator[Turn]:
     """
     try:
         descriptor = _open(folder, what)
-    except OSError:  # nowhere to write: there is no cache either that others could fill
+    except OSError:  # nowhere to write, so there is no shared cache either
         yield Turn()
         return
     file = (folder, what)
@@ -70,14 +70,14 @@ def first_in(folder: Path, what: str) -> Iterator[Turn]:
             yield turn
         finally:
             _mine.remove(file)
-        with contextlib.suppress(OSError):  # a full disk: the others do it again
+        with contextlib.suppress(OSError):  # a full disk: the others repeat the work
             os.pwrite(descriptor, (turn.left or "done").encode(), 0)
     finally:
         os.close(descriptor)
 
 
 def first_to_compile(kernels: str) -> AbstractContextManager[Turn]:
-    """Wait while another process fills Triton's cache with ``kernels``; the turn is forgotten with that cache."""
+    """Wait while another process fills Triton's cache with ``kernels``; who deletes the cache deletes the turn."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     triton = getattr(sys.modules.get("triton"), "__version__", "")
@@ -93,7 +93,7 @@ def _open(folder: Path, what: str) -> int:
 
 
 def _take(descriptor: int, what: str) -> bool:
-    """Return True with the file locked, False once somebody has finished or the wait was too long."""
+    """Return True with the file locked, False once another process has finished or the wait was too long."""
     begun, said = time.monotonic(), False
     while not os.fstat(descriptor).st_size:
         try:

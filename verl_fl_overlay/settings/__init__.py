@@ -1,4 +1,4 @@
-"""Every environment variable of the FlagOS stack: what it means, what contradicts it, and who else is given it."""
+"""Every environment variable of the FlagOS stack: its meaning, its conflicts, and which other processes get it."""
 
 from verl_fl_overlay.settings.table import TABLE, VARIABLES, Settings
 

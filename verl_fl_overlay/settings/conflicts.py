@@ -1,4 +1,4 @@
-"""Rules between variables and between the components that read them: what a user means and what the stack would do.
+"""Rules between variables, and between the components that read them: where the stack would not do what a user means.
 
 A contradiction is an error at any time.  A conflict is a setting that a component ignores, reads another way than its
 neighbour, or that its own documents describe wrongly: a warning, and an error under ``VERL_FL_STRICT=1``.
@@ -19,7 +19,7 @@ Rule = Callable[[Settings], Iterator[str]]
 
 
 class Remark(str):
-    """A conflict that no other value avoids: told, and never an error, which would leave no way to set it."""
+    """A conflict that no other value avoids: only a warning, since an error would leave no way to set the variable."""
 
 
 def conflicts(settings: Settings) -> list[str]:
@@ -28,7 +28,7 @@ def conflicts(settings: Settings) -> list[str]:
 
 
 def _spelling(settings: Settings) -> Iterator[str]:
-    """A true value that its component takes for false."""
+    """Yield a conflict for each true value that its component takes for false."""
     for name, text in settings.given.items():
         variable = TABLE[name]
         if not variable.truths or settings[name] is not True:
@@ -142,14 +142,14 @@ def _vllm_policy(settings: Settings) -> Iterator[str]:
 
 
 def vendor_faults(where: str, vendors: Iterable[Any]) -> Iterator[str]:
-    """Yield what is wrong with a list of vendors; ``where`` it stands begins each text."""
+    """Yield what is wrong with a list of vendors; each text begins with ``where``, the place of the list."""
     for vendor in vendors:
         if str(vendor) != str(vendor).lower():
             yield f"{where}: {vendor!r} matches no vendor; write {str(vendor).lower()!r}, names are in lower case"
 
 
 def token_faults(where: str, tokens: Iterable[Any]) -> Iterator[str]:
-    """Yield what is wrong with an operator's order of implementations; ``where`` it stands begins each text."""
+    """Yield what is wrong with an operator's order of implementations; each text begins with ``where``, its place."""
     for token in (str(token).strip() for token in tokens):
         kind, _, name = token.partition(":")
         if token not in PREFER and not (kind in ("vendor", "impl") and name):

@@ -20,7 +20,7 @@ def modules(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def with_overlay(environment: Mapping[str, str]) -> str:
-    """Return ``LOADED_BY`` with the overlay in it, last where it was not named."""
+    """Return ``LOADED_BY`` with the overlay in it; the overlay is added at the end if it was not named."""
     listed = modules(environment)
     return ",".join(listed if OVERLAY in listed else (*listed, OVERLAY))
 
@@ -28,9 +28,9 @@ def with_overlay(environment: Mapping[str, str]) -> str:
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that another process of the same run needs.
 
-    These are the table's that are set, all other FLAGCX_* (FlagCX reads dozens more than the table has), and
-    ``LOADED_BY`` with the overlay in it.  Left out are the variables that tell one node or rank from another, and any
-    value that carries a password.
+    These are the table's variables that are set, all other FLAGCX_* (FlagCX reads dozens more than the table has), and
+    ``LOADED_BY`` with the overlay in it.  Variables that tell one node or rank from another are not among them, and
+    neither are values that carry a password.
     """
     settings, _ = Settings.parse(environment)
     flagcx = {n: text for n, text in environment.items() if n.startswith("FLAGCX_") and n not in OF_ONE_PROCESS}

@@ -1,6 +1,6 @@
 """The environment variables of the FlagOS stack's other components, one row each.
 
-Defaults and allowed values are what the components' code does, also where their documents say something else.
+Defaults and allowed values follow the components' code, even if their documents say something else.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PER_OP = "op=token|token;op=token, tokens: flagos, reference, vendor, vendor:<NA
 LEVELS = ("debug", "info", "warning", "error", "critical")
 ONE_TRUE = ("1", "true")
 OF_ONE_PROCESS = ("FLAGCX_HOSTID", "FLAGCX_COMM_ID", "FLAGCX_RANK")
-"""FlagCX's variables that must differ between nodes or ranks: by the first it tells which ranks share a node."""
+"""FlagCX's variables that must differ between nodes or ranks; the first one shows which ranks share a node."""
 VENDOR_NAMES = ("GEMS_VENDOR", "FLAGGEMS_VENDOR", "GEMS_BACKEND", "FLAGGEMS_BACKEND")
-"""FlagGems' names of one variable, in the order in which it asks for them; it knows the last three since 5.3.0."""
+"""FlagGems' names for one variable, in the order in which it reads them; it knows the last three since 5.3.0."""
 
 
 def _flaggems() -> list[Variable[Any]]:

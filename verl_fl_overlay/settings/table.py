@@ -35,15 +35,15 @@ EXCLUSIVE = (
     ("VLLM_FL_FLAGOS_WHITELIST", "VLLM_FL_FLAGOS_BLACKLIST"),
     ("VLLM_FL_OOT_WHITELIST", "VLLM_FL_OOT_BLACKLIST"),
 )
-"""Pairs of lists of which only one can be meant."""
+"""Pairs of lists; only one list of a pair may be set."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The parsed environment, and the table of the variables that the overlay acts on: a row is a class attribute.
 
-    What the overlay acts on is an attribute.  Every variable, also the other components', is there by its name:
-    ``settings["USE_FLAGCX"]`` is the parsed value, or the default where it was not set.  ``given`` holds the raw text
+    A variable that the overlay acts on is an attribute.  Every variable, also of other components, can be read by name:
+    ``settings["USE_FLAGCX"]`` is the parsed value, or the default if it was not set.  ``given`` holds the raw text
     of the variables that were set, ``parsed`` their values.
     """
 
@@ -180,7 +180,7 @@ class Settings:
 
     @classmethod
     def parse(cls, environment: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
-        """Parse what can be parsed, and say of each other variable what is allowed; those keep their defaults."""
+        """Parse what can be parsed; return what is allowed for each other variable, and keep its default."""
         environment = os.environ if environment is None else environment
         parsed: dict[str, Any] = {}
         given: dict[str, str] = {}
@@ -238,7 +238,7 @@ def of_phase(phase: str) -> list[Variable[Any]]:
 
 
 def contradictions(settings: Settings) -> list[str]:
-    """Return what cannot be meant."""
+    """Return the contradictions between variables, in words."""
     lists = [
         f"{white} and {black} are both set: one list says what is used and the other what is not; keep one of them"
         for white, black in EXCLUSIVE

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Values(Protocol):
-    """What holds the parsed values: variable's name -> value, for those that were set."""
+    """An object with the parsed values: variable's name -> value, for the variables that were set."""
 
     @property
     def parsed(self) -> Mapping[str, Any]:
@@ -24,7 +24,7 @@ class MalformedError(ValueError):
 
 
 class BlankError(ValueError):
-    """A blank text where its reader takes that for not set."""
+    """A blank text, if its reader takes that for not set."""
 
 
 def flag(text: str) -> bool:
@@ -43,7 +43,7 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
-    """Read one of ``allowed``, in any case; blank is as good as not set."""
+    """Read one of ``allowed``, in any case; blank counts as not set."""
 
     def read(text: str) -> str:
         lowered = text.strip().lower()
@@ -57,7 +57,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def path(text: str) -> str:
-    """Read a file system path of the overlay's own; ``~`` is expanded, which other components do not do with theirs."""
+    """Read a file system path for the overlay itself; ``~`` is expanded, as other components do not do."""
     return os.path.expanduser(text.strip())
 
 
@@ -70,7 +70,7 @@ def file(text: str) -> str:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list; blank means that there is none, and commas alone are no list."""
+    """Read a comma-separated list; blank means an empty list, and commas alone are not allowed."""
     read = names(text)
     if text.strip() and not read:
         raise MalformedError("names, comma-separated; there is none between the commas")
@@ -100,7 +100,7 @@ def profile(text: str) -> str:
 
 
 FUSED = ("rms_norm", "gated_mlp", "rotary", "adam")
-"""What has a fused kernel: kinds of modules, and torch's Adam and AdamW."""
+"""The kinds that have a fused kernel: modules and functions of a model, and torch's Adam and AdamW."""
 
 
 def fused(text: str) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def fused(text: str) -> tuple[str, ...]:
 
 
 def directory(text: str) -> str:
-    """Read the path of a directory, which need not be on this machine; something else in its place is refused."""
+    """Read the path of a directory, which need not be on this machine; a path to anything else is refused."""
     found = text.strip()
     if os.path.exists(found) and not os.path.isdir(found):
         raise MalformedError("a directory; this is a file")
@@ -149,7 +149,7 @@ def choices_per_op(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def json_file(text: str) -> str:
-    """Read the path of a file that holds a JSON object of texts; it must be on this machine, as its reader demands."""
+    """Read the path of a file with a JSON object of texts; the component that reads it needs it on this machine."""
     found = text.strip()
     if not found:
         return found
@@ -168,9 +168,9 @@ class Variable(Generic[T]):
     """One environment variable: its name, who reads it and when, and what its text means.
 
     ``read`` turns the text into the value, or raises ``MalformedError``.  ``default`` is the value where the variable
-    is not set.  ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the
-    component's first release that does, "" for all.  ``truths`` are the spellings that the component itself takes for
-    true, where they are fewer than ``flag`` takes.
+    is not set.  ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the first
+    release of the component that reads it, "" for all.  ``truths`` are the spellings that the component itself takes
+    for true, if they are fewer than those of ``flag``.
 
     As an attribute of ``Settings`` it is the value; as an attribute of the class it is the variable itself.
     """

@@ -20,10 +20,10 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor's description, from which a like one is made.
+    """A tensor's description, from which a similar tensor is made.
 
-    Two calls are the same if sizes, strides, dtypes and devices are.  Whole numbers and masks are kept, on the CPU:
-    how long a lookup or a scatter takes depends on where its indices point.
+    Two calls are the same if sizes, strides, dtypes and devices are.  The values of whole numbers and masks are kept,
+    on the CPU, because the time of a lookup or a scatter depends on its indices.
     """
 
     size: tuple[int, ...]
@@ -40,7 +40,7 @@ class Like:
         return cls(size, stride, tensor.dtype, str(tensor.device), values)
 
     def make(self) -> torch.Tensor:
-        """Return a tensor of this size, stride, dtype and device: the values kept, or small random numbers."""
+        """Return a tensor of this size, stride, dtype and device, with the kept values or small random numbers."""
         distinct = _distinct(self.size, self.stride)
         tensor = torch.empty_strided(distinct, self.stride, dtype=self.dtype, device=self.device)
         tensor = tensor.normal_().mul_(0.1) if self.values is None else tensor.copy_(self.values)
@@ -48,7 +48,7 @@ class Like:
 
 
 def _distinct(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the size of what is stored: a dimension that an expanded tensor only repeats counts as 1."""
+    """Return the size of the stored data: a dimension that an expanded tensor only repeats counts as 1."""
     return tuple(1 if step == 0 else length for length, step in zip(size, stride, strict=True))
 
 
@@ -83,7 +83,7 @@ def operator(key: str) -> Any:
 
 
 class _Recorder:
-    """Counts calls with kernels of its own, each of which then lets torch's operator compute."""
+    """Counts calls with its own kernels; each of them then lets torch's operator compute."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Counter[Call]] = {}
@@ -116,8 +116,8 @@ class _Recorder:
 def calls_of(step: Step, kernels: Iterable[Kernel]) -> dict[str, Counter[Call]]:
     """Return, for each aten key of ``kernels``, the calls of one step that its kernel would get.
 
-    They are counted where a routed kernel would be called, so calls that one operator makes of another are counted too;
-    torch computes them.  A ``TorchDispatchMode`` would not see those, and not the real step either: while one is on,
+    A call is counted where a routed kernel would be called, so the calls inside other operators are counted too; torch
+    computes them.  A ``TorchDispatchMode`` would not see those calls, and it would change the step: while one is on,
     autograd adds gradients out of place.
     """
     recorder = _Recorder()

@@ -1,4 +1,4 @@
-"""Whole steps with and without FlagGems' operators, in turns: which operators make a step faster."""
+"""Finds the operators that make a step faster: runs whole steps with and without FlagGems' operators, in turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl_fl_overlay.flaggems.tuning import timing
 from verl_fl_overlay.flaggems.tuning.calls import Step
 
 ROUNDS = 5
-"""Each side has so many turns; chance alone makes one of them faster in all once in 32 times."""
+"""Turns of each side; by chance alone the new side is faster in all of them once in 32 times."""
 
 Say = Callable[[str], None]
 
@@ -30,7 +30,7 @@ def routed(kernels: Iterable[Kernel]) -> Iterator[None]:
 
 
 class Contest:
-    """Compares sets of FlagGems' functions, given by their names, by the steps that they make."""
+    """Compares sets of FlagGems' functions, given by name, by the time of whole steps."""
 
     def __init__(self, step: Step, gems: FlagGems, say: Say) -> None:
         self._step = step
@@ -38,7 +38,7 @@ class Contest:
         self._say = say
 
     def winners(self, kept: list[str], candidates: list[str]) -> list[str]:
-        """Return ``kept`` and those of ``candidates`` that make steps faster: all, or what remains of each half."""
+        """Return ``kept`` and the ``candidates`` that make steps faster; tries all together, then each half in turn."""
         if not candidates or self._faster(kept, [*kept, *candidates]):
             return [*kept, *candidates]
         if len(candidates) == 1:
@@ -58,7 +58,7 @@ class Contest:
         try:
             with routed(kernel for kernel in self._kernels if kernel.name in names):
                 return timing.step_ms(self._step)
-        except Exception as error:  # whatever a kernel raises at a shape that was not timed
+        except Exception as error:  # a kernel may raise anything at a shape that was not timed
             if not names:
                 raise
             self._say(f"whole step with {', '.join(names)}: {type(error).__name__}: {str(error)[:80]}")
@@ -68,7 +68,7 @@ class Contest:
         return self.step_ms(before), self.step_ms(after)
 
     def _faster(self, before: Sequence[str], after: Sequence[str]) -> bool:
-        """Tell whether ``after`` wins every round; the first that it loses is the last."""
+        """Tell whether ``after`` wins every round; the first round that it loses ends the contest."""
         for number in range(1, ROUNDS + 1):
             one, other = self._round(before, after)
             if not other < one:

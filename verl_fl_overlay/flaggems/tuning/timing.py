@@ -14,7 +14,7 @@ BACK_TO_BACK = 5
 
 
 def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
-    """Return the median time of ``run``, milliseconds, after two that are not counted.
+    """Return the median time of ``run``, milliseconds, after two runs that are not counted.
 
     Calls are made back to back, as a step makes them, so that the host starts the next one while the device computes:
     a call takes as long as the slower of the two needs.
@@ -38,7 +38,7 @@ def call_ms(run: Callable[[], Any], repeats: int = 7) -> float:
 
 
 def step_ms(step: Callable[[], None], repeats: int = 3) -> float:
-    """Return the median time of a step, milliseconds, after one that is not counted."""
+    """Return the median time of a step, milliseconds, after one step that is not counted."""
     device = accelerator()
     times = []
     for _ in range(repeats + 1):

@@ -1,7 +1,7 @@
 """Measures, for one training step, which operators are faster from FlagGems.
 
-One step tells which of FlagGems' operators are called, and with which shapes.  Each operator is timed at those shapes,
-native and from FlagGems.  Of the faster ones, those are chosen that make whole steps faster.
+One step shows which of FlagGems' operators are called, and with which shapes.  Each operator is timed at those shapes,
+native and from FlagGems.  From the faster ones, tune chooses those that make whole steps faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl_fl_overlay.flaggems.tuning.contest import Contest, Say, routed
 from verl_fl_overlay.flaggems.tuning.timing import call_ms
 
 LARGEST, MOST_FREQUENT = 3, 3
-"""How many of an operator's calls are timed: the largest cost the device's time, the most frequent the host's."""
+"""How many calls of an operator are timed: the largest cost the device time, the most frequent cost the host time."""
 
 
 def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
@@ -32,7 +32,7 @@ def measure(kernel: Kernel, calls: Counter[Call]) -> Measurement:
             with routed([kernel]):
                 ours = _spent(kernel.key, calls)
             return Measurement(kernel.key, kernel.name, calls.total(), native, ours)
-        except Exception as error:  # whatever a kernel raises at a shape it does not support
+        except Exception as error:  # a kernel may raise anything at a shape it does not support
             reason = f"{type(error).__name__}: {str(error)[:80]}"
     return Measurement(kernel.key, kernel.name, calls.total(), 0.0, 0.0, reason)
 
@@ -74,7 +74,7 @@ def tune(
     step()
     calls = calls_of(step, gems.kernels)
     kept = tuple(one for one in profile.measurements if _holds(one, calls))
-    if len(kept) < sum(not one.note for one in profile.measurements):  # some are of another step, and so is the choice
+    if len(kept) < sum(not one.note for one in profile.measurements):  # some are from another step, as the choice is
         profile = replace(profile, chosen=(), step_ms={})
     profile = replace(profile, measurements=kept)
     done = {one.key for one in profile.measurements}
@@ -96,12 +96,12 @@ def tune(
 
 
 def _holds(one: Measurement, calls: Mapping[str, Counter[Call]]) -> bool:
-    """Tell whether a measurement in the file is of this step.  One without times is made again."""
+    """Tell whether a measurement in the file is of this step.  A measurement without times is repeated."""
     return not one.note and one.key in calls and one.calls == calls[one.key].total()
 
 
 def _begun(file: Path, key: Key, workload: str) -> Profile:
-    """Return the profile to continue, and write it: a file that cannot be written is better known before measuring."""
+    """Return the profile to continue, and write it now: if the file cannot be written, that shows before measuring."""
     profile = Profile(key, workload)
     if file.exists():
         profile = load(file)
@@ -118,7 +118,7 @@ def _begun(file: Path, key: Key, workload: str) -> Profile:
 
 
 def _decided(profile: Profile, step: Step, gems: FlagGems, say: Say) -> Profile:
-    """Try the functions all of whose keys are faster in whole steps, and choose those that make steps faster."""
+    """Take the functions with every key faster, try them in whole steps, and choose those that make steps faster."""
     by_name: dict[str, list[Measurement]] = {}
     for one in profile.measurements:
         by_name.setdefault(one.name, []).append(one)

@@ -1,6 +1,6 @@
 """RMS norm in Triton, forward and backward.
 
-FlagGems has one too, but for it alone every process would import all of FlagGems, which takes 4 s.
+FlagGems has one too, but to use it every process would have to import all of FlagGems, which takes 4 s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from verl_fl_overlay.kernels.launch import launch
 
 BLOCK = 2048
-"""Elements, at least, that a program holds: a whole row, or several."""
+"""The fewest elements that a program holds: a whole row, or several."""
 
 PROGRAMS = 512
 """Programs of the backward, each with a partial sum of the weight's gradient: four for each of 128 cores."""
@@ -107,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):  # type: ignore[misc]
         to_weight = torch.empty(programs, size, dtype=torch.float32, device=values.device)
         tensors = values, weight, inverse, upstream.contiguous(), to_values, to_weight
         launch(_rms_norm_gradient, (programs,), *tensors, rows, size, **blocks)
-        wanted = ctx.needs_input_grad[1]  # not where the norm is frozen, as with LoRA
+        wanted = ctx.needs_input_grad[1]  # not if the norm is frozen, as with LoRA
         return to_values, to_weight.sum(0).to(weight.dtype) if wanted else None, None
 
 

@@ -15,11 +15,11 @@ from verl_fl_overlay.kernels.launch import launch
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k turned by an angle a token and a pair of elements, rounded once, with gradients to q and k.
+    """Return q and k rotated by one angle per token and pair of elements, rounded once, with gradients to q and k.
 
     Args:
         q: (batch, heads, length, size), with any strides; elements i and i + size / 2 are a pair.
-        k: (batch, heads of its own, length, size).
+        k: (batch, its own number of heads, length, size).
         cos: (batch or 1, length, size).
         sin: like ``cos``.
     """
@@ -126,7 +126,7 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> t
     q, k = (heads if heads.stride(-1) == 1 else heads.contiguous() for heads in (q, k))
     batch, q_heads, length, size = q.shape
     k_heads = k.shape[1]
-    # A token's heads lie side by side, as the projections before and behind a rotation have them.
+    # A token's heads lie side by side, as in the projections before and after a rotation.
     q_result = torch.empty(batch, length, q_heads, size, dtype=q.dtype, device=q.device).transpose(1, 2)
     k_result = torch.empty(batch, length, k_heads, size, dtype=k.dtype, device=k.device).transpose(1, 2)
     tensors = q, k, q_result, k_result, cos.contiguous(), sin.contiguous()
