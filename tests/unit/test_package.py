@@ -119,4 +119,12 @@ def test_a_release_is_its_pin_file(checkout):
     assert output(code, env={"PYTHONPATH": str(checkout)}) == str((*compat.RELEASES, "0.9.1.post1", "0.10.0"))
     for file in pins.iterdir():
         file.unlink()
+    code += "; compat.select(compat.InstalledVerl('0.9.1', ''))"
     assert "holds the pins of no release: reinstall" in run("-c", code, env={"PYTHONPATH": str(checkout)}).stderr
+
+
+def test_a_package_without_compat_says_so_in_a_line(checkout):
+    (checkout / "compat").rename(checkout / "elsewhere")
+    installed_with_e = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+    done = run("-c", installed_with_e + "import verl_fl_overlay", env={}, cwd=checkout)
+    assert done.stderr.strip().splitlines()[-1].endswith("copy both, or pip install verl-fl-overlay")
