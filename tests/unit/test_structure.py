@@ -12,6 +12,7 @@ import pytest
 
 import verl_fl_overlay
 from verl_fl_overlay import compat
+from verl_fl_overlay.settings.variables import FUSED
 
 PACKAGE, COMPAT = Path(verl_fl_overlay.__file__).parent, Path(compat.__file__).parent
 
@@ -39,6 +40,12 @@ what cannot change while a process runs (functools.cache), and loggers.
 """
 
 STATELESS = {"Event", "Question", "getLogger", "TypeVar", "ParamSpec", "namedtuple", "Version", "frozenset", "tuple"}
+
+
+def test_a_kernel_kind_is_a_file_of_its_name():
+    kernels = {name.rpartition(".")[2]: ast.unparse(tree) for name, tree in FILES.items() if ".kernels." in name}
+    assert set(FUSED) <= kernels.keys()
+    assert {name for name, text in kernels.items() if "def recognise(" in text} <= set(FUSED)
 
 
 def imports(name: str, tree: ast.AST) -> Iterator[str]:

@@ -1,12 +1,14 @@
 """Puts fused kernels into a model, and takes them out again.
 
-A module is recognised by its structure, and its kernel is checked at its first call.  Parameters and their names do not
-change.  If other code has already replaced a forward, that forward stays.
+A kind of module is a file of its name beside this one, with ``recognise`` and ``forward``.  A module is recognised by
+its structure, and its kernel is checked at its first call.  Parameters and their names do not change.  If other code
+has already replaced a forward, that forward stays.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 from collections import Counter
@@ -15,13 +17,10 @@ from types import MethodType, ModuleType
 from typing import Any
 from weakref import WeakSet
 
-from verl_fl_overlay.kernels import gated_mlp, rms_norm, rotary
+from verl_fl_overlay.kernels import rotary
 from verl_fl_overlay.kernels.agreement import Agreement
 
 logger = logging.getLogger("verl_fl_overlay")
-
-KINDS = {"rms_norm": rms_norm, "gated_mlp": gated_mlp}
-"""The kinds of modules: each kind's file recognises its modules and has a forward for them."""
 
 ROTARY = "rotary"
 """The kind that is a function in a model's file, and not a module."""
@@ -39,7 +38,9 @@ class FusedModules:
 
     def __init__(self, kinds: tuple[str, ...], agreement: Agreement) -> None:
         self.counts: Counter[str] = Counter()
-        self._kinds = [kind for kind in (*KINDS, ROTARY) if kind in kinds]
+        files = {kind: importlib.import_module(f"{__package__}.{kind}") for kind in kinds}
+        self._of_modules = {kind: file for kind, file in files.items() if hasattr(file, "recognise")}
+        self._rotates = ROTARY in kinds
         self._agreement = agreement
         self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
         self._files: list[tuple[ModuleType, Any, Any]] = []
@@ -51,16 +52,16 @@ class FusedModules:
         Raises:
             ModuleNotFoundError: there is no Triton.  It is imported here, so that the first step does not take longer.
         """
-        if not self._kinds:
+        if not self._of_modules and not self._rotates:
             return
         before, name = self.counts.total(), type(model).__name__
         for module in model.modules():
             for kind, forward in self._forwards.items():
-                if _is_untouched(module) and KINDS[kind].recognise(module):
+                if _is_untouched(module) and self._of_modules[kind].recognise(module):
                     module.__dict__["forward"] = MethodType(forward, module)
                     self._modules.add(module)
                     self.counts[kind] += 1
-        for file in rotary.files(model) if ROTARY in self._kinds else ():
+        for file in rotary.files(model) if self._rotates else ():
             native = getattr(file, rotary.NAME)
             fused = rotary.in_place_of(native, self._agreement)
             setattr(file, rotary.NAME, fused)
@@ -72,7 +73,7 @@ class FusedModules:
 
     @functools.cached_property
     def _forwards(self) -> dict[str, Callable[..., Any]]:
-        return {kind: KINDS[kind].forward(self._agreement) for kind in self._kinds if kind in KINDS}
+        return {kind: file.forward(self._agreement) for kind, file in self._of_modules.items()}
 
     def remove(self) -> None:
         """Restore every module's forward and every file's function, unless other code has replaced ours since."""
