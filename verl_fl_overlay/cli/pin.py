@@ -10,6 +10,7 @@ from typing import Any
 from verl_fl_overlay.cli.check import TARGET
 from verl_fl_overlay.compat.release import pinning, sources
 from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.files import write_whole
 
 
 def add(commands: Any) -> None:
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     if options.write:
         file = folder / "pins" / f"{pins['verl']}.json"
-        file.write_text(pinning.as_text(pins), encoding="utf-8")
+        write_whole(file, pinning.as_text(pins))  # a file there is a release, so half of one would be too
         print(file)
     else:
         print(pinning.as_text(pins), end="")
