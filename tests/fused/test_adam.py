@@ -323,6 +323,17 @@ def test_the_overlay_s_choice_is_known_after_a_copy_and_a_user_s_is_never_taken_
     assert optimizer.param_groups[0]["fused"] == 1, "as its user left it"
 
 
+def test_groups_that_were_saved_can_be_loaded_without_the_overlay(calls, adam):
+    optimizer = make()
+    adam.fuse(optimizer)
+    steps(optimizer)
+    file = io.BytesIO()
+    torch.save([{**group, "params": []} for group in optimizer.param_groups], file)
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)
+    assert group["fused"] == 1, "torch takes that for True"
+
+
 def test_a_chip_without_the_kernel_steps_natively(calls, adam, monkeypatch, agreement):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     expected = steps(make())

@@ -12,7 +12,11 @@ pytest.importorskip("verl")
 
 from processes import OVERLAY, run
 
+from verl_fl_overlay import events
+from verl_fl_overlay.compat import token_logprobs
 from verl_fl_overlay.compat.token_logprobs import FLAGS, logprobs_hook
+from verl_fl_overlay.features.logprobs import Logprobs
+from verl_fl_overlay.settings import Settings
 
 BF16 = 2**-7
 """What verl's own path may be off by, relative (seen: 0.0057): on a CPU its log-probs are bf16 here, ours fp32."""
@@ -43,6 +47,16 @@ def test_engine_trains_without_the_row_by_row_path_and_gets_its_numbers(tmp_path
         assert after == pytest.approx(before, rel=BF16)
 
 
+@pytest.fixture
+def feature(monkeypatch):
+    """The feature as activation starts it, in a process in which nothing failed before."""
+    monkeypatch.setattr(token_logprobs, "failures", events.Failures())
+    made = Logprobs(Settings())
+    made.start()
+    yield made
+    made.stop()
+
+
 def called(logits, labels):
     """Return what the hook gives the FSDP engine, which allows it to write in place, and whether verl computed it."""
     import verl.utils.torch_functional as verl_functional
@@ -58,7 +72,7 @@ def called(logits, labels):
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_a_verl_that_does_not_tell_of_its_kernels_computes_itself(monkeypatch, caplog, flag):
+def test_a_verl_that_does_not_tell_of_its_kernels_computes_itself(monkeypatch, caplog, feature, flag):
     import torch
     import verl.utils.torch_functional as verl_functional
 
@@ -73,7 +87,7 @@ def test_a_verl_that_does_not_tell_of_its_kernels_computes_itself(monkeypatch, c
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_verls_chunked_distillation_from_the_same_logits(dtype):
+def test_verls_chunked_distillation_from_the_same_logits(feature, dtype):
     import torch
 
     losses = pytest.importorskip("verl.trainer.distillation.fsdp.losses", reason="this verl has no distillation")
@@ -88,6 +102,7 @@ def test_verls_chunked_distillation_from_the_same_logits(dtype):
         log_probs = called(logits, labels)[0] if ours else logits.float().log_softmax(-1)[labels, labels]
         gradients.append(torch.autograd.grad(distilled + log_probs.sum(), leaf)[0])
     torch.testing.assert_close(*gradients)
+    assert feature.describe()["kernels"] == {f"cpu, {dtype}": "torch"}
 
 
 def test_the_legacy_actor_s_log_probs_and_gradients_beside_an_entropy_from_the_same_logits(tmp_path):

@@ -17,19 +17,12 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from verl_fl_overlay.kernels.agreement import Agreement, Pair, Run, Samples, can_be_checked
 
+CHOSEN = 1.0
+"""The value of a group's ``fused`` if the overlay has chosen it.
 
-class _Chosen(int):
-    """The value of a group's ``fused`` if the overlay has chosen it.
-
-    torch takes it for True, which is what a user would write.  The type tells the two apart, also in a copy of the
-    groups.  Pickled it is a plain 1, which a process without the overlay can read.
-    """
-
-    def __deepcopy__(self, memo: Any) -> _Chosen:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, (1,)
+torch takes it for True.  A user writes True or 1, so the type tells the two apart, also in copies and in files, which a
+process without the overlay can read.
+"""
 
 
 class FusedAdam:
@@ -76,8 +69,8 @@ class FusedAdam:
                 # Up to torch 2.8 the kernel does not take parameters of several meshes, as expert parallelism has them.
                 on_one_mesh = len({getattr(parameter, "device_mesh", None) for parameter in trained}) == 1
                 if on_one_mesh and all(self._has_kernel(type(optimizer), group, parameter) for parameter in trained):
-                    group["fused"] = _Chosen(True)
-            if type(group["fused"]) is _Chosen:
+                    group["fused"] = CHOSEN
+            if type(group["fused"]) is float:
                 for parameter in trained:
                     state = optimizer.state.get(parameter, {})
                     if "step" in state:  # on the CPU for torch's default, like this for the kernel
@@ -106,7 +99,7 @@ def _show(optimizer: Any, state_dict: dict[str, Any]) -> None:
 def _unchoose(groups: list[dict[str, Any]], states: Any) -> None:
     """Make ``groups``, and ``states`` of their parameters, what they would be without the overlay."""
     for group in groups:
-        if type(group["fused"]) is _Chosen:
+        if type(group["fused"]) is float:
             group["fused"] = None
             for parameter in group["params"]:
                 if "step" in states.get(parameter, {}):  # a new dict, since a state dict shares the optimizer's
