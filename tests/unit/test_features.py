@@ -69,6 +69,8 @@ def test_one_that_cannot_start_is_undone_and_stops_those_before_it(monkeypatch):
     with pytest.raises(OSError, match="no such chip"):
         made.start()
     assert log == ["start a", "start broken", "stop broken", "undo broken", "stop a", "undo a"]
+    with pytest.raises(OSError, match="no such chip"):
+        made.start()  # again: nothing is taken for started
 
 
 def test_one_that_cannot_stop_keeps_no_other_from_stopping(monkeypatch):

@@ -145,6 +145,7 @@ class Features:
         if self._started:
             return
         with ExitStack() as stop:
+            stop.callback(self._started.clear)
             for entry in FEATURES.values():
                 if entry.home and not entry.reason_off(self._settings):
                     feature = entry.make(self._settings)
@@ -155,7 +156,6 @@ class Features:
 
     def stop(self) -> None:
         """Stop all of them, the last one first, also where one raises.  The last error is raised in the end."""
-        self._started.clear()
         self._stop.close()
 
     def describe(self, name: str) -> dict[str, Any]:
