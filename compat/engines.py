@@ -52,14 +52,18 @@ def told(engine: Any, name: str, backend: Backend) -> Engine:
 
     If a changed verl no longer has an attribute, that is recorded, and the description leaves it out.
     """
-    module = _attribute(engine, "module")
-    chunks = module if isinstance(module, list | tuple) else [module]  # Megatron and TorchTitan keep a list of them
     return Engine(
         name,
-        tuple(chunk for chunk in chunks if hasattr(chunk, "named_children")),
+        models_of(_attribute(engine, "module")),
         _attribute(engine, "optimizer"),
         str(getattr(engine, backend.floating_type, "") if backend.floating_type else "").removeprefix("torch."),
     )
+
+
+def models_of(module: Any) -> tuple[Any, ...]:
+    """Return the torch modules in what verl keeps as one: Megatron and TorchTitan keep a list of them."""
+    chunks = module if isinstance(module, list | tuple) else [module]
+    return tuple(chunk for chunk in chunks if hasattr(chunk, "named_children"))
 
 
 def _attribute(engine: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from verl_fl_overlay.compat.engines import BACKENDS, computing
+from verl_fl_overlay.compat.engines import BACKENDS, computing, models_of
 from verl_fl_overlay.events import Engine, engine_built, engine_initialized
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.phase import training
@@ -26,9 +26,8 @@ def _build(backend: str) -> Wrapper:
         with training.inside("initialize"):
             built = wrapped(*args, **kwargs)
         model, optimizer = built[:2]
-        chunks = model if isinstance(model, list | tuple) else [model]  # Megatron's workers build a list of them
         steps = hasattr(optimizer, "param_groups")  # for a reference Megatron returns a configuration
-        engine_initialized.emit(Engine(backend, tuple(chunks), optimizer if steps else None))
+        engine_initialized.emit(Engine(backend, models_of(model), optimizer if steps else None))
         return built
 
     return build

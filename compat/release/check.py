@@ -205,7 +205,7 @@ def _compare(
         if places := elsewhere(tree, pin):
             return Comparison(target, Status.MOVED, against, f"{pin.at} -> {' or '.join(places)}", True, late)
         module = target.partition(":")[0]
-        gone = "" if _module_exists(tree, module) else f"the module {module} is gone"
+        gone = "" if pinning.verl_in(tree).has_module(module) else f"the module {module} is gone"
         return Comparison(target, Status.MISSING, against, gone, True, late)
     if found.kind == "import" != pin.kind:
         detail = f"{pin.at} -> {found.at}, outside verl; its parameters are compared only when the hook is installed"
@@ -226,11 +226,6 @@ def _compare(
         detail = f"{pin.at} -> {went_to}; the old name now leads to {found.at}, another function"
         return Comparison(target, Status.MOVED, against, detail, diff=diff)
     return Comparison(target, Status.BODY, against, _what_of_it(pin, found), diff=diff)
-
-
-def _module_exists(tree: Tree, module: str) -> bool:
-    path = module.replace(".", "/")
-    return any(tree.has(name) for name in (f"{path}.py", f"{path}/__init__.py"))
 
 
 def _what_of_it(pin: Fingerprint, found: Fingerprint) -> str:

@@ -24,13 +24,18 @@ class _InTree(compat.InstalledVerl):
         return self.tree.has(f"verl/{path}")
 
 
+def verl_in(tree: Tree) -> compat.InstalledVerl:
+    """Return the verl in ``tree`` as the gate takes it."""
+    return _InTree(tree.version, "", tree)
+
+
 def shim_for(tree: Tree) -> compat.Shim:
     """Choose the same hooks as the overlay would choose for the verl in ``tree``.
 
     Raises:
         UnsupportedVerlError: it is too old.
     """
-    return compat.select(_InTree(tree.version, "", tree))
+    return compat.select(verl_in(tree))
 
 
 def targets(hooks: tuple[Hook, ...]) -> list[str]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from verl_fl_overlay.events import Engine, engine_initialized
 from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.settings import Settings
 
 
 class Engines(Feature):
     """Keeps a description of each engine and not the engine itself, so that verl can free it."""
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._lines: list[str] = []
 
