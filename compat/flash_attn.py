@@ -40,7 +40,7 @@ def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_cod
         pretrained_model_name_or_path=local_path,
         torch_dtype=torch_dtype,
         config=model_config,
-        attn_implementation=getattr(model_config, "_attn_implementation", None) or "sdpa",
+        attn_implementation=getattr(model_config, "_attn_implementation", None) or "flash_attention_2",
         trust_remote_code=trust_remote_code,
     )
 

@@ -16,6 +16,7 @@ from verl_fl_overlay.errors import SettingsError
 
 if TYPE_CHECKING:
     from verl_fl_overlay.devices.chips import Chip
+    from verl_fl_overlay.kernels.sequences import PackedModel
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -155,3 +156,10 @@ runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, A
 token_logprobs: Question[[Any, Any, bool, Callable[[], bool]], Any] = Question()
 """(logits, labels, whether the gradient may be written over the logits, what tells whether verl has its own kernel) ->
 log-probs, as ``kernels.logprobs`` says."""
+
+packed_attention: Question[..., Any] = Question()
+"""(query, key, value, ``Sequences``, ``Form``, sinks or None, whether gradients must be repeatable) -> what each query
+sees, as ``kernels.attention.PackedAttention`` says."""
+
+packed_model: Question[[PackedModel], None] = Question()
+"""A model that is about to run on packed sequences: the answer raises if it does not keep them apart."""

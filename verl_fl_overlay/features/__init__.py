@@ -88,7 +88,11 @@ FEATURES = {
     entry.name: entry
     for entry in (
         Entry("phase", "tells when verl trains: engines built, initialised, entered and left", "engines:Engines"),
-        Entry("attention", "padding and value models without the flash-attn package, on any device"),
+        Entry(
+            "attention",
+            "flash_attention_2 and packed sequences without the flash-attn package, on any device",
+            "attention:Attention",
+        ),
         Entry("ray", "the overlay and its settings in every process that Ray starts", "ray:Ray"),
         Entry("rollout", "rollout's lists of operators extend the chip's own", "rollout:Rollout", _rollout_off),
         Entry("flagcx", "collectives of training through FlagCX", "flagcx:FlagCX", _flagcx_off),
@@ -161,3 +165,8 @@ class Features:
     def describe(self, name: str) -> dict[str, Any]:
         """Return a feature's description; nothing if it was not started."""
         return self._started[name].describe() if name in self._started else {}
+
+    def rehearse(self) -> None:
+        """Let each started feature act once on small data, so that its description tells of it."""
+        for feature in self._started.values():
+            feature.rehearse()

@@ -29,3 +29,6 @@ class Feature:
     def describe(self) -> dict[str, Any]:
         """Return what the feature did and found in this process."""
         return {}
+
+    def rehearse(self) -> None:
+        """Do once, on small data, what ``describe`` cannot tell of before verl trains.  ``doctor`` calls this."""

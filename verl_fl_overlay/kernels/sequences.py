@@ -1,10 +1,13 @@
-"""What attention over packed sequences is given: where each sequence lies, and which tokens see which."""
+"""Packed sequences in plain terms: where each lies, which tokens see which, and a model that is to run on them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # hooks make these, and they load no torch
+    from torch import Tensor
 
 ANY = -1
 """A side of a window without a limit."""
@@ -40,3 +43,20 @@ class Form:
     causal: bool = True
     window: tuple[int, int] = (ANY, ANY)
     softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model that is about to run on packed sequences.
+
+    ``model`` is the torch module that has the configuration ``config``.  ``forward`` runs it on token ids (1, tokens)
+    and on their cumulative lengths as ints, and returns what it gives for the tokens of this rank; (1, tokens / ranks,
+    outputs).  The sequences are spread over ``ranks`` ranks, of which this is number ``rank``.
+    """
+
+    model: Any
+    config: Any
+    device: Any
+    forward: Callable[[Any, tuple[int, ...]], Any]
+    rank: int = 0
+    ranks: int = 1

@@ -1,0 +1,278 @@
+"""Where verl's FSDP engines and legacy workers run a model on packed sequences.
+
+The sequences' lengths are known here, before the first layer.  They go to the model with its inputs; else transformers
+derives them from the positions in each layer, forward and again in the recomputation, and waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from verl_fl_overlay.compat import transformers_attention
+from verl_fl_overlay.errors import PackingError
+from verl_fl_overlay.events import packed_model
+from verl_fl_overlay.hooks import Call, Hook, Wrapper
+from verl_fl_overlay.kernels.sequences import PackedModel
+
+ENGINE = "verl.workers.engine.fsdp.transformer_impl"
+OWNER = "FSDPEngineWithLMHead"
+PATCH = "verl.models.transformers.monkey_patch"
+SOURCE = "https://github.com/volcengine/verl/blob"
+NATIVE = {
+    "qwen2_vl": ("transformers.models.qwen2_vl.modeling_qwen2_vl", "Qwen2VLAttention"),
+    "qwen2_5_vl": ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VLAttention"),
+    "glm4v": ("transformers.models.glm4v.modeling_glm4v", "Glm4vTextAttention"),
+}
+"""Vision-language model type -> the module and the class of its attention, whose forward verl replaces."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who runs a model: the module that is called, and the group of ranks that shares its sequences (Ulysses)."""
+
+    module: Any
+    ranks: int
+    rank: int
+    autocast: Callable[[], Any]
+
+    @property
+    def model(self) -> Any:
+        """transformers' model in ``module``, which FSDP, PEFT or trl may have wrapped; None if there is none."""
+        from transformers import PreTrainedModel
+
+        return next((module for module in self.module.modules() if isinstance(module, PreTrainedModel)), None)
+
+    def lengths(self, ends: Any, longest: int) -> dict[str, Any]:
+        """Return the model's inputs that hold the cumulative lengths, int32 on its device; none if it takes none."""
+        model = self.model
+        if model is None or not attention_of(model).startswith("flash"):
+            return {}
+        parameters = inspect.signature(model.forward).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return {}
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+    def try_on(self, positions: Any) -> None:
+        """Let the model be tried on a few tokens, with positions of the form of ``positions``.
+
+        Raises:
+            PackingError: it does not keep packed sequences apart.
+        """
+        model = self.model
+        if model is None:
+            return
+        whole = hasattr(model.config, "vision_config")  # verl cuts these models' inputs after the embedding
+
+        def forward(ids: Any, ends: tuple[int, ...]) -> Any:
+            import torch
+
+            cuts = [torch.arange(end - first) for first, end in zip(ends, ends[1:], strict=False)]
+            position_ids = torch.cat(cuts).to(positions).expand(*positions.shape[:-1], ends[-1])
+            part = slice(None) if whole else slice(self.rank * ids.shape[1] // self.ranks, None)
+            size = ids.shape[1] if whole else ids.shape[1] // self.ranks
+            given = {"input_ids": ids[:, part][:, :size], "position_ids": position_ids[..., part][..., :size]}
+            lengths = self.lengths(torch.tensor(ends, dtype=torch.int32, device=ids.device), max(map(len, cuts)))
+            with self.autocast():
+                output = self.module(**given, **lengths, attention_mask=None, use_cache=False)
+            return output[2].unsqueeze(-1) if hasattr(self.module, "v_head") else output.logits
+
+        packed_model.ask(PackedModel(model, model.config, positions.device, forward, self.rank, self.ranks))
+
+
+def attention_of(model: Any) -> str:
+    """Return the name of the attention of ``model``'s text layers."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return str(getattr(config, "_attn_implementation", None))
+
+
+def engine_hooks() -> list[Hook]:
+    """Return the hooks on verl's FSDP engine.  Two of its methods share what this call of the factory remembers."""
+    remembered: list[list[int]] = []
+
+    def forward_step(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch = kwargs["micro_batch"] if "micro_batch" in kwargs else args[0]
+        remembered[:] = [batch["input_ids"].offsets().diff().tolist()] if batch["input_ids"].is_nested else []
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            remembered.clear()
+
+    def inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, about = wrapped(*args, **kwargs)
+        ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
+        if given.get("attention_mask") is not None or not ids.is_nested or not _is_own(engine):
+            return given, about
+        place = _of_engine(engine)
+        lengths = remembered[0] if remembered else ids.offsets().diff().tolist()
+        padding = int(about.get("pad_size", 0))
+        ends = ids.offsets().int()
+        if padding:
+            ends = _with(ends, sum(lengths) + padding)
+        if "temperature" not in given:  # with it verl's fused head gives log-probs, and no logits to compare
+            place.try_on(given["position_ids"])
+        return {**given, **place.lengths(ends, max(*lengths, padding))}, about
+
+    hook = partial(Hook, module=ENGINE, feature="attention", required=False)
+    return [
+        hook(
+            name="attention.lengths",
+            attribute=f"{OWNER}.prepare_model_inputs",
+            wrapper=inputs,
+            why="verl gives the model packed sequences and no lengths, so each layer derives them and waits; they are "
+            "given once, and a model that mixes the sequences is refused.",
+            upstream=f"{SOURCE}/v0.9.1/{ENGINE.replace('.', '/')}.py#L1145",
+            until="verl gives cu_seq_lens_q and max_length_q to the model",
+            relies_on=tuple(f"{ENGINE}:{OWNER}.{name}" for name in ("module", "ulysses_sequence_parallel_size")),
+        ),
+        hook(
+            name="attention.lengths_on_host",
+            attribute=f"{OWNER}.forward_step",
+            wrapper=forward_step,
+            why="verl moves a micro-batch to the device here; its lengths are read before, where nothing has to wait.",
+            upstream=f"{SOURCE}/v0.9.1/{ENGINE.replace('.', '/')}.py#L1549",
+            until="verl gives cu_seq_lens_q and max_length_q to the model",
+        ),
+    ]
+
+
+def _is_own(engine: Any) -> bool:
+    """Whether the engine's inputs are FSDP's own; VeOmni changes them, and gives lengths itself."""
+    name = "prepare_model_inputs"
+    return next(cls for cls in type(engine).__mro__ if name in vars(cls)).__name__ == OWNER
+
+
+def _of_engine(engine: Any) -> Place:
+    return Place(engine.module, *_ulysses(engine), partial(_autocast, getattr(engine, "_autocast_dtype", None)))
+
+
+def _ulysses(owner: Any) -> tuple[int, int]:
+    """Return how many ranks share a sequence, and which of them this is."""
+    from verl.utils.ulysses import get_ulysses_sequence_parallel_rank
+
+    ranks = int(owner.ulysses_sequence_parallel_size)
+    return ranks, get_ulysses_sequence_parallel_rank() if ranks > 1 else 0
+
+
+def _autocast(dtype: Any) -> Any:
+    """Return the autocast in which verl runs the model: bf16 where it does not say, none for fp32."""
+    import torch
+    from verl.utils.device import get_device_name
+
+    dtype = torch.bfloat16 if dtype is None else dtype
+    return torch.autocast(get_device_name(), dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _with(ends: Any, last: int) -> Any:
+    import torch
+
+    return torch.cat([ends, ends.new_tensor([last])])
+
+
+def _worker(module: str) -> Wrapper:
+    """Return the wrapper of a legacy worker's pass over a micro-batch; ``module`` is its attribute for the model."""
+
+    def forward(wrapped: Call, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch = kwargs["micro_batch"] if "micro_batch" in kwargs else args[0]
+        lengths = batch["attention_mask"].sum(-1).tolist() if worker.use_remove_padding else []
+        if not sum(lengths) or getattr(worker, "use_prefix_grouper", False):
+            return wrapped(*args, **kwargs)
+        ranks, rank = _ulysses(worker)
+        place = Place(getattr(worker, module), ranks, rank, partial(_autocast, getattr(worker, "param_dtype", None)))
+        positions = batch["position_ids"][:1, ..., :1]  # (1, 1), for a vision-language model (1, rows, 1)
+        if not getattr(worker, "use_fused_kernels", False):
+            place.try_on(positions.transpose(0, 1) if positions.dim() == 3 else positions)
+        padding = -sum(lengths) % ranks
+        ends = batch["attention_mask"].new_tensor([0, *accumulate(lengths)]).int()
+        given = place.lengths(_with(ends, sum(lengths) + padding) if padding else ends, max(*lengths, padding))
+        with _given(place.module, given):
+            return wrapped(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _given(module: Any, more: dict[str, Any]) -> Iterator[None]:
+    """Give ``module`` these inputs in addition to those that it is called with."""
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, **more}), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def worker_hooks() -> list[Hook]:
+    """Return the hooks on the legacy workers of verl 0.7."""
+    hook = partial(Hook, feature="attention", required=False, until="verl 0.8.0, which has no legacy workers")
+    classes = {
+        "actor": ("actor.dp_actor", "DataParallelPPOActor", "actor_module"),
+        "critic": ("critic.dp_critic", "DataParallelPPOCritic", "critic_module"),
+    }
+    return [
+        hook(
+            name=f"attention.lengths_{name}",
+            module=f"verl.workers.{path}",
+            attribute=f"{owner}._forward_micro_batch",
+            wrapper=_worker(module),
+            why="as attention.lengths, in verl 0.7's default workers.",
+            upstream=f"{SOURCE}/v0.7.1/verl/workers/{path.replace('.', '/')}.py",
+            relies_on=tuple(
+                f"verl.workers.{path}:{owner}.{attribute}"
+                for attribute in (module, "use_remove_padding", "ulysses_sequence_parallel_size")
+            ),
+        )
+        for name, (path, owner, module) in classes.items()
+    ]
+
+
+def _patch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    model = kwargs["model"] if "model" in kwargs else args[0]
+    ranks = kwargs.get("ulysses_sp_size", args[1] if len(args) > 1 else 1)
+    if ranks > 1 and "flash" not in (attention := attention_of(model)):
+        raise PackingError(
+            f"ulysses_sequence_parallel_size={ranks} with attn_implementation={attention} computes wrong numbers for "
+            f"{type(model).__name__}: each rank attends to its own part of a sequence alone, since verl exchanges "
+            f"heads only in {transformers_attention.NAME}. Take that, which needs no flash-attn with this overlay, or "
+            "set ulysses_sequence_parallel_size=1"
+        )
+    with _attention_stays(model.config.model_type):
+        return wrapped(*args, **kwargs)
+
+
+@contextmanager
+def _attention_stays(model_type: str) -> Iterator[None]:
+    """Put the attention of a vision-language model back, whatever verl put in its place."""
+    from verl.utils.device import get_device_name
+
+    if model_type not in NATIVE or get_device_name() == "npu":  # there verl's takes torch_npu's functions
+        yield
+        return
+    module, name = NATIVE[model_type]
+    attention = getattr(importlib.import_module(module), name)
+    forward = attention.forward
+    try:
+        yield
+    finally:
+        attention.forward = forward
+
+
+def patch_hook() -> Hook:
+    """Return the hook on verl's changes to a model's classes."""
+    return Hook(
+        name="attention.patch",
+        module=PATCH,
+        attribute="apply_monkey_patch",
+        wrapper=_patch,
+        feature="attention",
+        required=False,
+        why="verl's attention for vision-language models needs flash-attn and waits for the device in each layer, and "
+        "transformers' own does what it is for; Ulysses without flash_attention_2 gives wrong numbers and is refused.",
+        upstream=f"{SOURCE}/v0.9.1/{PATCH.replace('.', '/')}.py#L294",
+        until="verl leaves these models' attention alone, and refuses Ulysses with other attention",
+    )
