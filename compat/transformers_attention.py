@@ -103,6 +103,10 @@ def _functions(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict
     return dense, varlen, *with_a_cache, own._pad_input, own._unpad_input
 
 
+def _available(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _served() or wrapped(*args, **kwargs)
+
+
 def hooks() -> list[Hook]:
     """Return the hooks on transformers, which are the same for every verl."""
     hook = partial(Hook, feature="attention", required=False, until="transformers lets a package give these functions")
@@ -126,5 +130,14 @@ def hooks() -> list[Hook]:
             "it gets the overlay's.",
             upstream=f"{UPSTREAM}/modeling_flash_attention_utils.py#L139",
             relies_on=(f"{FUNCTIONS}:_pad_input", f"{FUNCTIONS}:_unpad_input"),
+        ),
+        hook(
+            name="attention.available",
+            module=FUNCTIONS,
+            attribute="is_flash_attn_available",
+            wrapper=_available,
+            why="files of older models import transformers' flash attention only where flash-attn is there; they "
+            "import it with the overlay's functions too.",
+            upstream=f"{UPSTREAM}/modeling_flash_attention_utils.py#L51",
         ),
     ]
