@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -275,7 +276,7 @@ def check(name: str, module: Any, tiny: bool) -> None:
 def run_row(name: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
     """Build the row's engine in this process; return what its steps and passes take, and what the first step gave."""
     row, size = ROWS[name], TINY if tiny else REAL
-    if not row.flash_attn:
+    if not row.flash_attn and find_spec("flash_attn"):
         sys.modules["flash_attn"] = None  # type: ignore[assignment]  # it cannot be imported or found any more
     import torch
     import verl
@@ -378,6 +379,11 @@ def profiled(call: Callable[[], None]) -> dict[str, Any]:
     return {"busy ms": sum(kernels) / 1000, "launches": len(kernels)}
 
 
+def one_line(said: str) -> str:
+    """Return what an error said as a cell of a table."""
+    return textwrap.shorten(said.replace("|", "/"), 200, placeholder=" ...")
+
+
 def child(what: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
     """Run one row in a process of its own."""
     command = [sys.executable, __file__, "--child", what, "--folder", str(folder), "--steps", str(steps)]
@@ -395,7 +401,7 @@ def child(what: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
         sys.stderr.write(done.stderr)
-        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+        return {"error": one_line((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])}
     result: dict[str, Any] = json.loads(found[0].removeprefix("RESULT "))
     return result
 
@@ -502,7 +508,7 @@ def main() -> None:
             result = run_row(options.child, options.folder, options.steps, options.tiny)
         except Exception as error:
             traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            result = {"error": one_line(f"{type(error).__name__}: {error}")}
         print("RESULT " + json.dumps(result))
         return
     results: dict[str, list[dict[str, Any]]] = {}
@@ -519,6 +525,8 @@ def main() -> None:
     rows = [row for row in ROWS if not (tiny and ROWS[row].flash_attn)]
     if options.rows:
         rows = options.rows.split(",")
+    if unknown := sorted(set(rows) - set(ROWS)):
+        parser.error(f"no such rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)) / ("tiny" if tiny else "real")
         if not folder.exists():
