@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from verl_fl_overlay.compat import transformers_attention
@@ -73,7 +73,7 @@ class Place:
         def forward(ids: Any, ends: tuple[int, ...]) -> Any:
             import torch
 
-            cuts = [torch.arange(end - first) for first, end in zip(ends, ends[1:], strict=False)]
+            cuts = [torch.arange(end - first) for first, end in pairwise(ends)]
             position_ids = torch.cat(cuts).to(positions).expand(*positions.shape[:-1], ends[-1])
             part = slice(None) if whole else slice(self.rank * ids.shape[1] // self.ranks, None)
             size = ids.shape[1] if whole else ids.shape[1] // self.ranks

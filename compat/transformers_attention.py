@@ -99,7 +99,9 @@ def _functions(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict
     if asked != NAME or not _served():
         return wrapped(*args, **kwargs)
     own = importlib.import_module(FUNCTIONS)
-    with_a_cache = [None] if hasattr(own, "_flash_with_kvcache_fn") else []  # paged generation, which verl has no use for
+    with_a_cache = (
+        [None] if hasattr(own, "_flash_with_kvcache_fn") else []
+    )  # paged generation, which verl has no use for
     return dense, varlen, *with_a_cache, own._pad_input, own._unpad_input
 
 

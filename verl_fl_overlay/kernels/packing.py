@@ -62,8 +62,9 @@ def fault(packed: PackedModel) -> str:
         neighbour = outputs((PER_RANK - 1, PER_RANK)) if packed.ranks > 1 else before
     # An expert that is chosen by a hair may change one of three, so all three have to.
     if packed.rank == 0:
-        noise = max(LEAK_IN_FP32 if before.dtype == torch.float32 else LEAK, *(NOISE * change(later, t) for t in followers))
-        if all(change(earlier, token) > noise for token in followers):
+        least = LEAK_IN_FP32 if before.dtype == torch.float32 else LEAK
+        noise = max(NOISE * change(later, token) for token in followers)
+        if all(change(earlier, token) > max(least, noise) for token in followers):
             return "mixes packed sequences: what it computes for the first token of one changes with the one before it"
     if packed.rank == 1 and torch.equal(before[:, 0], neighbour[:, 0]):
         return "cuts packed sequences: what it computes for a token does not change with the token before it"
