@@ -29,7 +29,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         flash_attn.value_model_hook(),
         *transformers_attention.hooks(),
         *packing.engine_hooks(),
-        packing.patch_hook(),
+        *packing.model_hooks(),
         *map(token_logprobs.logprobs_hook, consumers),
         *ray_env.ray_hooks(),
         rollout.plugin_hook(),

@@ -25,12 +25,13 @@ ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 OWNER = "FSDPEngineWithLMHead"
 PATCH = "verl.models.transformers.monkey_patch"
 SOURCE = "https://github.com/volcengine/verl/blob"
-NATIVE = {
-    "qwen2_vl": ("transformers.models.qwen2_vl.modeling_qwen2_vl", "Qwen2VLAttention"),
-    "qwen2_5_vl": ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "Qwen2_5_VLAttention"),
-    "glm4v": ("transformers.models.glm4v.modeling_glm4v", "Glm4vTextAttention"),
+QWEN_2 = {
+    "transformers.models.qwen2_vl.modeling_qwen2_vl": "Qwen2VLAttention",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl": "Qwen2_5_VLAttention",
 }
-"""Vision-language model type -> the module and the class of its attention, whose forward verl replaces."""
+GLM_4 = {"transformers.models.glm4v.modeling_glm4v": "Glm4vTextAttention"}
+NATIVE = {"qwen2_vl": QWEN_2, "qwen2_5_vl": QWEN_2, "glm4v": GLM_4}
+"""Type of a vision-language model -> the modules and classes of attention whose forward verl replaces for it."""
 
 
 @dataclass(frozen=True)
@@ -253,13 +254,43 @@ def _attention_stays(model_type: str) -> Iterator[None]:
     if model_type not in NATIVE or get_device_name() == "npu":  # there verl's takes torch_npu's functions
         yield
         return
-    module, name = NATIVE[model_type]
-    attention = getattr(importlib.import_module(module), name)
-    forward = attention.forward
+    classes = [getattr(importlib.import_module(module), name) for module, name in NATIVE[model_type].items()]
+    forwards = [attention.forward for attention in classes]
     try:
         yield
     finally:
-        attention.forward = forward
+        for attention, forward in zip(classes, forwards, strict=True):
+            attention.forward = forward
+
+
+def _visual(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    visual = (kwargs["model"] if "model" in kwargs else args[0]).visual
+    handle = visual.register_forward_hook(lambda _, __, output: getattr(output, "pooler_output", output))
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        handle.remove()
+
+
+def model_hooks() -> list[Hook]:
+    """Return the hooks on verl's changes to a model's classes, and on what it runs of a vision-language model."""
+    module = "verl.models.transformers.{}"
+    visual = [
+        Hook(
+            name=f"attention.visual_{name}",
+            module=module.format(name),
+            attribute="_get_input_embeds",
+            wrapper=_visual,
+            feature="attention",
+            required=False,
+            why="for a batch without images verl runs the vision tower on an empty one and takes its output for a "
+            "tensor, which in transformers 5 it is not; it gets the tensor in it.",
+            upstream=f"{SOURCE}/v0.9.1/verl/models/transformers/{name}.py",
+            until="verl unpacks this output as it unpacks that of real images",
+        )
+        for name in ("qwen2_vl", "glm4v")
+    ]
+    return [*visual, patch_hook()]
 
 
 def patch_hook() -> Hook:
