@@ -43,8 +43,6 @@ def trainer_arguments(folder: Path, steps: int) -> list[str]:
         "reward.num_workers=1",
         f"actor_rollout_ref.model.path={folder}/model",
         "actor_rollout_ref.model.external_lib=hf_rollout",
-        "actor_rollout_ref.model.use_remove_padding=False",
-        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
         "actor_rollout_ref.actor.strategy=fsdp2",
         "actor_rollout_ref.actor.ppo_mini_batch_size=8",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32",

@@ -34,8 +34,6 @@ def trainer_arguments(folder: Path, steps: int) -> list[str]:
         "data.max_length=64",
         "++data.num_workers=0",
         f"model.path={folder}/model",
-        "model.use_remove_padding=False",
-        "+model.override_config.attn_implementation=sdpa",
         "engine=fsdp",
         "engine.strategy=fsdp2",
         "engine.use_torch_compile=False",
