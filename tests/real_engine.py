@@ -2,6 +2,8 @@
 
 As a program it runs engines in a process of its own and prints JSON, floats as hexadecimal, so that two runs can be
 compared bit for bit:  python tests/real_engine.py MODEL --cases lm:fsdp2,value:fsdp [--plain]
+
+Batches are padded, with sdpa, as plain verl can run them without flash-attn; ``--packed`` is verl's default instead.
 """
 
 from __future__ import annotations
@@ -57,17 +59,18 @@ def bare_platform() -> None:
     set_platform(type("BarePlatform", (PlatformBase,), answers)())
 
 
-def configs(model: str, strategy: str, head: str, **engine: Any) -> dict[str, Any]:
-    """Return the four configurations an engine is constructed from; ``engine`` are fields of ``FSDPEngineConfig``."""
+def configs(
+    model: str, strategy: str, head: str, *, packed: bool = False, hf: dict[str, Any] | None = None, **engine: Any
+) -> dict[str, Any]:
+    """Return the four configurations an engine is constructed from.
+
+    ``packed`` is verl's default; ``hf`` are fields of ``HFModelConfig``, ``engine`` of ``FSDPEngineConfig``.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
-    model_config = HFModelConfig(
-        path=model,
-        use_remove_padding=False,
-        enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
-    )
+    padded = {} if packed else {"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
+    model_config = HFModelConfig(path=model, **{"enable_gradient_checkpointing": False, **padded, **(hf or {})})
     model_config.model_type = {"lm": "language_model", "value": "value_model"}[head]
     defaults = {"use_torch_compile": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2}
     return {
@@ -110,8 +113,11 @@ def refused(strategy: str, head: str) -> str:
     return REFUSED.get((version("verl"), strategy, head), "")
 
 
-def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu") -> Any:
-    """Return a batch of chats of unequal length as verl's SFT trainer makes it (nested tensors, no padding)."""
+def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu", packed: bool = False) -> Any:
+    """Return a batch of chats of unequal length as verl's SFT trainer makes it (nested tensors).
+
+    The engine is to pack them, or else to pad them.
+    """
     import torch
     from arithmetic import problems, tokenizer
     from verl.utils import tensordict_utils as tu
@@ -132,7 +138,7 @@ def make_batch(rows: int = 4, seed: int = 0, device: str = "cpu") -> Any:
     return tu.get_tensordict(
         tensor_dict={"input_ids": nested(ids), "loss_mask": nested(masks), "position_ids": nested(positions)},
         non_tensor_dict={
-            "use_remove_padding": False,
+            "use_remove_padding": packed,
             "use_dynamic_bsz": False,
             "micro_batch_size_per_gpu": 2,
             "temperature": 1.0,
@@ -157,13 +163,13 @@ def squared_values(model_output: Any, data: Any, dp_group: Any = None) -> tuple[
     return (flat.float() ** 2).mean(), {}
 
 
-def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
+def train(engine: Any, head: str, steps: int, packed: bool = False) -> list[dict[str, float]]:
     """Train ``steps`` steps on one batch; return loss and grad_norm of each."""
     loss = sft_loss() if head == "lm" else squared_values
     results = []
     for _ in range(steps):
         with engine.train_mode():
-            output = engine.train_batch(make_batch(), loss_function=loss)
+            output = engine.train_batch(make_batch(packed=packed), loss_function=loss)
             engine.lr_scheduler_step()
         metrics = output["metrics"]
         total = sum(float(value) for value in output["loss"])
@@ -172,22 +178,36 @@ def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
     return results
 
 
-def infer(engine: Any, head: str) -> list[float]:
+def infer(engine: Any, head: str, packed: bool = False) -> list[float]:
     """Return the log-probs (values) of every token of one batch."""
     with engine.eval_mode():
-        output = engine.infer_batch(make_batch(seed=7), loss_function=None)
+        output = engine.infer_batch(make_batch(seed=7, packed=packed), loss_function=None)
     tensor = output["model_output"]["log_probs" if head == "lm" else "values"]
     return [float(value) for value in tensor.values().float().flatten()]
 
 
-def run_case(model: str, head: str, strategy: str, steps: int, plain: bool) -> dict[str, Any]:
+def run_case(model: str, head: str, strategy: str, steps: int, packed: bool, **engine: Any) -> dict[str, Any]:
     """Train and infer on a fresh engine; return every number as hexadecimal text."""
     import torch
 
     torch.manual_seed(0)
-    engine = make_engine(model, strategy, head, plain=plain)
-    trained = [{name: value.hex() for name, value in step.items()} for step in train(engine, head, steps)]
-    return {"steps": trained, "values": [value.hex() for value in infer(engine, head)]}
+    made = make_engine(model, strategy, head, packed=packed, **engine)
+    trained = [{name: value.hex() for name, value in step.items()} for step in train(made, head, steps, packed)]
+    return {"steps": trained, "values": [value.hex() for value in infer(made, head, packed)]}
+
+
+def count_derived_lengths() -> list[int]:
+    """Count from now on how often transformers derives the lengths of sequences from their positions."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    calls, derive = [0], flash._prepare_from_posids
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return derive(*args, **kwargs)
+
+    flash._prepare_from_posids = counted
+    return calls
 
 
 def main() -> None:
@@ -196,6 +216,9 @@ def main() -> None:
     parser.add_argument("--cases", default="lm:fsdp2", help="head:strategy, comma-separated")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--plain", action="store_true", help="without verl's registry and helpers for the device")
+    parser.add_argument("--packed", action="store_true", help="verl's default: packed, flash_attention_2")
+    parser.add_argument("--hf", type=json.loads, default={}, help="fields of HFModelConfig, JSON")
+    parser.add_argument("--engine", type=json.loads, default={}, help="fields of FSDPEngineConfig, JSON")
     options = parser.parse_args()
 
     import torch
@@ -205,14 +228,18 @@ def main() -> None:
 
     join_group(options.plain)
     result: dict[str, Any] = {}
+    derived = count_derived_lengths()
+    more = {"plain": options.plain, "hf": options.hf, **options.engine}
     for case in options.cases.split(","):
         head, strategy = case.split(":")
-        result[case] = run_case(options.model, head, strategy, options.steps, options.plain)
+        result[case] = run_case(options.model, head, strategy, options.steps, options.packed, **more)
+    result["derived lengths"] = derived[0]
     if "verl_fl_overlay" in sys.modules:
         from verl_fl_overlay.activation import report as build
 
         result["report"] = build()
-    print("RESULT " + json.dumps(result))
+    if torch.distributed.get_rank() == 0:
+        print("RESULT " + json.dumps(result))
     torch.distributed.destroy_process_group()
 
 
