@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from verl_fl_overlay.kernels.sequences import ANY, Sequences
@@ -21,7 +23,12 @@ def random_case(tokens_q, tokens_k, heads, kv_heads, size, size_v=None, dtype=to
     """Return query, key, value and an upstream gradient, fresh for each seed."""
     generator = torch.Generator().manual_seed(seed)
     size_v = size_v or size
-    shapes = (tokens_q, heads, size), (tokens_k, kv_heads, size), (tokens_k, kv_heads, size_v), (tokens_q, heads, size_v)
+    shapes = (
+        (tokens_q, heads, size),
+        (tokens_k, kv_heads, size),
+        (tokens_k, kv_heads, size_v),
+        (tokens_q, heads, size_v),
+    )
     return [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes]
 
 
@@ -68,7 +75,7 @@ def expected(query, key, value, upstream, sequences, form, sinks=None):
                 form,
                 sink[0][head] if sink else None,
             )
-            for (from_q, from_k), (to_q, to_k) in zip(ends, ends[1:], strict=False)
+            for (from_q, from_k), (to_q, to_k) in pairwise(ends)
         ]
         heads.append(torch.cat([*parts, q.new_zeros(len(q) - ends[-1][0], v.shape[2])]))
     result = torch.stack(heads, 1)

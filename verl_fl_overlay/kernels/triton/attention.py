@@ -1,8 +1,8 @@
 """Attention over packed sequences in Triton, forward and backward, for chips on which flash-attn does not exist.
 
-The algorithm is that of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691): the scores of a block of queries
-and a block of keys are made, used and forgotten on the chip, so that memory grows with the tokens and not with their
-square.  No sum is left to the order in which programs end: two backwards of the same tensors give the same bits.
+The algorithm is that of FlashAttention-2 (Dao, 2023, https://arxiv.org/abs/2307.08691): the scores of a block of
+queries and a block of keys are made, used and forgotten on the chip, so that memory grows with the tokens and not with
+their square.  No sum is left to the order in which programs end: two backwards of the same tensors give the same bits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ QUERY_GRADIENT = {
     (32, 2): Blocks(128, 64, 4, 3),
     (64, 2): Blocks(128, 64, 4, 3),
     (128, 2): Blocks(128, 64, 8, 2),
-    (256, 2): Blocks(64, 32, 8, 2),
+    (256, 2): Blocks(64, 32, 4, 2),
     (32, 4): Blocks(32, 32, 4, 1),
     (64, 4): Blocks(32, 32, 4, 1),
     (128, 4): Blocks(32, 32, 4, 1),
@@ -127,7 +127,13 @@ def _locate(ends, other_ends, tokens, sequences, BLOCK: tl.constexpr, LAST_FIRST
     block = program - (begin // BLOCK + low)
     if LAST_FIRST:
         block = (count + BLOCK - 1) // BLOCK - 1 - block
-    return block * BLOCK, begin.to(tl.int64), count, other_begin.to(tl.int64), tl.load(other_ends + following) - other_begin
+    return (
+        block * BLOCK,
+        begin.to(tl.int64),
+        count,
+        other_begin.to(tl.int64),
+        tl.load(other_ends + following) - other_begin,
+    )
 
 
 @triton.jit
@@ -165,13 +171,20 @@ def _tile(
         row, column = tl.arange(0, ROWS)[None, :], tl.arange(0, COLUMNS)[:, None]
     at = base + row * stride + column
     if CUT and SIZE < COLUMNS:
-        return tl.load(at, mask=(row < count) & (column < SIZE), other=0.0)
+        values = tl.load(at, mask=(row < count) & (column < SIZE), other=0.0)
     elif CUT:
-        return tl.load(at, mask=row < count, other=0.0)
+        values = tl.load(at, mask=row < count, other=0.0)
     elif SIZE < COLUMNS:
-        return tl.load(at, mask=column < SIZE, other=0.0)
+        values = tl.load(at, mask=column < SIZE, other=0.0)
     else:
-        return tl.load(at)
+        values = tl.load(at)
+    return values
+
+
+@triton.jit
+def _vector(base, count, other, ROWS: tl.constexpr, CUT: tl.constexpr) -> tl.tensor:
+    row = tl.arange(0, ROWS)
+    return tl.load(base + row, mask=row < count, other=other) if CUT else tl.load(base + row)
 
 
 @triton.jit
@@ -477,21 +490,17 @@ def _key_gradient_over(
 ) -> tl.tensor:
     """As ``_query_gradient_over``, but scores are (keys, queries), so that they need not be turned for the sums."""
     for start in range(first, last, QUERIES):
-        row = tl.cast(start, tl.int64)
-        at = start + tl.arange(0, QUERIES)
-        q = _tile(query + row * query_token, query_token, count - start, QUERIES, SIZE, COLUMNS, CUT, False)
-        if CUT:
-            log_sum = tl.load(normalizer + at, mask=at < count, other=float("inf"))
-            along = tl.load(delta + at, mask=at < count, other=0.0)
-        else:
-            log_sum = tl.load(normalizer + at)
-            along = tl.load(delta + at)
+        row, left = tl.cast(start, tl.int64), count - start
+        at = tl.arange(0, QUERIES)
+        q = _tile(query + row * query_token, query_token, left, QUERIES, SIZE, COLUMNS, CUT, False)
+        log_sum = _vector(normalizer + row, left, float("inf"), QUERIES, CUT)
         products = _bent(tl.dot(k, tl.trans(q), input_precision="ieee"), inner, CAPPED)
         weights = tl.exp2(products * factor - log_sum[None, :])
         if CUT and (LEFT >= 0 or RIGHT >= 0):
-            weights = tl.where(_seen(position[:, None] - (at + shift)[None, :], LEFT, RIGHT), weights, 0.0)
-        d = _tile(upstream + row * upstream_token, upstream_token, count - start, QUERIES, SIZE_V, COLUMNS_V, CUT, False)
+            weights = tl.where(_seen(position[:, None] - (at + (start + shift))[None, :], LEFT, RIGHT), weights, 0.0)
+        d = _tile(upstream + row * upstream_token, upstream_token, left, QUERIES, SIZE_V, COLUMNS_V, CUT, False)
         value_sums = tl.dot(weights.to(d.dtype), d, value_sums, input_precision="ieee")
+        along = _vector(delta + row, left, 0.0, QUERIES, CUT)
         changes = weights * (tl.dot(v, tl.trans(d), input_precision="ieee") - along[None, :])
         if CAPPED:
             changes *= 1.0 - products * products
@@ -555,7 +564,7 @@ def _key_gradient(
     nearest = first - shift
     furthest = nearest + tl.minimum(KEYS, left) - 1
     start, whole, cut, stop = _span(nearest, furthest, count_q, RIGHT, LEFT, QUERIES)
-    for member in range(0, GROUP // PARTS):
+    for member in range(GROUP // PARTS):
         of = head * GROUP + part * (GROUP // PARTS) + member
         q = query + of * query_head + begin_q * query_token
         d = upstream + of * upstream_head + begin_q * upstream_token
