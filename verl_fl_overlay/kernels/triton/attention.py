@@ -35,10 +35,10 @@ FORWARD = {
     (64, 2): Blocks(128, 64, 4, 3),
     (128, 2): Blocks(128, 64, 8, 3),
     (256, 2): Blocks(128, 32, 8, 2),
-    (32, 4): Blocks(32, 32, 4, 1),
-    (64, 4): Blocks(32, 32, 4, 1),
-    (128, 4): Blocks(32, 32, 4, 1),
-    (256, 4): Blocks(16, 32, 4, 1),
+    (32, 4): Blocks(32, 32, 8, 1),
+    (64, 4): Blocks(32, 32, 8, 1),
+    (128, 4): Blocks(32, 32, 8, 1),
+    (256, 4): Blocks(16, 32, 8, 1),
 }
 """Blocks of the forward, by the head size as a power of two and the bytes of an element."""
 
@@ -47,10 +47,10 @@ QUERY_GRADIENT = {
     (64, 2): Blocks(128, 64, 4, 3),
     (128, 2): Blocks(128, 64, 8, 2),
     (256, 2): Blocks(64, 32, 4, 2),
-    (32, 4): Blocks(32, 32, 4, 1),
-    (64, 4): Blocks(32, 32, 4, 1),
-    (128, 4): Blocks(32, 32, 4, 1),
-    (256, 4): Blocks(16, 32, 4, 1),
+    (32, 4): Blocks(32, 32, 8, 1),
+    (64, 4): Blocks(32, 32, 8, 1),
+    (128, 4): Blocks(16, 32, 8, 1),
+    (256, 4): Blocks(16, 16, 8, 1),
 }
 """Blocks of the kernel that makes the gradient of the queries."""
 
@@ -59,10 +59,10 @@ KEY_GRADIENT = {
     (64, 2): Blocks(64, 128, 8, 3),
     (128, 2): Blocks(64, 128, 8, 2),
     (256, 2): Blocks(32, 64, 8, 2),
-    (32, 4): Blocks(32, 32, 4, 1),
-    (64, 4): Blocks(32, 32, 4, 1),
-    (128, 4): Blocks(32, 32, 4, 1),
-    (256, 4): Blocks(32, 16, 4, 1),
+    (32, 4): Blocks(32, 32, 8, 1),
+    (64, 4): Blocks(32, 32, 8, 1),
+    (128, 4): Blocks(16, 32, 8, 1),
+    (256, 4): Blocks(16, 32, 8, 1),
 }
 """Blocks of the kernel that makes the gradients of keys and values."""
 
@@ -107,7 +107,9 @@ def attend(
 
 
 @triton.jit
-def _locate(ends, other_ends, tokens, sequences, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr) -> tl.tensor:
+def _locate(
+    ends, other_ends, tokens, sequences, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Return which block this program has: its first token in its sequence, and where sequence and other side lie.
 
     Sequence i has the programs from ``ends[i] // BLOCK + i`` on, which are at least as many as its blocks: so the
@@ -137,7 +139,7 @@ def _locate(ends, other_ends, tokens, sequences, BLOCK: tl.constexpr, LAST_FIRST
 
 
 @triton.jit
-def _span(first, last, count, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+def _span(first, last, count, BEFORE: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, ...]:
     """Return which of ``count`` positions the block from ``first`` to ``last`` deals with: start, whole, cut, stop.
 
     Each position deals with those from BEFORE before it to AFTER after it; -1 is no limit.  From ``start`` to ``whole``
@@ -238,7 +240,7 @@ def _forward_over(
     RIGHT: tl.constexpr,
     CAPPED: tl.constexpr,
     CUT: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, ...]:
     """Take the keys from ``first`` to ``last`` into the softmax of a block of queries; all are seen unless CUT."""
     for start in range(first, last, KEYS):
         row = tl.cast(start, tl.int64)
@@ -262,7 +264,7 @@ def _forward_over(
     return total, most, sums
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "inner", "factor"])
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def _forward(
     query,
     key,
@@ -382,7 +384,7 @@ def _query_gradient_over(
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "scale", "inner", "factor"])
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def _query_gradient(
     query,
     key,
@@ -487,7 +489,7 @@ def _key_gradient_over(
     RIGHT: tl.constexpr,
     CAPPED: tl.constexpr,
     CUT: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, ...]:
     """As ``_query_gradient_over``, but scores are (keys, queries), so that they need not be turned for the sums."""
     for start in range(first, last, QUERIES):
         row, left = tl.cast(start, tl.int64), count - start
@@ -508,7 +510,7 @@ def _key_gradient_over(
     return key_sums, value_sums
 
 
-@triton.jit(do_not_specialize=["tokens", "other_tokens", "sequences", "scale", "inner", "factor"])
+@triton.jit(do_not_specialize=["tokens", "other_tokens", "sequences"])
 def _key_gradient(
     query,
     key,
@@ -673,7 +675,8 @@ def _strides(*tensors: Tensor) -> Sequence[int]:
 
 
 def _columns(tensor: Tensor) -> int:
-    return max(32, triton.next_power_of_2(tensor.shape[2]))
+    columns: int = max(32, triton.next_power_of_2(tensor.shape[2]))
+    return columns
 
 
 def _cut(table: dict[tuple[int, int], Blocks], query: Tensor, value: Tensor) -> Blocks:
