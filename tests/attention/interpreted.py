@@ -57,7 +57,7 @@ CASES = {
     "soft cap": Case([40, 5], form=Form(0.7, softcap=1.5)),
     "sinks": Case([40, 5], sinks=True),
     "sinks of queries that see nothing": Case(**UNEQUAL, sinks=True, more=3),
-    "three heads to one": Case([40, 5], heads=(6, 2)),
+    "three heads to one": Case([18, 5], heads=(6, 2)),
     "all heads to one": Case([20, 5], heads=(4, 1)),
     "size 72": Case([20, 5], sizes=(72, 72)),
     "size 80": Case([20], sizes=(80, 80)),
@@ -179,7 +179,7 @@ def main() -> None:
 
     for table, before in zip(tables, own, strict=True):
         table.update(before)
-    told["blocks as on a chip"] = errors(Case([150, 70], heads=(2, 1), sizes=(64, 64), dtype="float16"))
+    told["blocks as on a chip"] = errors(Case([150, 30], heads=(2, 1), sizes=(64, 64), dtype="float16"))
     print(json.dumps(told))
 
 

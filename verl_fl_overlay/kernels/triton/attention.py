@@ -198,7 +198,7 @@ def _store(base, stride, count, values, ROWS: tl.constexpr, SIZE: tl.constexpr, 
 
 @triton.jit
 def _bent(products, inner, CAPPED: tl.constexpr) -> tl.tensor:
-    """Return the hyperbolic tangent where there is a soft cap; ``inner`` turns its argument into twice the log2's."""
+    """Return ``tanh(scale * products / softcap)`` where there is a soft cap; ``inner`` is as ``_scores`` returns it."""
     if CAPPED:
         products = 1.0 - 2.0 / (tl.exp2(products * inner) + 1.0)
     return products
