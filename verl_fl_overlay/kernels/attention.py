@@ -190,14 +190,17 @@ def _pair(samples: Samples, backend: Backend, problem: Problem, form: Form) -> P
     """Make queries, keys and values, and what computes on them: SDPA in fp32, and the backend.
 
     A row of what is compared is a head: single tokens may have a gradient of 0, beside which any rounding is large.
+    The numbers have no mean, since in a query's gradient that of the keys cancels, and leaves their rounding.
     """
     heads, tokens = 2 * problem.heads_per_key, sum(LENGTHS)
     ends = torch.tensor([0, *LENGTHS], device=problem.device).cumsum(0).to(torch.int32)
     sequences = Sequences(ends, ends, max(LENGTHS), max(LENGTHS))
     form = replace(form, window=tuple(side if side == ANY else min(side, 40) for side in form.window))
-    scales = [(0.5, 1.0, 2.0)[index % 3] for index in range(heads)]
-    shapes = {"query": (heads, problem.size), "key": (2, problem.size), "value": (2, problem.value_size)}
-    rows = [samples.rows(scales[:count], tokens * size) for count, size in shapes.values()]
+    scales = torch.tensor([(0.5, 1.0, 2.0)[index % 3] for index in range(heads)]).unsqueeze(1)
+    query, key, value = (
+        samples.normal(count, tokens * size)
+        for count, size in ((heads, problem.size), (2, problem.size), (2, problem.value_size))
+    )
     sinks = (samples.normal(heads, 1),) if problem.sinks else ()
 
     def computed(attend: Attend, wide: bool, *given: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +210,7 @@ def _pair(samples: Samples, backend: Backend, problem: Problem, form: Form) -> P
         return (attended.transpose(0, 1).reshape(heads, -1).to(problem.dtype),)
 
     expected: Any = partial(computed, attention_torch.one_at_a_time, True)
-    return (*rows, *sinks), expected, partial(computed, backend.load(), False)
+    return (scales * query, key, value, *sinks), expected, partial(computed, backend.load(), False)
 
 
 def default_scale(size: int) -> float:
