@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from verl_fl_overlay.compat import engines, flash_attn, process_group, ray_env, rollout, token_logprobs
+from verl_fl_overlay.compat import (
+    engines,
+    flash_attn,
+    megatron_attention,
+    megatron_layers,
+    process_group,
+    ray_env,
+    rollout,
+    token_logprobs,
+)
 from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
@@ -18,6 +27,8 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *engines.base_hooks(),
         *(map(engines.initialize_hook, engines.BACKENDS) if initialize is None else initialize),
         flash_attn.value_model_hook(),
+        megatron_attention.packed_hook(),
+        *megatron_layers.own_layers_hooks(),
         *map(token_logprobs.logprobs_hook, consumers),
         *ray_env.ray_hooks(),
         rollout.plugin_hook(),

@@ -28,6 +28,10 @@ class FlagCXError(OverlayError):
     """FlagCX was asked for, but its plugin or library is missing, does not load, or cannot do what verl asks for."""
 
 
+class MegatronError(OverlayError):
+    """Megatron was asked for what only TransformerEngine computes, and that is not installed."""
+
+
 def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:
     """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does."""
     from difflib import get_close_matches

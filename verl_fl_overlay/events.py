@@ -155,3 +155,7 @@ runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, A
 token_logprobs: Question[[Any, Any, bool, Callable[[], bool]], Any] = Question()
 """(logits, labels, whether the gradient may be written over the logits, what tells whether verl has its own kernel) ->
 log-probs, as ``kernels.logprobs`` says."""
+
+packed_attention: Question[[Any, Any, Any, Any, Any, Any], Any] = Question()
+"""(query (t, h, d), key, value, ``kernels.sequences.Sequences``, ``Form``, a sink for each head or None) -> the
+attention (t, h, size of a value)."""

@@ -1,8 +1,9 @@
 """verl's real Megatron engine on GPUs, or its FSDP2 engine, trained for some steps; prints JSON, floats as hexadecimal.
 
-``python tests/gpu/megatron_engine.py MODEL --head lm --steps 8``, or under torchrun with ``--tp 2``.  Where
-TransformerEngine is not installed, megatron-core's local layers take its place: mbridge asks for TransformerEngine's
-unconditionally, and maps Hugging Face names to its fused parameters only.
+``python tests/gpu/megatron_engine.py MODEL --head lm --steps 8``, or under torchrun with ``--engine
+'{"tensor_model_parallel_size": 2}'``.  Where TransformerEngine is not installed, megatron-core's own layers take its
+place.  Without the overlay this program sees to that: mbridge asks for TransformerEngine's unconditionally, and maps
+Hugging Face names to its fused parameters only.
 """
 
 from __future__ import annotations
@@ -57,30 +58,30 @@ def use_local_layers() -> None:
     Qwen2Bridge._OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
 
 
-def configs(model: str, head: str, tp: int) -> dict[str, Any]:
-    """Return the four configurations a Megatron engine is constructed from."""
+def verls_defaults() -> dict[str, Any]:
+    """Return what verl's own configuration file overrides of Megatron's."""
+    import verl
+    from omegaconf import OmegaConf
+
+    file = Path(verl.__file__).parent / "trainer" / "config" / "engine" / "megatron.yaml"
+    return dict(OmegaConf.to_container(OmegaConf.load(file).override_transformer_config))
+
+
+def configs(model: str, head: str, engine: dict[str, Any], transformer: dict[str, Any]) -> dict[str, Any]:
+    """Return the four configurations a Megatron engine is constructed from: verl's defaults, but for what is given."""
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
     common = real_engine.configs(model, "fsdp2", head)
     if head == "value":  # by which verl 0.7's engine knows it
         common["model_config"].architectures = ["Qwen2ForTokenClassification"]
-    layers = (
-        {}
-        if find_spec("transformer_engine")
-        # torch's norms, which take the place of TransformerEngine's, know no sequence parallelism; mbridge turns it on.
-        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "sequence_parallel": False}
-    )
     return {
         **common,
         "engine_config": McoreEngineConfig(
-            use_mbridge=True,
-            vanilla_mbridge=True,
-            tensor_model_parallel_size=tp,
-            sequence_parallel=False,
+            vanilla_mbridge=True,  # Megatron-Bridge, newer releases' default, imports TransformerEngine
             use_dynamic_bsz=False,
             micro_batch_size_per_gpu=2,
-            use_remove_padding=False,
-            override_transformer_config={**layers, "attention_backend": "unfused"},
+            override_transformer_config={**verls_defaults(), **transformer},
+            **engine,
         ),
         "optimizer_config": McoreOptimizerConfig(
             lr={"lm": 1e-3, "value": 1e-4}[head],
@@ -92,15 +93,19 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
     }
 
 
-def make_engine(model: str, strategy: str, head: str, tp: int) -> Any:
+def make_engine(options: argparse.Namespace) -> Any:
     from verl.workers.engine import EngineRegistry
 
-    if strategy != "megatron":
-        return real_engine.make_engine(model, strategy, head)
-    if not find_spec("transformer_engine"):
+    if options.strategy != "megatron":
+        return real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
+    transformer = dict(options.transformer)
+    if not find_spec("transformer_engine") and "verl_fl_overlay" not in sys.modules:
         use_local_layers()
-    arguments = configs(model, head, tp)
-    engine = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
+        transformer["sequence_parallel"] = False  # mbridge turns it on, and torch's norms do not know it
+    arguments = configs(options.model, options.head, options.engine, transformer)
+    engine = EngineRegistry.new(
+        model_type=arguments["model_config"].model_type, backend="megatron", **arguments
+    )
     engine.initialize()
     return engine
 
@@ -142,7 +147,8 @@ def main() -> None:
     parser.add_argument("--strategy", default="megatron")
     parser.add_argument("--head", default="lm", choices=["lm", "value"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
+    parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
@@ -156,7 +162,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     seed_everything()
     initialize_global_process_group()
-    engine = make_engine(options.model, options.strategy, options.head, options.tp)
+    engine = make_engine(options)
     if options.kernels:
         from flaggems_routing import one_tiling_for_mm
 
