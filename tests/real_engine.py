@@ -165,10 +165,9 @@ def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
         with engine.train_mode():
             output = engine.train_batch(make_batch(), loss_function=loss)
             engine.lr_scheduler_step()
-        metrics = output["metrics"]
-        total = sum(float(value) for value in output["loss"])
-        if engine.is_mp_src_rank_with_outputs():  # verl gives the norm to one rank of a tensor parallel group alone
-            results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
+        if engine.is_mp_src_rank_with_outputs():  # verl gives numbers to one rank alone of those that share a model
+            total = sum(float(value) for value in output["loss"])
+            results.append({"loss": total, "grad_norm": float(output["metrics"]["grad_norm"])})
     return results
 
 
@@ -176,6 +175,8 @@ def infer(engine: Any, head: str) -> list[float]:
     """Return the log-probs (values) of every token of one batch."""
     with engine.eval_mode():
         output = engine.infer_batch(make_batch(seed=7), loss_function=None)
+    if not engine.is_mp_src_rank_with_outputs():
+        return []
     tensor = output["model_output"]["log_probs" if head == "lm" else "values"]
     return [float(value) for value in tensor.values().float().flatten()]
 

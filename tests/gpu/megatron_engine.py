@@ -89,6 +89,7 @@ def configs(model: str, head: str, engine: dict[str, Any], transformer: dict[str
             total_training_steps=100,
             lr_warmup_steps=0,
             lr_warmup_steps_ratio=0.0,
+            lr_decay_style="constant",  # as FSDP's optimizer has it by default
         ),
     }
 
@@ -98,14 +99,17 @@ def make_engine(options: argparse.Namespace) -> Any:
 
     if options.strategy != "megatron":
         return real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
-    transformer = dict(options.transformer)
-    if not find_spec("transformer_engine") and "verl_fl_overlay" not in sys.modules:
+    engine, transformer = dict(options.engine), dict(options.transformer)
+    if find_spec("transformer_engine"):  # without flash-attn it has no attention over packed sequences
+        engine, transformer = {"use_remove_padding": False, **engine}, {"attention_backend": "unfused", **transformer}
+    elif "verl_fl_overlay" not in sys.modules:
         use_local_layers()
-        transformer["sequence_parallel"] = False  # mbridge turns it on, and torch's norms do not know it
-    arguments = configs(options.model, options.head, options.engine, transformer)
-    engine = EngineRegistry.new(
-        model_type=arguments["model_config"].model_type, backend="megatron", **arguments
-    )
+        # mbridge turns on sequence parallelism, which torch's norms do not know, and apex' softmax
+        transformer |= {"sequence_parallel": False, "masked_softmax_fusion": False}
+    arguments = configs(options.model, options.head, engine, transformer)
+    if options.float32:  # which the configuration refuses, and Megatron does not
+        object.__setattr__(arguments["engine_config"], "dtype", "float32")
+    engine = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
     engine.initialize()
     return engine
 
@@ -149,6 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
     parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
+    parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
@@ -180,7 +185,7 @@ def main() -> None:
         from verl_fl_overlay.phase import training
 
         after, report = training.active, build()
-    if torch.distributed.get_rank() == 0:
+    if engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0:
         result = {
             "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
             "values": [value.hex() for value in values],
