@@ -172,13 +172,17 @@ def train(engine: Any, head: str, steps: int) -> list[dict[str, float]]:
 
 
 def infer(engine: Any, head: str) -> list[float]:
-    """Return the log-probs (values) of every token of one batch."""
+    """Return the values of every token of one batch, or the log-probs of all that have a next one.
+
+    The last token's depends on what lies behind its row, which is another thing in each engine.
+    """
     with engine.eval_mode():
         output = engine.infer_batch(make_batch(seed=7), loss_function=None)
     if not engine.is_mp_src_rank_with_outputs():
         return []
     tensor = output["model_output"]["log_probs" if head == "lm" else "values"]
-    return [float(value) for value in tensor.values().float().flatten()]
+    rows = tensor.unbind()
+    return [float(value) for row in rows for value in (row[:-1] if head == "lm" else row).float().flatten()]
 
 
 def run_case(model: str, head: str, strategy: str, steps: int, plain: bool) -> dict[str, Any]:
