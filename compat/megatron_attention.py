@@ -49,12 +49,12 @@ def _attend(
         return original(query, key, value, attention_mask, attn_mask_type, attention_bias, **more)
     if packed_seq_params.qkv_format == "thd":
         _refuse_what_is_more(core, kind, attention_bias, packed_seq_params, more)
-        tokens = [tensor.squeeze(1) if tensor.dim() == 4 else tensor for tensor in (query, key, value)]
-        if any(tensor.dim() != 3 for tensor in tokens):
+        q, k, v = (tensor.squeeze(1) if tensor.dim() == 4 else tensor for tensor in (query, key, value))
+        if any(tensor.dim() != 3 for tensor in (q, k, v)):
             _refuse(f"a query of shape {tuple(query.shape)}", "(tokens, heads, size) is expected")
         sequences = _sequences(packed_seq_params, causal)
         sinks = None if getattr(core.config, "softmax_type", "vanilla") == "vanilla" else _of(core, "softmax_offset")
-        answer = packed_attention.ask(*tokens, sequences, _form(core, causal), sinks)
+        answer = packed_attention.ask(q, k, v, sequences, _form(core, causal), sinks)
         if answer is not None:
             return answer.reshape(*query.shape[:-2], -1)
     return original(

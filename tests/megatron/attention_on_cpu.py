@@ -108,6 +108,15 @@ def padding_is_not_seen(core: Any) -> float:
     return worst
 
 
+def longest_with_padding() -> float:
+    """Return how far the longest sequence that is told is from the longest with padding, by which a kernel reads."""
+    from verl_fl_overlay.compat.megatron_attention import _sequences
+
+    where = ends(tuple(length + 2 for length in LENGTHS))
+    told = _sequences(packed(cu_seqlens_q_padded=where, cu_seqlens_kv_padded=where), causal=True)
+    return float(abs(told.longest_q - max(LENGTHS) - 2) + abs(told.longest_k - max(LENGTHS) - 2))
+
+
 def a_padded_batch(core: Any) -> float:
     """Return the difference that verl's mask of a padded batch makes to the real tokens: none, they see no padding."""
     import torch
@@ -139,6 +148,7 @@ def cases() -> dict[str, float]:
         "learnable": difference(attention("causal", softmax_type="learnable")),
         "dropout in evaluation": difference(dropped),
         "padding": padding_is_not_seen(causal),
+        "longest with padding": longest_with_padding(),
         "padded batch": a_padded_batch(causal),
     }
 

@@ -25,6 +25,7 @@ CASES = (
     "learnable",
     "dropout in evaluation",
     "padding",
+    "longest with padding",
     "padded batch",
 )
 REFUSED = {
