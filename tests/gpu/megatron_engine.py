@@ -133,6 +133,15 @@ def kernels(engine: Any, head: str) -> dict[str, list[str]]:
     }
 
 
+def sums_of_weights(engine: Any) -> dict[str, str]:
+    """Return name -> sum of absolute values, of all weights that verl gives to rollout."""
+    parameters = engine.get_per_tensor_param()
+    return {
+        name: float(weight.double().abs().sum()).hex()
+        for name, weight in (parameters[0] if isinstance(parameters, tuple) else parameters)
+    }
+
+
 def phase_inside(engine: Any) -> list[bool]:
     """Return a list that gets one entry a forward pass: whether the training phase was on in it."""
     seen: list[bool] = []
@@ -154,6 +163,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
     parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
     parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
+    parser.add_argument("--export", action="store_true", help="tell the sums of the weights that rollout would get")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
@@ -172,6 +182,7 @@ def main() -> None:
         from flaggems_routing import one_tiling_for_mm
 
         one_tiling_for_mm()
+    exported = sums_of_weights(engine) if options.export else None
     seen = phase_inside(engine)
     steps = real_engine.train(engine, options.head, options.steps)
     inside = {"train": seen[:]}
@@ -191,6 +202,7 @@ def main() -> None:
             "values": [value.hex() for value in values],
             "inside": inside,
             "kernels": launched,
+            "exported": exported,
             "after": after,
             "report": report,
         }

@@ -110,6 +110,16 @@ def test_numbers_are_those_of(packed, tiny_model, other):
     assert found["after"] is False
 
 
+def test_rollout_gets_the_weights_that_were_loaded(tiny_model):
+    """Under the names that they have in the checkpoint, those of the norms among them."""
+    from safetensors.torch import load_file
+
+    tp2 = {"tensor_model_parallel_size": 2}
+    found = in_float32(tiny_model, ranks=2, engine=tp2, options=("--export",))["exported"]
+    loaded = {name: float(t.double().abs().sum()) for name, t in load_file(tiny_model / "model.safetensors").items()}
+    assert {name: float.fromhex(total) for name, total in found.items()} == pytest.approx(loaded)
+
+
 def test_a_value_head_reads_packed_sequences_as_padded_ones(tiny_model):
     if refused("megatron", "value"):
         pytest.skip(refused("megatron", "value"))
