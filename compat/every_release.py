@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from verl_fl_overlay.compat import (
     engines,
     flash_attn,
+    megatron_attention,
+    megatron_layers,
     packing,
     process_group,
     ray_env,
@@ -30,6 +32,8 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *transformers_attention.hooks(),
         *packing.engine_hooks(),
         *packing.model_hooks(),
+        megatron_attention.packed_hook(),
+        *megatron_layers.own_layers_hooks(),
         *map(token_logprobs.logprobs_hook, consumers),
         *ray_env.ray_hooks(),
         rollout.plugin_hook(),

@@ -171,19 +171,24 @@ def train(engine: Any, head: str, steps: int, packed: bool = False) -> list[dict
         with engine.train_mode():
             output = engine.train_batch(make_batch(packed=packed), loss_function=loss)
             engine.lr_scheduler_step()
-        metrics = output["metrics"]
-        total = sum(float(value) for value in output["loss"])
-        if engine.is_mp_src_rank_with_outputs():  # verl gives the norm to one rank of a tensor parallel group alone
-            results.append({"loss": total, "grad_norm": float(metrics["grad_norm"])})
+        if engine.is_mp_src_rank_with_outputs():  # verl gives numbers to one rank alone of those that share a model
+            total = sum(float(value) for value in output["loss"])
+            results.append({"loss": total, "grad_norm": float(output["metrics"]["grad_norm"])})
     return results
 
 
 def infer(engine: Any, head: str, packed: bool = False) -> list[float]:
-    """Return the log-probs (values) of every token of one batch."""
+    """Return the values of every token of one batch, or the log-probs of all that have a next one.
+
+    The last token's depends on what lies behind its row, which is another thing in each engine.
+    """
     with engine.eval_mode():
         output = engine.infer_batch(make_batch(seed=7, packed=packed), loss_function=None)
+    if not engine.is_mp_src_rank_with_outputs():
+        return []
     tensor = output["model_output"]["log_probs" if head == "lm" else "values"]
-    return [float(value) for value in tensor.values().float().flatten()]
+    rows = tensor.unbind()
+    return [float(value) for row in rows for value in (row[:-1] if head == "lm" else row).float().flatten()]
 
 
 def run_case(model: str, head: str, strategy: str, steps: int, packed: bool, **engine: Any) -> dict[str, Any]:

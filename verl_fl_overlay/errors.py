@@ -32,6 +32,10 @@ class PackingError(OverlayError):
     """A model that does not keep packed sequences apart was given some; its numbers would be wrong."""
 
 
+class MegatronError(OverlayError):
+    """Megatron was asked for what only TransformerEngine computes, and that is not installed."""
+
+
 def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:
     """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does."""
     from difflib import get_close_matches

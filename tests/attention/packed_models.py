@@ -79,7 +79,12 @@ WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Vision-language family -> what its text model and its vision tower have of their own."""
 
 IMAGE, VIDEO, FIRST, LAST = 100, 101, 102, 103
-SPECIAL = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": FIRST, "vision_end_token_id": LAST}
+SPECIAL = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": FIRST,
+    "vision_end_token_id": LAST,
+}
 LENGTHS = (7, 1, 13, 9)
 
 

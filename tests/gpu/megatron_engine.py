@@ -1,8 +1,9 @@
 """verl's real Megatron engine on GPUs, or its FSDP2 engine, trained for some steps; prints JSON, floats as hexadecimal.
 
-``python tests/gpu/megatron_engine.py MODEL --head lm --steps 8``, or under torchrun with ``--tp 2``.  Where
-TransformerEngine is not installed, megatron-core's local layers take its place: mbridge asks for TransformerEngine's
-unconditionally, and maps Hugging Face names to its fused parameters only.
+``python tests/gpu/megatron_engine.py MODEL --head lm --steps 8``, or under torchrun with ``--engine
+'{"tensor_model_parallel_size": 2}'``.  Where TransformerEngine is not installed, megatron-core's own layers take its
+place.  Without the overlay this program sees to that: mbridge asks for TransformerEngine's unconditionally, and maps
+Hugging Face names to its fused parameters only.
 """
 
 from __future__ import annotations
@@ -57,30 +58,30 @@ def use_local_layers() -> None:
     Qwen2Bridge._OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
 
 
-def configs(model: str, head: str, tp: int) -> dict[str, Any]:
-    """Return the four configurations a Megatron engine is constructed from."""
+def verls_defaults() -> dict[str, Any]:
+    """Return what verl's own configuration file overrides of Megatron's."""
+    import verl
+    from omegaconf import OmegaConf
+
+    file = Path(verl.__file__).parent / "trainer" / "config" / "engine" / "megatron.yaml"
+    return dict(OmegaConf.to_container(OmegaConf.load(file).override_transformer_config))
+
+
+def configs(model: str, head: str, engine: dict[str, Any], transformer: dict[str, Any]) -> dict[str, Any]:
+    """Return the four configurations a Megatron engine is constructed from: verl's defaults, but for what is given."""
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
     common = real_engine.configs(model, "fsdp2", head)
     if head == "value":  # by which verl 0.7's engine knows it
         common["model_config"].architectures = ["Qwen2ForTokenClassification"]
-    layers = (
-        {}
-        if find_spec("transformer_engine")
-        # torch's norms, which take the place of TransformerEngine's, know no sequence parallelism; mbridge turns it on.
-        else {"gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "sequence_parallel": False}
-    )
     return {
         **common,
         "engine_config": McoreEngineConfig(
-            use_mbridge=True,
-            vanilla_mbridge=True,
-            tensor_model_parallel_size=tp,
-            sequence_parallel=False,
+            vanilla_mbridge=True,  # Megatron-Bridge, newer releases' default, imports TransformerEngine
             use_dynamic_bsz=False,
             micro_batch_size_per_gpu=2,
-            use_remove_padding=False,
-            override_transformer_config={**layers, "attention_backend": "unfused"},
+            override_transformer_config={**verls_defaults(), **transformer},
+            **engine,
         ),
         "optimizer_config": McoreOptimizerConfig(
             lr={"lm": 1e-3, "value": 1e-4}[head],
@@ -88,18 +89,26 @@ def configs(model: str, head: str, tp: int) -> dict[str, Any]:
             total_training_steps=100,
             lr_warmup_steps=0,
             lr_warmup_steps_ratio=0.0,
+            lr_decay_style="constant",  # as FSDP's optimizer has it by default
         ),
     }
 
 
-def make_engine(model: str, strategy: str, head: str, tp: int) -> Any:
+def make_engine(options: argparse.Namespace) -> Any:
     from verl.workers.engine import EngineRegistry
 
-    if strategy != "megatron":
-        return real_engine.make_engine(model, strategy, head)
-    if not find_spec("transformer_engine"):
+    if options.strategy != "megatron":
+        return real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
+    engine, transformer = dict(options.engine), dict(options.transformer)
+    if find_spec("transformer_engine"):  # without flash-attn it has no attention over packed sequences
+        engine, transformer = {"use_remove_padding": False, **engine}, {"attention_backend": "unfused", **transformer}
+    elif "verl_fl_overlay" not in sys.modules:
         use_local_layers()
-    arguments = configs(model, head, tp)
+        # mbridge turns on sequence parallelism, which torch's norms do not know, and apex' softmax
+        transformer |= {"sequence_parallel": False, "masked_softmax_fusion": False}
+    arguments = configs(options.model, options.head, engine, transformer)
+    if options.float32:  # which the configuration refuses, and Megatron does not
+        object.__setattr__(arguments["engine_config"], "dtype", "float32")
     engine = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
     engine.initialize()
     return engine
@@ -124,6 +133,15 @@ def kernels(engine: Any, head: str) -> dict[str, list[str]]:
     }
 
 
+def sums_of_weights(engine: Any) -> dict[str, str]:
+    """Return name -> sum of absolute values, of all weights that verl gives to rollout."""
+    parameters = engine.get_per_tensor_param()
+    return {
+        name: float(weight.double().abs().sum()).hex()
+        for name, weight in (parameters[0] if isinstance(parameters, tuple) else parameters)
+    }
+
+
 def phase_inside(engine: Any) -> list[bool]:
     """Return a list that gets one entry a forward pass: whether the training phase was on in it."""
     seen: list[bool] = []
@@ -142,7 +160,10 @@ def main() -> None:
     parser.add_argument("--strategy", default="megatron")
     parser.add_argument("--head", default="lm", choices=["lm", "value"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
+    parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
+    parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
+    parser.add_argument("--export", action="store_true", help="tell the sums of the weights that rollout would get")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
 
@@ -156,11 +177,12 @@ def main() -> None:
         os.environ.setdefault(name, value)
     seed_everything()
     initialize_global_process_group()
-    engine = make_engine(options.model, options.strategy, options.head, options.tp)
+    engine = make_engine(options)
     if options.kernels:
         from flaggems_routing import one_tiling_for_mm
 
         one_tiling_for_mm()
+    exported = sums_of_weights(engine) if options.export else None
     seen = phase_inside(engine)
     steps = real_engine.train(engine, options.head, options.steps)
     inside = {"train": seen[:]}
@@ -174,12 +196,13 @@ def main() -> None:
         from verl_fl_overlay.phase import training
 
         after, report = training.active, build()
-    if torch.distributed.get_rank() == 0:
+    if engine.is_mp_src_rank_with_outputs() and engine.get_data_parallel_rank() == 0:
         result = {
             "steps": [{name: value.hex() for name, value in step.items()} for step in steps],
             "values": [value.hex() for value in values],
             "inside": inside,
             "kernels": launched,
+            "exported": exported,
             "after": after,
             "report": report,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def runs(request, tiny_model):
         pytest.importorskip("megatron.core", reason="needs megatron-core")
         pytest.importorskip("mbridge", reason="needs mbridge")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [*torchrun, PROGRAM, tiny_model, "--strategy", strategy, "--tp", tp, "--steps", STEPS]
+    engine = json.dumps({"tensor_model_parallel_size": tp} if tp > 1 else {})
+    command = [*torchrun, PROGRAM, tiny_model, "--strategy", strategy, "--engine", engine, "--steps", STEPS]
     with ThreadPoolExecutor() as pool:
         sides = {
             side: pool.submit(result, *command, env={**env, "NCCL_NVLS_ENABLE": "0"}, timeout=400)

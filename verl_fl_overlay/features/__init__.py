@@ -90,9 +90,10 @@ FEATURES = {
         Entry("phase", "tells when verl trains: engines built, initialised, entered and left", "engines:Engines"),
         Entry(
             "attention",
-            "flash_attention_2 and packed sequences without the flash-attn package, on any device",
+            "flash_attention_2 and packed sequences without flash-attn and TransformerEngine, on any device",
             "attention:Attention",
         ),
+        Entry("megatron", "Megatron's models of megatron-core's own layers where TransformerEngine is missing"),
         Entry("ray", "the overlay and its settings in every process that Ray starts", "ray:Ray"),
         Entry("rollout", "rollout's lists of operators extend the chip's own", "rollout:Rollout", _rollout_off),
         Entry("flagcx", "collectives of training through FlagCX", "flagcx:FlagCX", _flagcx_off),

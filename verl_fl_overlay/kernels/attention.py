@@ -201,7 +201,7 @@ def _pair(samples: Samples, backend: Backend, problem: Problem, form: Form) -> P
         samples.normal(count, tokens * size)
         for count, size in ((heads, problem.size), (2, problem.size), (2, problem.value_size))
     )
-    sinks = (samples.normal(heads, 1),) if problem.sinks else ()
+    sinks = (samples.normal(1, heads),) if problem.sinks else ()
 
     def computed(attend: Attend, wide: bool, *given: Tensor) -> tuple[Tensor, ...]:
         parts = [row.view(-1, tokens, row.shape[1] // tokens).transpose(0, 1) for row in given[:3]]
