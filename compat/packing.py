@@ -263,6 +263,15 @@ def _attention_stays(model_type: str) -> Iterator[None]:
             attention.forward = forward
 
 
+def _exchange(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
+
+    # On more ranks verl takes positions as the sign that there is something to exchange.
+    if kwargs.get("cu_seq_lens_q") is not None and get_ulysses_sequence_parallel_world_size() == 1:
+        kwargs = {**kwargs, "position_ids": None}
+    return wrapped(*args, **kwargs)
+
+
 def _visual(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     visual = (kwargs["model"] if "model" in kwargs else args[0]).visual
     handle = visual.register_forward_hook(lambda _, __, output: getattr(output, "pooler_output", output))
@@ -290,7 +299,20 @@ def model_hooks() -> list[Hook]:
         )
         for name in ("qwen2_vl", "glm4v")
     ]
-    return [*visual, patch_hook()]
+    exchange = Hook(
+        name="attention.positions",
+        module=PATCH,
+        attribute="_ulysses_flash_attention_forward",
+        wrapper=_exchange,
+        feature="attention",
+        required=False,
+        why="in each layer transformers looks whether the positions are those of packed sequences, although it has "
+        "their lengths; then it gets no positions.",
+        upstream=f"{SOURCE}/v0.9.1/{PATCH.replace('.', '/')}.py#L89",
+        until="transformers does not look at positions where it has lengths",
+        relies_on=("verl.utils.ulysses:get_ulysses_sequence_parallel_world_size",),
+    )
+    return [*visual, exchange, patch_hook()]
 
 
 def patch_hook() -> Hook:

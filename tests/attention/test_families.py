@@ -49,7 +49,7 @@ def test_packed_sequences_equal_each_alone(found, case):
 def test_a_model_that_mixes_sequences_is_refused(found, case):
     if not here(case):
         pytest.skip(f"transformers {version('transformers')} does not have this family")
-    family, attention = case.split("/")
+    _family, attention = case.split("/")
     assert found[case]["logits"] > 1e-2, "it is wrong, so the refusal is due"
     refused = found[case]["refused"]
     assert WRONG[case] in refused

@@ -6,7 +6,6 @@ after another, and attention gets their ends.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -164,14 +163,15 @@ class PackedAttention:
 
 
 def _refuse_misfits(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> None:
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-    if {query.dim(), key.dim(), value.dim()} != {3} or key.shape[:2] != value.shape[:2]:
+    if not query.dim() == key.dim() == value.dim() == 3 or key.shape[:2] != value.shape[:2]:
         raise AttentionInputError(
-            f"attention needs (tokens, heads, size) of queries, keys and values, as many values as keys; found {shapes}"
+            "attention needs (tokens, heads, size) of queries, keys and values, as many values as keys; found "
+            f"{_shapes(query, key, value)}"
         )
     if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
         raise AttentionInputError(
-            f"queries and keys need one head size, and the queries a multiple of the keys' heads; found {shapes}"
+            "queries and keys need one head size, and the queries a multiple of the keys' heads; found "
+            f"{_shapes(query, key, value)}"
         )
     if max(query.shape[0], key.shape[0]) > MOST_TOKENS:
         raise AttentionInputError(f"{query.shape[0]} tokens are more than int32 counts: make the micro-batch smaller")
@@ -180,6 +180,10 @@ def _refuse_misfits(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | N
             f"there are {sinks.numel()} sinks and {query.shape[1]} heads; a model with sinks cannot spread its heads "
             "over ranks: set ulysses_sequence_parallel_size=1"
         )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
 LENGTHS = (1, 130, 67, 0, 258)
@@ -211,8 +215,3 @@ def _pair(samples: Samples, backend: Backend, problem: Problem, form: Form) -> P
 
     expected: Any = partial(computed, attention_torch.one_at_a_time, True)
     return (scales * query, key, value, *sinks), expected, partial(computed, backend.load(), False)
-
-
-def default_scale(size: int) -> float:
-    """Return the scale of scores where none is given: 1 / sqrt(head size)."""
-    return 1 / math.sqrt(size)
