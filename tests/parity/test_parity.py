@@ -19,9 +19,17 @@ MEAN = "log-prob, mean difference in bf16 units"
 KL = "KL(native, overlay), estimated by k3"
 
 
+FROM_FP32 = (
+    "log-prob, largest distance from fp32 in bf16 units",
+    "log-prob, mean distance from fp32 in bf16 units",
+    "KL(fp32, overlay), estimated by k3",
+)
+
+
 def a_run(shift=0.0, **changes):
     log_probs = torch.linspace(-9, -1, 100) + shift
-    return {"log_probs": log_probs, "loss": 2.0, "grad_norm": 3.0, "grad_norms": norms(), **changes}
+    made = {"log_probs": log_probs, "entropy": torch.full((100,), 4.0), "loss": 2.0, "grad_norm": 3.0}
+    return {**made, "grad_norms": norms(), **changes}
 
 
 def norms(layers=(1.0,) * 24, b=0.0):
@@ -29,7 +37,12 @@ def norms(layers=(1.0,) * 24, b=0.0):
 
 
 def verdicts(ours, again=None):
-    return {line.name: line.holds for line in parity.compare(a_run(), again or a_run(), ours)}
+    compared = parity.compare(a_run(), again or a_run(), ours, a_run())
+    return {line.name: line.holds for line in compared}
+
+
+def of_native(found):
+    return {name for name in found if "fp32" not in name}
 
 
 def test_equal_runs_hold_everywhere():
@@ -51,15 +64,33 @@ def test_equal_runs_hold_everywhere():
     ],
 )
 def test_what_differs_is_named_and_nothing_else(ours, failing):
-    assert {name for name, holds in verdicts(ours).items() if not holds} == failing
+    found = {name for name, holds in verdicts(ours).items() if not holds}
+    assert of_native(found) == failing
+    assert len(found - failing) == len(failing & {LARGEST, MEAN, KL}), "as far from fp32, which is the native run here"
+
+
+@pytest.mark.parametrize(
+    ("ours", "native", "failing"),
+    [
+        (a_run(shift=0.05), a_run(shift=-0.05), set()),  # as far as verl itself
+        (a_run(shift=0.065), a_run(shift=-0.05), {"KL(fp32, overlay), estimated by k3"}),
+        (a_run(shift=0.4), a_run(shift=-0.05), set(FROM_FP32)),
+        (a_run(entropy=torch.full((100,), 4.1)), a_run(), {"entropy, mean distance from fp32, relative"}),
+        (a_run(entropy=torch.full((100,), float("nan"))), a_run(), {"entropy, mean distance from fp32, relative"}),
+    ],
+)
+def test_a_packed_run_beside_a_padded_one_is_compared_with_fp32(ours, native, failing):
+    lines = parity.compare(native, native, ours, a_run(), alike=False)
+    assert not {LARGEST, MEAN, KL} & {line.name for line in lines}
+    assert {line.name for line in lines if not line.holds} == failing
 
 
 def test_what_verl_s_own_rounding_explains_is_allowed_for_tokens_of_any_probability():
-    exact = {"log_probs": -torch.logspace(-3, 2, 1000)}
+    exact = a_run(log_probs=-torch.logspace(-3, 2, 1000))
     rounded = a_run(log_probs=exact["log_probs"].bfloat16().float())
-    lines = parity.compare(rounded, rounded, a_run(**exact))
-    assert all(line.holds for line in lines)
-    assert lines[0].difference > 0.4  # of half a unit
+    lines = {line.name: line for line in parity.compare(rounded, rounded, exact, exact)}
+    assert all(line.holds for line in lines.values())
+    assert lines[LARGEST].difference > 0.4  # of half a unit
 
 
 def test_native_s_own_noise_is_allowed_for():
@@ -72,7 +103,7 @@ def test_a_parameter_that_is_noise_hides_none_that_was_cut():
     """Of a bias whose gradient is rounding two native runs differ by 40 %, and the overlay by more than all of it."""
     native = a_run(grad_norms=norms(b=1.0))
     cut = a_run(grad_norms=norms([1.0] * 7 + [0.0] + [1.0] * 16, b=2.1))
-    lines = {line.name: line.holds for line in parity.compare(native, a_run(grad_norms=norms(b=1.4)), cut)}
+    lines = {line.name: line.holds for line in parity.compare(native, a_run(grad_norms=norms(b=1.4)), cut, a_run())}
     assert lines.pop(ONE.format("a.7.w")) is False
     assert all(lines.values())
 
@@ -89,23 +120,51 @@ def test_k3_is_the_divergence_of_ratios():
     assert found > 0
 
 
-def test_the_command_compares_verl_s_real_engine_with_itself_and_the_overlay(tmp_path):
+def told(model, *options):
+    command = ("-m", "verl_fl_overlay", "parity", model, "--rows", "2", "--length", "24", "--json", *options)
+    done = run(*command, env=OVERLAY, timeout=550)
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["same"] is True
+    return result, {line["name"]: line for line in result["lines"]}
+
+
+def test_the_command_runs_what_verl_runs_by_default(tmp_path):
     pytest.importorskip("verl")
     from arithmetic import write_model
 
     write_model(tmp_path)
-    done = run(
-        "-m", "verl_fl_overlay", "parity", tmp_path, "--rows", "2", "--length", "24", "--json", env=OVERLAY, timeout=550
-    )
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
-    result = json.loads(done.stdout[done.stdout.index("{") :])
-    assert result["same"] is True
+    result, lines = told(tmp_path)
     assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16": "torch"}
-    lines = {line["name"]: line for line in result["lines"]}
-    assert lines[LARGEST]["noise"] == 0
-    assert lines[LARGEST]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
+    assert list(result["overlay"]["attention"]["backends"]) == ["cpu, bfloat16, heads of 16, causal"]
+    assert result["native"] == {"attention": "sdpa", "padding": True}
+    assert LARGEST not in lines
+    assert 0 < lines[FROM_FP32[0]]["difference"] < lines[FROM_FP32[0]]["noise"]  # verl's are rounded to bf16 there
+    assert lines["entropy, mean distance from fp32, relative"]["noise"] > 0
     assert "grad_norm of model.layers.*.mlp.gate_proj.weight, relative" in lines
     assert any(name.startswith(ONE.partition("(")[0]) and "model.layers." in name for name in lines)
+
+
+def test_padded_it_is_compared_with_native_too(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path)
+    _, lines = told(tmp_path, "--attention", "sdpa", "--padding")
+    assert lines[LARGEST]["noise"] == 0
+    assert lines[LARGEST]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
+
+
+def test_a_vision_language_model_is_compared_on_text(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import tokenizer
+    from attention.packed_models import build
+
+    build("qwen2_5_vl", "eager").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    result, lines = told(tmp_path)
+    assert result["overlay"]["attention"]["packed models"]
+    assert any("visual" in name for name in lines)
 
 
 def test_a_model_that_is_not_there_is_an_error_and_no_verdict(tmp_path):

@@ -1,7 +1,9 @@
 """``parity``: does a step with the overlay compute what verl computes without it, up to rounding?
 
-Three processes run one step of verl's real engine on the same weights and batch: twice without the overlay, which shows
-the noise, and once with the overlay and the environment as the job will have it.
+Four processes run one step of verl's real engine on the same weights and batch: twice without the overlay, which shows
+the noise; once with the overlay and the environment as the job will have it; and once in fp32 by SDPA, one sequence at
+a time, which is as near as one gets to the right numbers.  The job packs its sequences and takes flash_attention_2, as
+verl does when nothing is said.  Without flash-attn, verl alone cannot do that; then it runs padded, by SDPA.
 """
 
 from __future__ import annotations
@@ -9,14 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from verl_fl_overlay.cli.trial import Trial, kernels_of, native_environment, run_trial, run_with_overlay
+from verl_fl_overlay.cli.trial import kernels_of, native_environment, run_trial, run_with_overlay
+from verl_fl_overlay.compat.trial import Trial
+from verl_fl_overlay.packages import flash_attn_imports
 
 NOISE = 3.0
 """A difference is also allowed up to this multiple of the difference between two native runs."""
+
+AS_NATIVE = 1.5
+"""A distance from fp32 is also allowed up to this multiple of the native run's."""
 
 
 def add(commands: Any) -> None:
@@ -27,6 +34,9 @@ def add(commands: Any) -> None:
     parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
     micro_batch = "sequences computed at a time (default: %(default)s)"
     parity.add_argument("--micro-batch", type=int, default=2, help=micro_batch)
+    attention = "attn_implementation of the job (default: %(default)s)"
+    parity.add_argument("--attention", default=Trial.attention, help=attention)
+    parity.add_argument("--padding", action="store_true", help="the job has use_remove_padding=False")
     parity.add_argument("--seed", type=int, default=0, help="of the random tokens (default: %(default)s)")
     parity.add_argument("--json", action="store_true", help="print JSON")
     parity.set_defaults(run=run)
@@ -34,24 +44,29 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison; return 1 if a difference is too large."""
-    result = examine(Trial(options.model, options.rows, options.length, options.micro_batch, options.seed))
+    shape = options.rows, options.length, options.micro_batch, options.seed
+    result = examine(Trial(options.model, *shape, options.attention, options.padding))
     print(json.dumps(result, indent=1) if options.json else as_text(result))
     return 0 if result["same"] else 1
 
 
 @dataclass(frozen=True)
 class Line:
-    """One compared quantity: overlay against native, native against native, and what is allowed."""
+    """One compared quantity: overlay against native, native against native, and what is allowed.
+
+    Where the first is a distance from fp32, the second is the native run's.
+    """
 
     name: str
     difference: float
     noise: float
     bound: float
+    factor: float = NOISE
 
     @property
     def of_allowed(self) -> float:
-        """The difference divided by the largest allowed one (the bound, or NOISE times the noise); infinite for NaN."""
-        part = self.difference / max(self.bound, NOISE * self.noise)
+        """The difference divided by the largest allowed one, the bound or a multiple of the noise; infinite for NaN."""
+        part = self.difference / max(self.bound, self.factor * self.noise)
         return float("inf") if math.isnan(part) else part
 
     @property
@@ -60,27 +75,54 @@ class Line:
         return self.of_allowed <= 1
 
 
-def compare(native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any]) -> list[Line]:
-    """Return every compared quantity; ``again`` is a second native run.
+def compare(
+    native: dict[str, Any], again: dict[str, Any], ours: dict[str, Any], exact: dict[str, Any], *, alike: bool = True
+) -> list[Line]:
+    """Return every compared quantity.
+
+    ``again`` is a second native run, ``exact`` the one in fp32.  Log-probs are compared with the native run's only if
+    both runs are ``alike``, packed or padded, with the same attention: other sums give other roundings.
 
     The bounds are for a model that computes in bf16.  Without flash-attn verl rounds a log-prob to bf16, the overlay
     does not: that is at most half a unit in the last place, a quarter on average.  The bounds are 2 units at most and
     0.5 on average, since a fused kernel rounds once where native modules round twice.  Rounding alone gives a KL of
-    unit**2 / 24.  Four times that is allowed, and 1e-3 in any case: PPO's early stopping acts far above it.  In a
-    gradient, which is a sum over all tokens, roundings cancel out.  So 2 % of its norm, or 3 % of a group's (one
-    parameter of every layer), is allowed: ten times what was seen.  The gradient of a single parameter may be mostly
-    rounding, so 50 % is allowed; a gradient that is cut differs by 100 %.
+    unit**2 / 24.  Four times that is allowed, and 1e-3 in any case: PPO's early stopping acts far above it.  From fp32
+    a run may also be half as far again as the native run.  In a gradient, which is a sum over all tokens, roundings
+    cancel out.  So 2 % of its norm, or 3 % of a group's (one parameter of every layer), is allowed: ten times what was
+    seen.  The gradient of a single parameter may be mostly rounding, so 50 % is allowed; a gradient that is cut differs
+    by 100 %.
     """
+    unit = _unit(exact["log_probs"].double())
+    rounding = max(1e-3, 4 * float((unit**2).mean()) / 24)
 
     def line(name: str, measure: Any, bound: float) -> Line:
         return Line(name, measure(ours, native), measure(again, native), bound)
 
-    unit = _unit(native["log_probs"].double())
-    rounding = 4 * float((unit**2).mean()) / 24
+    def from_fp32(name: str, measure: Any, bound: float) -> Line:
+        return Line(name, measure(ours, exact), measure(native, exact), bound, AS_NATIVE)
+
+    def largest(a: dict[str, Any], b: dict[str, Any]) -> float:
+        return float((_gap(a, b).abs() / unit).max())
+
+    def mean(a: dict[str, Any], b: dict[str, Any]) -> float:
+        return float((_gap(a, b).abs() / unit).mean())
+
+    def divergence(a: dict[str, Any], b: dict[str, Any]) -> float:
+        return float(_k3(_gap(a, b)))
+
     lines = [
-        line("log-prob, largest difference in bf16 units", lambda a, b: float((_gap(a, b).abs() / unit).max()), 2.0),
-        line("log-prob, mean difference in bf16 units", lambda a, b: float((_gap(a, b).abs() / unit).mean()), 0.5),
-        line("KL(native, overlay), estimated by k3", lambda a, b: float(_k3(_gap(a, b))), max(1e-3, rounding)),
+        from_fp32("log-prob, largest distance from fp32 in bf16 units", largest, 2.0),
+        from_fp32("log-prob, mean distance from fp32 in bf16 units", mean, 0.5),
+        from_fp32("KL(fp32, overlay), estimated by k3", divergence, rounding),
+        from_fp32("entropy, mean distance from fp32, relative", _entropy, 2**-8),
+    ]
+    if alike:
+        lines += [
+            line("log-prob, largest difference in bf16 units", largest, 2.0),
+            line("log-prob, mean difference in bf16 units", mean, 0.5),
+            line("KL(native, overlay), estimated by k3", divergence, rounding),
+        ]
+    lines += [
         # A loss over few tokens has the rounding of its log-probs: up to one bf16 unit in the last place.
         line("loss, relative", lambda a, b: _relative(a["loss"], b["loss"]), 2**-8),
         line("grad_norm, relative", lambda a, b: _relative(a["grad_norm"], b["grad_norm"]), 0.02),
@@ -115,6 +157,13 @@ def _gap(one: dict[str, Any], other: dict[str, Any]) -> Any:
     return one["log_probs"].double() - other["log_probs"].double()
 
 
+def _entropy(one: dict[str, Any], other: dict[str, Any]) -> float:
+    difference = one["entropy"].double() - other["entropy"].double()
+    return _relative(
+        float(difference.abs().mean() + other["entropy"].abs().mean()), float(other["entropy"].abs().mean())
+    )
+
+
 def _unit(values: Any) -> Any:
     """Return bf16's unit in the last place at ``values``; for values below one, that at one, as logits have it."""
     return 2.0 ** (values.abs().clamp(min=1).log2().floor() - 7)
@@ -129,14 +178,23 @@ def _relative(one: float, other: float) -> float:
     return abs(one - other) / abs(other) if other else abs(one)
 
 
+def as_verl_can(trial: Trial) -> Trial:
+    """Return what verl runs without the overlay: the same, or padded by SDPA where it has no flash-attn."""
+    if trial.attention != Trial.attention or flash_attn_imports():
+        return trial
+    return replace(trial, attention="sdpa", padding=True)
+
+
 def examine(trial: Trial) -> dict[str, Any]:
-    """Run all three and compare; return the lines, the verdict and which kernels the overlay used."""
-    native = run_trial(trial, native_environment())
-    again = run_trial(trial, native_environment())
+    """Run all four and compare; return the lines, the verdict and which kernels the overlay used."""
+    without = as_verl_can(trial)
+    native, again = (run_trial(without, native_environment()) for _ in range(2))
+    exact = run_trial(replace(trial, attention="sdpa", padding=True, micro_batch=1, fp32=True), native_environment())
     ours = run_with_overlay(trial)
-    lines = compare(native, again, ours)
+    lines = compare(native, again, ours, exact, alike=without == trial)
     return {
         **asdict(trial),
+        "native": {"attention": without.attention, "padding": without.padding},
         "tokens": native["tokens"],
         "verl": ours["overlay"]["verl"]["version"],
         "device": ours["overlay"]["device"],
@@ -151,16 +209,23 @@ def as_text(result: dict[str, Any]) -> str:
     width = max(len(line["name"]) for line in result["lines"])
     rows = [
         f"{result['model']}: {result['tokens']} tokens, verl {result['verl']}, {result['device']}",
-        f"{'':{width}} {'overlay':>10} {'noise':>10} {'allowed':>10}",
+        f"the job: {_how(result)}; without the overlay: {_how(result['native'])}",
+        f"{'':{width}} {'overlay':>10} {'native':>10} {'allowed':>10}",
     ]
     for line in result["lines"]:
         mark = "" if line["holds"] else "  TOO LARGE"
         rows.append(
-            f"{line['name']:{width}} {line['difference']:10.3g} {line['noise']:10.3g} {line['bound']:10.3g}{mark}"
+            f"{line['name']:{width}} {line['difference']:10.3g} {line['noise']:10.3g} "
+            f"{max(line['bound'], line['factor'] * line['noise']):10.3g}{mark}"
         )
     rows.append(
-        "same: every difference is within its bound (or three times the noise of two native runs)"
+        "same: every difference is within its bound, or near that of two native runs or of a native run from fp32"
         if result["same"]
-        else "NOT the same: VERL_FL_DISABLE=logprobs.fsdp or VERL_FL_FUSED=0 tell which part it is"
+        else "NOT the same: --attention sdpa --padding, VERL_FL_DISABLE=logprobs.fsdp or VERL_FL_FUSED=0 tell which "
+        "part it is"
     )
     return "\n".join(rows)
+
+
+def _how(run: dict[str, Any]) -> str:
+    return f"{'padded' if run['padding'] else 'packed'}, {run['attention']}"

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
@@ -23,17 +24,6 @@ PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"
 
 class TrialError(OverlayError):
     """A run of the engine failed; holds the end of what it printed."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is run: a model's folder, and a batch of ``rows`` sequences of at most ``length`` tokens."""
-
-    model: str
-    rows: int = 4
-    length: int = 256
-    micro_batch: int = 2
-    seed: int = 0
 
 
 def native_environment() -> dict[str, str]:
@@ -112,4 +102,8 @@ def run_with_overlay(trial: Trial) -> dict[str, Any]:
 def kernels_of(result: dict[str, Any]) -> dict[str, Any]:
     """Return the descriptions of the features that compute, after a trial: which kernels they used, or why none."""
     told = result["overlay"]["features"]
-    return {name: told[name].get("detail", {}) for name in ("logprobs", "fused", "flaggems") if told[name]["on"]}
+    return {
+        name: told[name].get("detail", {})
+        for name in ("attention", "logprobs", "fused", "flaggems")
+        if told[name]["on"]
+    }

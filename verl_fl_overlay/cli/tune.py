@@ -73,6 +73,6 @@ def tune_model(
         os.environ.pop(variable, None)
     gems = library.load()
     check(skip, "--skip", gems)
-    step = trial.steps(model, rows, length, micro_batch)
+    step = trial.steps(trial.Trial(model, rows, length, micro_batch))
     workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
     return tune(step, gems, key_here(), workload, file, skip=skip, say=say)

@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> int:
     begun = time.perf_counter()
     used = kernels_of(run_with_overlay(Trial(options.model, options.rows, options.length, micro_batch=options.rows)))
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
+    print(f"  attention: {used['attention'].get('backends', {}) if 'attention' in used else 'off'}")
     print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")
     print(f"  fused modules: {used['fused'].get('checks', {}) if 'fused' in used else 'off'}")
     return 0
