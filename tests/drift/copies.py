@@ -1,4 +1,4 @@
-"""A copy of verl's hooked files, and its modules imported without what verl itself needs.
+"""A copy of a package's hooked files, and its modules imported without what the package itself needs.
 
 A copied module is executed as it is.  Whatever it imports from outside the copy and the standard library becomes a
 placeholder: what the gate looks at, the functions with their kinds and parameters, is the copy's own.
@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+from verl_fl_overlay.compat.pins import PACKAGES, top_level
 from verl_fl_overlay.compat.release import pinning
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
-from verl_fl_overlay.compat.release.sources import VERSION_FILE, Tree
+from verl_fl_overlay.compat.release.sources import Tree
 
 KEPT = {*sys.stdlib_module_names, "verl_fl_overlay", "wrapt", "packaging"}
 
@@ -126,16 +127,16 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
 
 
 def hooked_files(tree: Tree) -> dict[str, str]:
-    """Return path -> text of every file in which something is hooked, relied on or defined, and of verl's version."""
-    targets = pinning.targets(pinning.shim_for(tree).hooks)
+    """Return path -> text of every file in which something is hooked, relied on or defined, and of the version."""
+    targets = pinning.targets(pinning.shim_for(tree).hooks, tree.package)
     defined = [fingerprint(tree, *target.split(":")).at for target in targets]
-    names = {target.partition(":")[0] for target in [*targets, *defined]}
-    paths = [f"{name.replace('.', '/')}.py" for name in names]
-    return {path: text for path in [*paths, VERSION_FILE] if (text := tree.read(path)) is not None}
+    paths = {tree.source_of(target.partition(":")[0]) for target in [*targets, *defined]} - {None}
+    return {path: text for path in sorted({*paths, tree.package.version_file}) if (text := tree.read(path)) is not None}
 
 
 def write(files: dict[str, str], folder: Path) -> Tree:
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
-    return Tree(folder, "a changed copy")
+    package = PACKAGES[top_level(next(iter(files)).replace("/", "."))]
+    return Tree(folder, "a changed copy", package=package)

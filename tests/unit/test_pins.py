@@ -12,6 +12,7 @@ from verl_trees import from_no_index  # noqa: F401
 
 from verl_fl_overlay import cli, compat
 from verl_fl_overlay.compat import pins, trial
+from verl_fl_overlay.compat.pins import Fingerprint
 from verl_fl_overlay.compat.release import check, pinning
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
@@ -78,10 +79,10 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     load = pins.load
 
-    def with_new(release: str, part: str = pins.HOOKS) -> dict[str, pins.Fingerprint]:
+    def with_new(release: str, part: str = pins.HOOKS, package: pins.Package = pins.VERL) -> dict[str, Fingerprint]:
         if release != "99.1.0":
-            return load(release, part)
-        return {target: pins.Fingerprint.from_json(pin) for target, pin in written[part].items()}
+            return load(release, part, package)
+        return {target: Fingerprint.from_json(pin) for target, pin in written[part].items()}
 
     monkeypatch.setattr(compat, "RELEASES", (*compat.RELEASES, "99.1.0"))
     monkeypatch.setattr(pins, "load", with_new)
