@@ -30,7 +30,7 @@ class Fingerprint:
     ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
     import (from outside the package) or missing.  The ``parameters`` of a class are its abstract members, which a
     subclass must define.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change
-    how the function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold that body.
+    how the function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold it.
     ``source`` is the definition's text without docstring, comments and blank lines; the pins do not keep it, because
     it is the package's text.
     """

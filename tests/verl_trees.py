@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_fl_overlay import compat
 from verl_fl_overlay.compat.pins import VERL, Package
-from verl_fl_overlay.compat.release import sources
+from verl_fl_overlay.compat.release import pinning, sources
 from verl_fl_overlay.compat.release.sources import Tree
 
 
@@ -48,9 +47,25 @@ def tree(release: str, package: Package = VERL) -> Tree:
     return found
 
 
-def newest() -> Tree:
+def newest(package: Package = VERL) -> Tree:
     """Return the source of the newest release that is here, or skip the test."""
-    for release in reversed(compat.RELEASES):
-        if (found := find(release)) is not None:
+    for release in reversed(package.releases):
+        if (found := find(release, package)) is not None:
             return found
-    pytest.skip("no verl release is installed, and VERL_WHEELS names no folder with wheels")
+    name = package.distribution
+    pytest.skip(f"no pinned {name} is installed, and VERL_WHEELS names no folder with a wheel of one")
+
+
+class _Recorded(Tree):
+    def read(self, path: str) -> str | None:
+        text = super().read(path)
+        if text is not None:
+            self.contents[path] = text  # a tree in a folder has no other use for it
+        return text
+
+
+def read_for_pins(tree: Tree) -> dict[str, str]:
+    """Return path -> text of every file that is read to pin ``tree``."""
+    recorded = _Recorded(tree.folder, tree.origin, {}, tree.package)
+    pinning.pins_of(recorded)
+    return dict(recorded.contents)

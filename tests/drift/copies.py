@@ -78,7 +78,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.partition(".")[0] in KEPT:
             return None
         file = self._folder / f"{name.replace('.', '/')}.py"
-        if name.startswith("verl.") and file.is_file():
+        if "." in name and top_level(name) in PACKAGES and file.is_file():
             return importlib.util.spec_from_file_location(name, file)
         package = self._folder / name / "__init__.py"
         if name == "verl" and package.is_file():
@@ -107,7 +107,7 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """Import the copied module ``name``; afterwards the process has the modules that it had before."""
     before = dict(sys.modules)
     for module in before:
-        if module.partition(".")[0] not in KEPT | {"pytest", "_pytest", "__main__"} and module.startswith("verl"):
+        if top_level(module) in PACKAGES:
             del sys.modules[module]
     finder = _Finder(folder)
     wrapts = [type(found).__module__.partition(".")[0] == "wrapt" for found in sys.meta_path]
