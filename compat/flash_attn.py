@@ -60,7 +60,7 @@ def value_model_hook() -> Hook:
         until="verl passes the configured attn_implementation to the value model",
         relies_on=(
             "verl.utils.device:get_device_name",
-            "transformers:AutoModelForTokenClassification.from_pretrained",
+            "transformers:AutoModelForTokenClassification",
             "transformers:PretrainedConfig._attn_implementation",
         ),
     )

@@ -84,7 +84,7 @@ def _assigned_version(text: str) -> str:
     """Return the version that a file of Python assigns, as a whole or as MAJOR, MINOR, PATCH and PRE_RELEASE."""
     if whole := re.search(r"""^__version__ = ["']([^"']+)["']\s*(#|$)""", text, re.MULTILINE):
         return str(whole[1])
-    parts = dict(re.findall(r"""^([A-Z_]+) = ["']?([\w.]*)""", text, re.MULTILINE))
+    parts: dict[str, str] = dict(re.findall(r"""^([A-Z_]+) = ["']?([\w.]*)""", text, re.MULTILINE))
     return ".".join(parts[name] for name in ("MAJOR", "MINOR", "PATCH") if name in parts) + parts.get("PRE_RELEASE", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,7 @@ def test_pins_that_are_damaged_or_gone(
     shutil.copytree(FOLDER / "pins", tmp_path / "other_compat" / "pins")
     (tmp_path / "other_compat" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_compat", raising=False)  # that of the test before
     monkeypatch.setattr(pins, "__package__", "other_compat")
     pins.load.cache_clear()
     file = tmp_path / "other_compat" / "pins" / "0.8.0.json"

@@ -308,6 +308,7 @@ def test_pins_that_are_damaged_or_gone(damage: str, tmp_path: Path, monkeypatch:
     shutil.copytree(FOLDER / "pins", tmp_path / "other_compat" / "pins")
     (tmp_path / "other_compat" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_compat", raising=False)  # that of the test before
     monkeypatch.setattr(pins, "__package__", "other_compat")
     pins.load.cache_clear()
     file = tmp_path / "other_compat" / TRANSFORMERS.folder / f"{TRANSFORMERS.releases[0]}.json"
