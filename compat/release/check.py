@@ -107,21 +107,23 @@ TRIAL = "parity, tune and warmup"
 
 @dataclass(frozen=True)
 class Report:
-    """The findings, one for each hook, on the release in ``tree``, and the comparisons of what the trial step uses.
+    """The findings on one release, one for each hook, and the comparisons of everything that the trial step uses.
 
-    ``others`` are the pinned packages beside verl, and the source of each that was compared, None if it is not here.
+    ``others`` are the pinned packages beside verl, and the version of each that was compared, None if it is not here.
     """
 
-    tree: Tree
+    package: Package
+    version: str
+    origin: str
     shim: str
     findings: tuple[Finding, ...] = ()
     trial: tuple[Comparison, ...] = ()
-    others: Mapping[Package, Tree | None] = field(default_factory=dict)
+    others: Mapping[Package, str | None] = field(default_factory=dict)
 
     @property
     def release(self) -> str:
         """What was checked: ``verl 0.9.1``."""
-        return f"{self.tree.package.distribution} {self.tree.version}"
+        return f"{self.package.distribution} {self.version}"
 
     @property
     def holds(self) -> bool:
@@ -194,8 +196,8 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
         meaning = _meaning(hook, outcome, shim, failed, [c.target for c in reliances if c.breaks])
         findings.append(Finding(hook, target, tuple(reliances), outcome, meaning))
     trial = tuple(compare(target, pins.TRIAL) for target in RELIES_ON) if tree.package == VERL else ()
-    others = {package: found for package, found in trees.items() if package != VERL}
-    return Report(tree, shim.name, tuple(findings), trial, others)
+    others = {package: found.version if found else None for package, found in trees.items() if package != VERL}
+    return Report(tree.package, tree.version, tree.origin, shim.name, tuple(findings), trial, others)
 
 
 def _taken_back_with(hook: Hook, cannot: list[Hook]) -> Hook | None:
@@ -304,8 +306,8 @@ def _only_with(hook: Hook) -> str:
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as JSON types; its keys are stable."""
     return {
-        report.tree.package.distribution: report.tree.version,
-        "source": report.tree.origin,
+        report.package.distribution: report.version,
+        "source": report.origin,
         "shim": report.shim,
         "verdict": report.verdict,
         "holds": report.holds,
@@ -330,8 +332,8 @@ def as_json(report: Report) -> dict[str, Any]:
 def packages(report: Report) -> dict[str, dict[str, Any]]:
     """Return for each pinned package beside verl its version, None if it is not here, and its pinned releases."""
     return {
-        package.distribution: {"version": tree.version if tree else None, "pinned": list(package.releases)}
-        for package, tree in report.others.items()
+        package.distribution: {"version": version, "pinned": list(package.releases)}
+        for package, version in report.others.items()
     }
 
 
@@ -350,7 +352,7 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 def as_text(report: Report) -> str:
     """Lay the report out: a line for each hook, under it what changed and what that means, the verdict last."""
     width = max(len(name) for name in (TRIAL, *(f.hook.name for f in report.findings)))
-    lines = [f"{report.release} from {report.tree.origin}, hooks of {report.shim}"]
+    lines = [f"{report.release} from {report.origin}, hooks of {report.shim}"]
     lines += [*packages_as_text(packages(report)), ""]
     for finding in report.findings:
         lines.append(f"{finding.hook.name:{width}}  {_summary(finding)}")

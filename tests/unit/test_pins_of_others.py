@@ -74,6 +74,10 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def tree_of(site: Path) -> Tree:
+    return Tree(site, "a copy", package=TRANSFORMERS)
+
+
 def edit(site: Path, module: str, old: str, new: str) -> None:
     file = site / f"{module.replace('.', '/')}.py"
     text = file.read_text(encoding="utf-8")
@@ -82,14 +86,14 @@ def edit(site: Path, module: str, old: str, new: str) -> None:
 
 
 def found_in(site: Path) -> tuple[check.Report, dict[str, check.Finding]]:
-    report = check.check(Tree(site, "a copy", package=TRANSFORMERS), source_of=verl_trees.find)
+    report = check.check(tree_of(site), source_of=verl_trees.find)
     return report, {finding.hook.name: finding for finding in report.findings}
 
 
 def test_untouched(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", str(site)]) == 0
     first, versions, *_, verdict = capsys.readouterr().out.splitlines()
-    version = Tree(site, "", package=TRANSFORMERS).version
+    version = tree_of(site).version
     assert first == f"transformers {version} from folder {site}, hooks of every verl release"
     assert versions == f"transformers {version} (pinned: {', '.join(TRANSFORMERS.releases)})"
     assert verdict == f"transformers {version} works"
@@ -99,7 +103,7 @@ def test_renamed_function(site: Path, capsys: pytest.CaptureFixture[str]) -> Non
     edit(site, FLASH, "def is_flash_attn_available(", "def is_some_flash_attn_available(")
     assert cli.main(["check", str(site / "transformers")]) == 0
     said = capsys.readouterr().out
-    version = Tree(site, "", package=TRANSFORMERS).version
+    version = tree_of(site).version
     assert f"MOVED {FLASH}:is_flash_attn_available -> {FLASH}:is_some_flash_attn_available" in said
     assert f"(against transformers {version})" in said
     # the hooks of one feature on one module go together
@@ -172,7 +176,7 @@ def test_required_hook(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "hooks_that_use", lambda package: every)
     edit(site, FLASH, "def is_flash_attn_available(", "def is_some_flash_attn_available(")
     report, findings = found_in(site)
-    refused = f"verl-fl-overlay will refuse to load on transformers {report.tree.version}: "
+    refused = f"verl-fl-overlay will refuse to load on transformers {report.version}: "
     assert report.verdict == f"{refused}attention.available"
     assert f"refuses to load when {FLASH} is imported" in findings["attention.available"].meaning
 
@@ -183,7 +187,7 @@ def test_with_a_verl_the_installed_one_is_compared(
     edit(site, FLASH, "def is_flash_attn_available(", "def is_some_flash_attn_available(")
     monkeypatch.setattr(sources, "folders", lambda name: [str(site / name)] if name == "transformers" else [])
     verl = verl_trees.newest()
-    version = Tree(site, "", package=TRANSFORMERS).version
+    version = tree_of(site).version
     assert cli.main(["check", str(verl.folder)]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[1] == f"transformers {version} (pinned: {', '.join(TRANSFORMERS.releases)})"
@@ -223,7 +227,7 @@ def test_doctor_names_the_versions_once() -> None:
 def test_any_version_is_compared_with_one_that_is_near(version: str, site: Path) -> None:
     version_file = site / TRANSFORMERS.version_file
     text = version_file.read_text(encoding="utf-8")
-    version_file.write_text(text.replace(Tree(site, "", package=TRANSFORMERS).version, version), encoding="utf-8")
+    version_file.write_text(text.replace(tree_of(site).version, version), encoding="utf-8")
     report, findings = found_in(site)
     nearest = {"5.9.0.post1": "5.9.0", "4.0.0": "4.57.6"}.get(version, TRANSFORMERS.releases[-1])
     assert findings["attention.functions"].target.against == nearest
@@ -364,18 +368,23 @@ def test_what_a_target_holds_is_seen(tmp_path: Path) -> None:
         assert tree.files() == sorted(FILES)
 
 
-def test_a_version_on_the_index_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_on_the_index_is_asked_for_by_name(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def download(package: Package, version: str, scratch: Path) -> None:
         asked.append((package, version))
-        folder(scratch, FILES)
+        shutil.copytree(site / "transformers", scratch / "transformers")
 
     monkeypatch.setattr(sources, "_download", download)
     for target in ("transformers==5.9.0", "transformers==latest"):
         with opened(target) as tree:
-            assert (tree.package, tree.version) == (TRANSFORMERS, "5.9.0")
-    assert asked == [(TRANSFORMERS, "5.9.0"), (TRANSFORMERS, "latest")]
+            assert tree.package == TRANSFORMERS
+    version = tree_of(site).version
+    assert cli.main(["check", "transformers==5.9.0"]) == 0
+    assert capsys.readouterr().out.endswith(f"transformers {version} works\n"), "also when the download is gone"
+    assert asked == [(TRANSFORMERS, "5.9.0"), (TRANSFORMERS, "latest"), (TRANSFORMERS, "5.9.0")]
     with pytest.raises(OverlayError, match="no file, no folder and no version"), opened("numpy==2.0"):
         pass
 
@@ -398,7 +407,7 @@ def test_pinning_a_release(
     (checkout / "compat" / "pins").mkdir(parents=True)
     (checkout / "pyproject.toml").touch()
     monkeypatch.setattr(pinning, "__file__", str(checkout / "compat" / "release" / "pinning.py"))
-    version = Tree(site, "", package=TRANSFORMERS).version
+    version = tree_of(site).version
     assert cli.main(["pin", str(site), "--write"]) == 0
     written = checkout / "compat/pins/transformers" / f"{version}.json"
     assert capsys.readouterr().out == f"{written}\n"
