@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "out" / "compat"
 TORCH = "2.13.0"
 CONSTRAINTS = HERE / "compat" / "constraints"
+PINS = HERE / "compat" / "pins"
 # A release has a file of constraints here and one in compat/pins; a test holds that the two folders have the same ones.
 RELEASES = sorted((file.stem.removeprefix("verl-") for file in CONSTRAINTS.glob("verl-*.txt")), key=Version)
 # What verl's engines import beyond verl's own requirements; see constraints for the versions.
@@ -183,14 +184,19 @@ def minimum(session: nox.Session) -> None:
 def drift(session: nox.Session) -> None:
     """The pins against the wheel of every release, and upstream changes of every kind; neither verl nor torch.
 
-    The wheels are those in the folder that VERL_WHEELS names; without it they are downloaded.
+    The wheels, of verl and of the other packages that have pins, are those in the folder that VERL_WHEELS names;
+    without it they are downloaded.
     """
     given = os.environ.get("VERL_WHEELS")
     wheels = Path(given or HERE / "out" / "wheels").absolute()
-    for release in RELEASES:
-        if not given and not list(wheels.glob(f"verl-{release}-*.whl")):
-            download = ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
-            session.run(sys.executable, *download, f"verl=={release}", external=True)
+    others = {
+        folder.name: [file.stem for file in folder.glob("*.json")] for folder in PINS.iterdir() if folder.is_dir()
+    }
+    for name, releases in {"verl": RELEASES, **others}.items():
+        for release in releases:
+            if not given and not list(wheels.glob(f"{name.replace('-', '_')}-{release}-*.whl")):
+                download = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
+                session.run(sys.executable, "-m", *download, f"{name}=={release}", external=True)
     install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle")
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 

@@ -6,6 +6,7 @@ This file is the gate: from the verl that is here it chooses the hooks of its re
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,18 +25,18 @@ from verl_fl_overlay.packages import installed
 OLDEST = Version("0.7.0")
 
 
-def _pinned() -> tuple[str, ...]:
-    """Return the releases that have a file in ``pins/``, oldest first.
+@functools.cache
+def releases_in(folder: str) -> tuple[str, ...]:
+    """Return the releases that have a file of pins in ``folder``, oldest first.
 
     Files that are not named after a release (``0.9.2.json.part``, ``0.9.2.dev0.json``) are ignored.
-
     """
     try:
-        names = os.listdir(os.path.join(os.path.dirname(__file__), "pins"))
+        names = os.listdir(os.path.join(os.path.dirname(__file__), folder))
     except OSError:  # from within a zip
         from importlib.resources import files
 
-        pins = files(__name__).joinpath("pins")
+        pins = files(__name__).joinpath(folder)
         names = [file.name for file in pins.iterdir()] if pins.is_dir() else []
     found = []
     for name in names:
@@ -46,8 +47,8 @@ def _pinned() -> tuple[str, ...]:
     return tuple(map(str, sorted(found)))
 
 
-RELEASES = _pinned()
-"""The pinned releases: the overlay was written for them and is tested with them."""
+RELEASES = releases_in("pins")
+"""The pinned releases of verl: the overlay was written for them and is tested with them."""
 
 
 @dataclass(frozen=True)

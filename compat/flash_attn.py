@@ -58,7 +58,11 @@ def value_model_hook() -> Hook:
         "configured attention is taken.",
         upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/model.py#L642",
         until="verl passes the configured attn_implementation to the value model",
-        relies_on=("verl.utils.device:get_device_name",),
+        relies_on=(
+            "verl.utils.device:get_device_name",
+            "transformers:AutoModelForTokenClassification",
+            "transformers:PretrainedConfig._attn_implementation",
+        ),
     )
 
 

@@ -32,6 +32,19 @@ QWEN_2 = {
 GLM_4 = {"transformers.models.glm4v.modeling_glm4v": "Glm4vTextAttention"}
 NATIVE = {"qwen2_vl": QWEN_2, "qwen2_5_vl": QWEN_2, "glm4v": GLM_4}
 """Type of a vision-language model -> the modules and classes of attention whose forward verl replaces for it."""
+ITS_ATTENTION = "transformers:PretrainedConfig._attn_implementation"
+"""What ``attention_of`` reads; it asks for ``get_text_config`` too, and goes without it."""
+OF_A_PLACE = (
+    "verl.utils.ulysses:get_ulysses_sequence_parallel_rank",
+    "verl.utils.device:get_device_name",
+    "transformers:PreTrainedModel",
+    ITS_ATTENTION,
+    *(
+        f"{transformers_attention.FUNCTIONS}:FlashAttentionKwargs.{name}"
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    ),
+)
+"""What a ``Place`` uses beside its owner's attributes: of verl, of transformers, and the names of the lengths there."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,10 @@ def engine_hooks() -> list[Hook]:
             "given once, and a model that mixes the sequences is refused.",
             upstream=f"{SOURCE}/v0.9.1/{ENGINE.replace('.', '/')}.py#L1145",
             until="verl gives cu_seq_lens_q and max_length_q to the model",
-            relies_on=tuple(f"{ENGINE}:{OWNER}.{name}" for name in ("module", "ulysses_sequence_parallel_size")),
+            relies_on=(
+                *(f"{ENGINE}:{OWNER}.{name}" for name in ("module", "ulysses_sequence_parallel_size")),
+                *OF_A_PLACE,
+            ),
         ),
         hook(
             name="attention.lengths_on_host",
@@ -208,12 +224,16 @@ def _given(module: Any, more: dict[str, Any]) -> Iterator[None]:
         handle.remove()
 
 
-def worker_hooks() -> list[Hook]:
-    """Return the hooks on the legacy workers of verl 0.7."""
+def worker_hooks(prefix_grouper: bool) -> list[Hook]:
+    """Return the hooks on the legacy workers of verl 0.7; ``prefix_grouper``: whether the actor of this release has it.
+
+    What only some of them have is asked for with a default: the critic computes in bf16 and has no fused kernels.
+    """
     hook = partial(Hook, feature="attention", required=False, until="verl 0.8.0, which has no legacy workers")
+    actors = ("use_fused_kernels", "param_dtype", *(["use_prefix_grouper"] if prefix_grouper else []))
     classes = {
-        "actor": ("actor.dp_actor", "DataParallelPPOActor", "actor_module"),
-        "critic": ("critic.dp_critic", "DataParallelPPOCritic", "critic_module"),
+        "actor": ("actor.dp_actor", "DataParallelPPOActor", "actor_module", actors),
+        "critic": ("critic.dp_critic", "DataParallelPPOCritic", "critic_module", ()),
     }
     return [
         hook(
@@ -223,12 +243,15 @@ def worker_hooks() -> list[Hook]:
             wrapper=_worker(module),
             why="as attention.lengths, in verl 0.7's default workers.",
             upstream=f"{SOURCE}/v0.7.1/verl/workers/{path.replace('.', '/')}.py",
-            relies_on=tuple(
-                f"verl.workers.{path}:{owner}.{attribute}"
-                for attribute in (module, "use_remove_padding", "ulysses_sequence_parallel_size")
+            relies_on=(
+                *(
+                    f"verl.workers.{path}:{owner}.{attribute}"
+                    for attribute in (module, "use_remove_padding", "ulysses_sequence_parallel_size", *own)
+                ),
+                *OF_A_PLACE,
             ),
         )
-        for name, (path, owner, module) in classes.items()
+        for name, (path, owner, module, own) in classes.items()
     ]
 
 
@@ -328,4 +351,10 @@ def patch_hook() -> Hook:
         "transformers' own does what it is for; Ulysses without flash_attention_2 gives wrong numbers and is refused.",
         upstream=f"{SOURCE}/v0.9.1/{PATCH.replace('.', '/')}.py#L294",
         until="verl leaves these models' attention alone, and refuses Ulysses with other attention",
+        relies_on=(
+            "verl.utils.device:get_device_name",
+            "transformers:PretrainedConfig.model_type",
+            ITS_ATTENTION,
+            *(f"{module}:{name}" for classes in (QWEN_2, GLM_4) for module, name in classes.items()),
+        ),
     )

@@ -1,5 +1,7 @@
 """Pins: the fingerprints of every hooked function in every release, and the check of a live function against them.
 
+A pinned package is a row in ``PACKAGES``; nothing else knows which packages have pins.
+
 The overlay loads this file in every process.  The code that reads verl's source is in ``release``, not loaded there.
 """
 
@@ -12,7 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.errors import HookError, OverlayError
@@ -26,11 +28,11 @@ class Fingerprint:
     """The definition that a name stands for.
 
     ``kind`` is function, async function, classmethod, staticmethod, property, class, attribute, instance attribute,
-    import (from outside verl) or missing.  The ``parameters`` of a class are its abstract members, which a subclass
-    must define.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change how the
-    function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold that body.
+    import (from outside the package) or missing.  The ``parameters`` of a class are its abstract members, which a
+    subclass must define.  ``at`` is the ``module:name`` of the definition.  ``decorators`` are those that may change
+    how the function is called.  ``words`` are some names of its body: a file that lacks one of them cannot hold it.
     ``source`` is the definition's text without docstring, comments and blank lines; the pins do not keep it, because
-    it is verl's text.
+    it is the package's text.
     """
 
     kind: str
@@ -61,7 +63,41 @@ MISSING = Fingerprint("missing")
 FUNCTIONS = ("function", "async function", "classmethod", "staticmethod", "property")
 """The kinds that can be hooked; they have a body, by which they can be found again."""
 INSTANCE_ATTRIBUTE = "instance attribute"
-"""The kind of an attribute that a method assigns to ``self``."""
+"""The kind of an attribute that only instances have: a method assigns it to ``self``, or the class only declares it."""
+
+
+class Package(NamedTuple):
+    """A package in which something is pinned: its top-level name, its distribution's, the file that has its version."""
+
+    name: str
+    distribution: str
+    version_file: str
+
+    @property
+    def folder(self) -> str:
+        """Where its pins lie, below ``compat``: verl's in ``pins`` itself, another package's in a folder of its own."""
+        return "pins" if self == VERL else f"pins/{self.distribution}"
+
+    @property
+    def releases(self) -> tuple[str, ...]:
+        """Its pinned releases, oldest first."""
+        return compat.RELEASES if self == VERL else compat.releases_in(self.folder)
+
+
+VERL = Package("verl", "verl", "verl/version/version")
+PACKAGES = {
+    package.name: package
+    for package in (
+        VERL,
+        Package("transformers", "transformers", "transformers/__init__.py"),
+    )
+}
+"""Top-level name -> package.  A row here is all that a package needs to be pinned, checked and reported."""
+
+
+def top_level(target: str) -> str:
+    """Return the top-level package of a module, or of ``module:attribute``."""
+    return target.partition(":")[0].partition(".")[0]
 
 
 def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
@@ -70,17 +106,17 @@ def shape(parameters: tuple[str, ...]) -> list[tuple[str, bool]]:
 
 
 HOOKS, TRIAL = "functions", "trial"
-"""The two parts of a pins file: what the hooks of the release use, and what the trial step uses."""
+"""The parts of a pins file: what the hooks of the release use, and in verl's what the trial step uses."""
 
 
 @functools.cache
-def load(release: str, part: str = HOOKS) -> dict[str, Fingerprint]:
+def load(release: str, part: str = HOOKS, package: Package = VERL) -> dict[str, Fingerprint]:
     """Return the pins of ``release``: ``module:attribute`` -> fingerprint.
 
     Raises:
         OverlayError: the pins file is missing or damaged; without it every function would be accepted.
     """
-    file = f"pins/{release}.json"
+    file = f"{package.folder}/{release}.json"
     try:
         found = json.loads(pkgutil.get_data(__package__, file) or "")[part]  # also from within a zip
         return {target: Fingerprint.from_json(pin) for target, pin in found.items()}
@@ -92,8 +128,17 @@ def load(release: str, part: str = HOOKS) -> dict[str, Fingerprint]:
 
 
 def pinned(target: str, part: str = HOOKS) -> dict[str, Fingerprint]:
-    """Return release -> fingerprint, oldest first, for every release in which ``target`` is pinned."""
-    return {release: pins[target] for release in compat.RELEASES if target in (pins := load(release, part))}
+    """Return release -> fingerprint, oldest first, for every release in which ``target`` is pinned.
+
+    Raises:
+        OverlayError: the pins of its package are damaged, or there are none.
+    """
+    package = PACKAGES.get(top_level(target))
+    if package is None:
+        return {}
+    if not package.releases:
+        raise OverlayError(f"verl_fl_overlay/compat/{package.folder} holds no pins: reinstall verl-fl-overlay")
+    return {release: pins[target] for release in package.releases if target in (pins := load(release, part, package))}
 
 
 def is_late(pins: dict[str, Fingerprint]) -> bool:
@@ -109,29 +154,35 @@ def has_contract(pins: dict[str, Fingerprint]) -> bool:
 def verify(hook: Hook, target: Any) -> None:
     """Compare a live target, and what its hook relies on, with the pins; the pin of any release may match.
 
-    Targets outside verl are not pinned and not compared.  Nothing is imported for this: if a name is in a module that
-    is not loaded yet, or only instances have it, its absence is noticed when the wrapper reads it.
+    Targets outside ``PACKAGES`` are not pinned and not compared.  Nothing is imported for this: if a name is in a
+    module that is not loaded yet or gives its names when they are asked for, or if only instances have it, its absence
+    is noticed when the wrapper reads it.  A package's pins are read when the first of its targets is verified.
 
     Raises:
         HookError: kind or parameters differ from those of every pinned release; the text shows both sides.
         OverlayError: the pins themselves cannot be read.
     """
-    _verify_contract("it", target, pinned(hook.target))
+    _verify_contract("it", hook.target, target)
     for reliance in hook.relies_on:
         name, _, attribute = reliance.partition(":")
-        pins, module = pinned(reliance), sys.modules.get(name)
-        if module is None or not pins or is_late(pins) or (name != hook.module and being_imported(module)):
+        module = sys.modules.get(name)
+        if module is None or (name != hook.module and being_imported(module)):
+            continue
+        pins = pinned(reliance)
+        if not pins or is_late(pins):
             continue
         try:
             found = functools.reduce(inspect.getattr_static, attribute.split("."), module)
         except AttributeError as error:
+            if hasattr(module, "__getattr__"):
+                continue
             raise HookError(f"it relies on {reliance}, which is not there") from error
         if has_contract(pins):
-            _verify_contract(f"it relies on {reliance}, which", found, pins)
+            _verify_contract(f"it relies on {reliance}, which", reliance, found)
 
 
-def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> None:
-    contracts = {(pin.kind, pin.parameters): release for release, pin in pins.items()}
+def _verify_contract(what: str, name: str, target: Any) -> None:
+    contracts = {(pin.kind, pin.parameters): release for release, pin in pinned(name).items()}
     if not contracts:
         return
     found = live(target)
@@ -139,20 +190,24 @@ def _verify_contract(what: str, target: Any, pins: dict[str, Fingerprint]) -> No
         raise HookError(f"{what} only raises NotImplementedError; the function that the hook is for is elsewhere")
     if any(found.same_contract(Fingerprint(*contract)) for contract in contracts):
         return
-    if _is_wrapper_of_others(target, found) and found.kind in {kind for kind, _ in contracts}:
+    package = PACKAGES[top_level(name)]
+    if _is_wrapper_of_others(target, found, package) and found.kind in {kind for kind, _ in contracts}:
         return
-    expected = " or ".join(f"{signature(Fingerprint(*c))} as in verl {release}" for c, release in contracts.items())
+    expected = " or ".join(
+        f"{signature(Fingerprint(*contract))} as in {package.distribution} {release}"
+        for contract, release in contracts.items()
+    )
     raise HookError(f"{what} is {signature(found)}, expected {expected}")
 
 
-def _is_wrapper_of_others(target: Any, found: Fingerprint) -> bool:
+def _is_wrapper_of_others(target: Any, found: Fingerprint, package: Package) -> bool:
     """Return whether this is another plugin's wrapper: (*args, **kwargs), with at most one parameter before them.
 
-    A function from a verl module may have no parameter before them: verl itself would have added it.
+    A function from a module of ``package`` may have no parameter before them: the package itself would have added it.
     """
     *leading, variadic, keywords = found.parameters if len(found.parameters) > 1 else ("", "")
     passes_on = variadic.startswith("*") and keywords.startswith("**")
-    own = str(getattr(target, "__module__", "")).startswith("verl.")
+    own = str(getattr(target, "__module__", "")).startswith(f"{package.name}.")
     return passes_on and len(leading) <= (0 if own else 1)
 
 

@@ -20,6 +20,7 @@ from verl_fl_overlay.packages import flash_attn_imports
 NAME = "flash_attention_2"
 FUNCTIONS = "transformers.modeling_flash_attention_utils"
 MODELS = "transformers.modeling_utils"
+UTILS = "transformers.utils"
 UPSTREAM = "https://github.com/huggingface/transformers/blob/v5.10.4/src/transformers"
 
 
@@ -77,7 +78,7 @@ def _sides(window: tuple[int, int]) -> tuple[int, int]:
 
 def _served() -> bool:
     """Whether flash-attn's functions are the overlay's: it cannot be imported, and no vendor's stand in for it."""
-    utils = importlib.import_module("transformers.utils")
+    utils = importlib.import_module(UTILS)
     if utils.is_torch_npu_available() or utils.is_torch_xpu_available():
         return False
     return not (utils.is_flash_attn_2_available() and flash_attn_imports())
@@ -109,6 +110,10 @@ def _available(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict
     return _served() or wrapped(*args, **kwargs)
 
 
+ASKED = tuple(f"{UTILS}:is_{what}_available" for what in ("torch_npu", "torch_xpu", "flash_attn_2"))
+"""What each hook asks transformers, to know whether flash-attn's functions are the overlay's."""
+
+
 def hooks() -> list[Hook]:
     """Return the hooks on transformers, which are the same for every verl."""
     hook = partial(Hook, feature="attention", required=False, until="transformers lets a package give these functions")
@@ -121,7 +126,11 @@ def hooks() -> list[Hook]:
             why="transformers refuses flash_attention_2 without flash-attn, or downloads a kernel; with the overlay "
             "it has functions of its own.",
             upstream=f"{UPSTREAM}/modeling_utils.py#L1878",
-            relies_on=(f"{FUNCTIONS}:lazy_import_flash_attention",),
+            relies_on=(
+                *ASKED,
+                f"{FUNCTIONS}:lazy_import_flash_attention",
+                f"{MODELS}:PreTrainedModel._supports_flash_attn",
+            ),
         ),
         hook(
             name="attention.functions",
@@ -131,7 +140,7 @@ def hooks() -> list[Hook]:
             why="transformers takes flash_attention_2's functions from flash-attn here; where that cannot be imported "
             "it gets the overlay's.",
             upstream=f"{UPSTREAM}/modeling_flash_attention_utils.py#L139",
-            relies_on=(f"{FUNCTIONS}:_pad_input", f"{FUNCTIONS}:_unpad_input"),
+            relies_on=(*ASKED, f"{FUNCTIONS}:_pad_input", f"{FUNCTIONS}:_unpad_input"),
         ),
         hook(
             name="attention.available",
@@ -141,5 +150,6 @@ def hooks() -> list[Hook]:
             why="files of older models import transformers' flash attention only where flash-attn is there; they "
             "import it with the overlay's functions too.",
             upstream=f"{UPSTREAM}/modeling_flash_attention_utils.py#L51",
+            relies_on=ASKED,
         ),
     ]

@@ -1,19 +1,22 @@
-"""Checks whether the hooks work on a verl, tested or not: compares its source with the pins, and does not import it."""
+"""Checks whether the hooks work on a verl, tested or not: compares its source with the pins, and does not import it.
+
+With a verl, the other pinned packages that are installed here are compared too; or one of them is checked by itself.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay import compat, features
 from verl_fl_overlay.compat import pins
-from verl_fl_overlay.compat.pins import MISSING, Fingerprint
-from verl_fl_overlay.compat.release import pinning
+from verl_fl_overlay.compat.pins import MISSING, PACKAGES, VERL, Fingerprint, Package, top_level
+from verl_fl_overlay.compat.release import pinning, sources
 from verl_fl_overlay.compat.release.fingerprint import elsewhere, fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.compat.trial import RELIES_ON
@@ -27,7 +30,7 @@ class Status(str, Enum):
 
     OK = "OK"
     UNPINNED = "UNPINNED"
-    """Outside verl, or new in the hooks: there is nothing to compare it with."""
+    """Not pinned, or its package is not here: there is nothing to compare; ``detail`` says which."""
     BODY = "BODY changed"
     MOVED = "MOVED"
     SIGNATURE = "SIGNATURE"
@@ -39,7 +42,7 @@ class Outcome(str, Enum):
 
     WORKS = "works"
     REVIEW = "review"
-    """It works, but verl's code around it changed."""
+    """It works, but the code around it changed."""
     WITHOUT = "without"
     """The overlay loads without the hook, or without something that the hook reads."""
     REFUSED = "refused"
@@ -65,6 +68,11 @@ class Comparison:
     def changed(self) -> bool:
         """Whether somebody has to review it."""
         return self.status not in (Status.OK, Status.UNPINNED)
+
+    @property
+    def package(self) -> str:
+        """The distribution that ``against`` is a release of."""
+        return PACKAGES[top_level(self.target)].distribution
 
 
 @dataclass(frozen=True)
@@ -99,17 +107,27 @@ TRIAL = "parity, tune and warmup"
 
 @dataclass(frozen=True)
 class Report:
-    """The findings on one verl, one for each hook, and the comparisons of everything that the trial step uses."""
+    """The findings on one release, one for each hook, and the comparisons of everything that the trial step uses.
 
+    ``others`` are the pinned packages beside verl, and the version of each that was compared, None if it is not here.
+    """
+
+    package: Package
     version: str
     origin: str
     shim: str
     findings: tuple[Finding, ...] = ()
     trial: tuple[Comparison, ...] = ()
+    others: Mapping[Package, str | None] = field(default_factory=dict)
+
+    @property
+    def release(self) -> str:
+        """What was checked: ``verl 0.9.1``."""
+        return f"{self.package.distribution} {self.version}"
 
     @property
     def holds(self) -> bool:
-        """Whether the overlay loads on this verl."""
+        """Whether the overlay loads with this release."""
         return not any(finding.fatal for finding in self.findings)
 
     @property
@@ -117,12 +135,12 @@ class Report:
         """One line: works; works with less; works, review these; or will refuse to load."""
         if not self.holds:
             fatal = [f.hook.name + _only_with(f.hook) for f in self.findings if f.fatal]
-            return f"verl-fl-overlay will refuse to load on verl {self.version}: {', '.join(fatal)}"
+            return f"verl-fl-overlay will refuse to load on {self.release}: {', '.join(fatal)}"
         less, review = (
             ", ".join(finding.hook.name for finding in self.findings if finding.outcome is outcome)
             for outcome in (Outcome.WITHOUT, Outcome.REVIEW)
         )
-        said = f"verl {self.version} works" + (f" with less: {less}" if less else "")
+        said = f"{self.release} works" + (f" with less: {less}" if less else "")
         said += f"{';' if less else ','} review these: {review}" if review else ""
         return said + (f"; {TRIAL} cannot run on it" if self.trial_breaks else "")
 
@@ -132,31 +150,42 @@ class Report:
         return any(comparison.breaks for comparison in self.trial)
 
 
-SourceOf = Callable[[str], Tree | None]
+SourceOf = Callable[[str, Package], Tree | None]
 """Returns the source of a pinned release, to show what changed since; None if the source is not available."""
 
 
-def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda release: None) -> Report:
-    """Compare what the hooks need with what is in ``tree``.
+def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda release, package: None) -> Report:
+    """Compare what the hooks need with what is in ``tree``, and if it is verl, in the other packages that are here.
 
     ``against`` names the pinned release to compare with.  By default each target is compared with the newest release
-    that is not newer than ``tree``, else with the oldest.  ``source_of`` is called only where something changed.
+    that is not newer than its package, else with the oldest.  ``source_of`` is called only where something changed.
 
     Raises:
         OverlayError: verl is too old, a hooked file cannot be parsed, or ``against`` has no pins.
     """
-    if against is not None and against not in compat.RELEASES:
-        raise OverlayError(f"verl {against} is not pinned; pinned are {', '.join(compat.RELEASES)}")
+    if against is not None and against not in tree.package.releases:
+        pinned = ", ".join(tree.package.releases)
+        raise OverlayError(f"{tree.package.distribution} {against} is not pinned; pinned are {pinned}")
     shim = pinning.shim_for(tree)
-    releases = [against] if against else _nearest_first(tree.version)
+    beside = {p: sources.installed(p) for p in PACKAGES.values() if p != VERL} if tree.package == VERL else {}
+    trees = {**beside, tree.package: tree}
 
     def compare(target: str, part: str = pins.HOOKS) -> Comparison:
-        return _compare(tree, target, pins.pinned(target, part), releases, source_of)
-
-    compared = {target: compare(target) for target in pinning.targets(shim.hooks)}
+        package = PACKAGES.get(top_level(target))
+        if package is None:
+            return Comparison(target, Status.UNPINNED, detail=f"nothing in {top_level(target)} is pinned")
+        if package not in trees:
+            return Comparison(target, Status.UNPINNED, detail=f"it is in {package.distribution}")
+        found = trees[package]
+        if found is None:
+            return Comparison(target, Status.UNPINNED, detail=f"{package.distribution} is not installed here")
+        releases = [against] if against and found is tree else _nearest_first(found)
+        return _compare(found, target, pins.pinned(target, part), releases, source_of)
 
     def of(*targets: str) -> tuple[Comparison, ...]:
-        return tuple(compared.get(target, Comparison(target, Status.UNPINNED)) for target in targets)
+        return tuple(compared[target] for target in targets)
+
+    compared = {target: compare(target) for hook in shim.hooks for target in (hook.target, *hook.relies_on)}
 
     cannot = {h.name for h in shim.hooks if any(c.breaks and not c.late for c in of(h.target, *h.relies_on))}
     findings = []
@@ -166,8 +195,9 @@ def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda r
         outcome = _outcome(hook, shim, failed, [target, *reliances])
         meaning = _meaning(hook, outcome, shim, failed, [c.target for c in reliances if c.breaks])
         findings.append(Finding(hook, target, tuple(reliances), outcome, meaning))
-    trial = tuple(compare(target, pins.TRIAL) for target in RELIES_ON)
-    return Report(tree.version, tree.origin, shim.name, tuple(findings), trial)
+    trial = tuple(compare(target, pins.TRIAL) for target in RELIES_ON) if tree.package == VERL else ()
+    others = {package: found.version if found else None for package, found in trees.items() if package != VERL}
+    return Report(tree.package, tree.version, tree.origin, shim.name, tuple(findings), trial, others)
 
 
 def _taken_back_with(hook: Hook, cannot: list[Hook]) -> Hook | None:
@@ -187,10 +217,14 @@ def _outcome(hook: Hook, shim: compat.Shim, failed: Hook | None, comparisons: li
     return Outcome.REVIEW if any(c.changed for c in comparisons) else Outcome.WORKS
 
 
-def _nearest_first(version: str) -> list[str]:
-    base = Version(Version(version).base_version)
-    older = [release for release in compat.RELEASES if Version(release) <= base]
-    return [*reversed(older), *compat.RELEASES[len(older) :]]
+def _nearest_first(tree: Tree) -> list[str]:
+    releases = tree.package.releases
+    try:
+        base = Version(Version(tree.version).base_version)
+    except InvalidVersion:  # of a vendor's build, whose version does not tell how old it is
+        return [*reversed(releases)]
+    older = [release for release in releases if Version(release) <= base]
+    return [*reversed(older), *releases[len(older) :]]
 
 
 def _compare(
@@ -205,10 +239,11 @@ def _compare(
         if places := elsewhere(tree, pin):
             return Comparison(target, Status.MOVED, against, f"{pin.at} -> {' or '.join(places)}", True, late)
         module = target.partition(":")[0]
-        gone = "" if pinning.verl_in(tree).has_module(module) else f"the module {module} is gone"
+        gone = "" if tree.source_of(module) else f"the module {module} is gone"
         return Comparison(target, Status.MISSING, against, gone, True, late)
     if found.kind == "import" != pin.kind:
-        detail = f"{pin.at} -> {found.at}, outside verl; its parameters are compared only when the hook is installed"
+        outside = f"outside {tree.package.distribution}"
+        detail = f"{pin.at} -> {found.at}, {outside}; its parameters are compared only when the hook is installed"
         return Comparison(target, Status.MOVED, against, detail)
     if found == pin:
         return Comparison(target, Status.OK, against)
@@ -216,7 +251,7 @@ def _compare(
     if not found.same_contract(pin):
         known = [release for release, other in by_release.items() if found.same_contract(other)]
         change = f"{pins.signature(pin)} -> {pins.signature(found)}"
-        accepted = f", which is that of verl {known[0]}" if known else ""
+        accepted = f", which is that of {tree.package.distribution} {known[0]}" if known else ""
         breaks = not known and pins.has_contract(by_release)
         return Comparison(target, Status.SIGNATURE, against, change + accepted, breaks, late, diff)
     if found.at != pin.at and found.body == pin.body:
@@ -235,11 +270,12 @@ def _what_of_it(pin: Fingerprint, found: Fingerprint) -> str:
 
 
 def _diff(target: str, found: Fingerprint, against: str, tree: Tree, source_of: SourceOf) -> tuple[str, ...]:
-    earlier = source_of(against)
+    package = tree.package.distribution
+    earlier = source_of(against, tree.package)
     if earlier is None:
-        return (f"(no diff: the source of verl {against} is not to be had here)",)
+        return (f"(no diff: the source of {package} {against} is not to be had here)",)
     old = fingerprint(earlier, *target.split(":"))
-    names = (f"verl {against}  {old.at}", f"verl {tree.version}  {found.at}")
+    names = (f"{package} {against}  {old.at}", f"{package} {tree.version}  {found.at}")
     return tuple(difflib.unified_diff(old.source, found.source, *names, lineterm="", n=2))
 
 
@@ -270,7 +306,7 @@ def _only_with(hook: Hook) -> str:
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as JSON types; its keys are stable."""
     return {
-        "verl": report.version,
+        report.package.distribution: report.version,
         "source": report.origin,
         "shim": report.shim,
         "verdict": report.verdict,
@@ -289,7 +325,24 @@ def as_json(report: Report) -> dict[str, Any]:
             for finding in report.findings
         ],
         "trial": [_comparison(comparison) for comparison in report.trial],
+        "packages": packages(report),
     }
+
+
+def packages(report: Report) -> dict[str, dict[str, Any]]:
+    """Return for each pinned package beside verl its version, None if it is not here, and its pinned releases."""
+    return {
+        package.distribution: {"version": version, "pinned": list(package.releases)}
+        for package, version in report.others.items()
+    }
+
+
+def packages_as_text(found: dict[str, dict[str, Any]], width: int = 0) -> list[str]:
+    """Lay out what ``packages`` returned, a line for each: which version is here, and for which ones the hooks hold."""
+    return [
+        f"{name.ljust(width)} {about['version'] or 'not installed'} (pinned: {', '.join(about['pinned'])})"
+        for name, about in found.items()
+    ]
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:
@@ -299,13 +352,14 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
 def as_text(report: Report) -> str:
     """Lay the report out: a line for each hook, under it what changed and what that means, the verdict last."""
     width = max(len(name) for name in (TRIAL, *(f.hook.name for f in report.findings)))
-    lines = [f"verl {report.version} from {report.origin}, hooks of {report.shim}", ""]
+    lines = [f"{report.release} from {report.origin}, hooks of {report.shim}"]
+    lines += [*packages_as_text(packages(report)), ""]
     for finding in report.findings:
         lines.append(f"{finding.hook.name:{width}}  {_summary(finding)}")
         for comparison in finding.changed:
             lines += _change(comparison, "" if comparison is finding.target else f"relies on {comparison.target}: ")
         lines += [f"    means: {finding.meaning}"] if finding.meaning else []
-    lines.append(f"{TRIAL:{width}}  {_worst(report.trial).status.value}")
+    lines += [f"{TRIAL:{width}}  {_worst(report.trial).status.value}"] if report.trial else []
     for comparison in report.trial:
         lines += _change(comparison, f"use {comparison.target}: ") if comparison.changed else []
     lines += [f"    means: {TRIAL} cannot run on this verl; training does not need it"] if report.trial_breaks else []
@@ -314,7 +368,7 @@ def as_text(report: Report) -> str:
 
 def _change(comparison: Comparison, of_what: str) -> list[str]:
     detail = f" {comparison.detail}" if comparison.detail else ""
-    first = f"    {of_what}{comparison.status.value}{detail} (against verl {comparison.against})"
+    first = f"    {of_what}{comparison.status.value}{detail} (against {comparison.package} {comparison.against})"
     return [first, *(f"      {line}" for line in comparison.diff)]
 
 
@@ -323,7 +377,10 @@ def _worst(comparisons: Iterable[Comparison]) -> Comparison:
 
 
 def _summary(finding: Finding) -> str:
-    if finding.target.status is Status.UNPINNED:
-        return "not compared: outside verl" if not finding.hook.module.startswith("verl.") else "not pinned"
-    worst = _worst((finding.target, *finding.reliances))
-    return worst.status.value if worst is finding.target else f"{finding.target.status.value}, but see below"
+    target = finding.target
+    compared = [c for c in (target, *finding.reliances) if c.status is not Status.UNPINNED]
+    if target in compared:
+        worst = _worst(compared)
+        return worst.status.value if worst is target else f"{target.status.value}, but see below"
+    said = f"not compared: {target.detail or 'it is not pinned'}"
+    return f"{said}; what it relies on: {_worst(compared).status.value}" if compared else said

@@ -1,4 +1,4 @@
-"""Fingerprints of verl's functions, read from source by ``ast``: no import of verl, no torch.
+"""Fingerprints of a package's functions, read from source by ``ast``: nothing is imported, neither verl nor torch.
 
 A fingerprint has two levels.  The contract (kind and parameters) is what a hook needs to be called at all.  The digest
 of the body shows that a function was changed, and that somebody has to read the change.  It is made from the syntax
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from verl_fl_overlay.compat.pins import FUNCTIONS, INSTANCE_ATTRIBUTE, MISSING, Fingerprint
+from verl_fl_overlay.compat.pins import FUNCTIONS, INSTANCE_ATTRIBUTE, MISSING, Fingerprint, top_level
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
 
@@ -28,7 +28,7 @@ _HOPS = 8
 
 @dataclass(frozen=True)
 class _Found:
-    """A definition and its place: one node, or all statements that assign an attribute, or none if outside verl."""
+    """A definition and its place: one node, all statements that assign an attribute, or none if outside the package."""
 
     module: str
     name: str
@@ -38,8 +38,8 @@ class _Found:
 def fingerprint(tree: Tree, module: str, attribute: str) -> Fingerprint:
     """Fingerprint ``attribute`` (such as ``Class.method``) of ``module``; ``MISSING`` if it is not there.
 
-    A name that the module imports, or a class inherits, is followed to its definition inside verl.  A stub that only
-    raises NotImplementedError counts as missing: a class inherits it after its own method was moved away.
+    A name that the module imports, or a class inherits, is followed to its definition in the same package.  A stub that
+    only raises NotImplementedError counts as missing: a class inherits it after its own method was moved away.
 
     Raises:
         OverlayError: a file cannot be parsed; names it.
@@ -109,12 +109,8 @@ def _parsed(path: str, text: str) -> ast.Module:
 
 
 def _module(tree: Tree, module: str) -> tuple[str, ast.Module] | None:
-    path = module.replace(".", "/")
-    for candidate in (f"{path}.py", f"{path}/__init__.py"):
-        text = tree.read(candidate)
-        if text is not None:
-            return candidate, _parsed(candidate, text)
-    return None
+    path = tree.source_of(module)
+    return None if path is None else (path, _parsed(path, tree.read(path) or ""))
 
 
 def _find(tree: Tree, module: str, names: list[str], hops: int) -> _Found | None:
@@ -126,7 +122,7 @@ def _find(tree: Tree, module: str, names: list[str], hops: int) -> _Found | None
     definition = _definition(node, first)
     if definition is None:
         origin = _imported_from(node, path, module, first)
-        if origin is not None and origin[0].partition(".")[0] == "verl":
+        if origin is not None and top_level(origin[0]) == tree.package.name:
             return _find(tree, origin[0], [origin[1], *rest], hops - 1)
         if origin is not None:
             return None if rest else _Found(origin[0], origin[1], ())
@@ -144,7 +140,7 @@ def _find(tree: Tree, module: str, names: list[str], hops: int) -> _Found | None
 def _in_star_imports(
     tree: Tree, node: ast.Module, path: str, module: str, names: list[str], hops: int
 ) -> _Found | None:
-    """Look the names up in the modules of verl from which everything is imported (``from .engine import *``)."""
+    """Look the names up in the modules from which everything is imported (``from .engine import *``)."""
     for child in _statements(node):
         if isinstance(child, ast.ImportFrom) and child.names[0].name == "*" and not names[0].startswith("_"):
             found = _find(tree, _absolute(path, module, child), names, hops - 1)
@@ -182,10 +178,12 @@ def _is_stub(node: ast.AST) -> bool:
 
 
 def _definition(node: ast.AST, name: str) -> ast.AST | None:
-    """Return the last definition of ``name`` in the node's body, also inside its ifs and trys."""
+    """Return the last definition of ``name`` in the node's body, also inside its ifs and trys; no property's setter."""
     found = None
     for child in _statements(node):
-        if isinstance(child, FunctionNode | ast.ClassDef) and child.name == name:
+        if not isinstance(child, FunctionNode | ast.ClassDef) or child.name != name:
+            continue
+        if not {f"{name}.setter", f"{name}.deleter"} & {ast.unparse(decorator) for decorator in child.decorator_list}:
             found = child
     return found
 
@@ -257,7 +255,7 @@ def _of(tree: Tree, found: _Found) -> Fingerprint:
     text = [line for statement in found.nodes for line in _text(statement, lines)]
     values = [value for statement in found.nodes if (value := getattr(statement, "value", None)) is not None]
     on_instance = any(isinstance(t, ast.Attribute) for statement in found.nodes for t in _targets(statement))
-    kind = INSTANCE_ATTRIBUTE if on_instance else "attribute"
+    kind = INSTANCE_ATTRIBUTE if on_instance or not values else "attribute"
     return Fingerprint(kind, (), _digest(values), at, source=tuple(text))
 
 

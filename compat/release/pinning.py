@@ -1,14 +1,15 @@
-"""Makes the pins of a release: the fingerprints of everything in verl that its hooks and the trial step use."""
+"""Makes the pins of a release: the fingerprints of everything in it that hooks and the trial step use."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import trial
-from verl_fl_overlay.compat.pins import HOOKS, MISSING, TRIAL
+from verl_fl_overlay.compat.pins import HOOKS, MISSING, TRIAL, VERL, Package, top_level
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.hooks import Hook
@@ -24,40 +25,47 @@ class _InTree(compat.InstalledVerl):
         return self.tree.has(f"verl/{path}")
 
 
-def verl_in(tree: Tree) -> compat.InstalledVerl:
-    """Return the verl in ``tree`` as the gate takes it."""
-    return _InTree(tree.version, "", tree)
-
-
 def shim_for(tree: Tree) -> compat.Shim:
-    """Choose the same hooks as the overlay would choose for the verl in ``tree``.
+    """Choose the same hooks as the overlay would choose for the verl in ``tree``; for another package all that use it.
 
     Raises:
-        UnsupportedVerlError: it is too old.
+        UnsupportedVerlError: it is a verl that is too old.
     """
-    return compat.select(verl_in(tree))
+    if tree.package == VERL:
+        return compat.select(_InTree(tree.version, "", tree))
+    return compat.Shim(tree.version, "every verl release", hooks_that_use(tree.package))
 
 
-def targets(hooks: tuple[Hook, ...]) -> list[str]:
-    """Return ``module:attribute`` of all that the hooks are put on or rely on inside verl, sorted."""
-    return sorted({t for hook in hooks for t in (hook.target, *hook.relies_on) if t.startswith("verl.")})
+def hooks_that_use(package: Package) -> tuple[Hook, ...]:
+    """Return the hooks of every verl release that are put on ``package`` or rely on it, each of them once."""
+    every = [hook for release in compat.RELEASES for hook in compat.select(compat.InstalledVerl(release, "")).hooks]
+    return tuple({(h.name, *used): h for h in every if (used := targets((h,), package))}.values())
+
+
+def targets(hooks: tuple[Hook, ...], package: Package = VERL) -> list[str]:
+    """Return ``module:attribute`` of all that the hooks are put on or rely on inside ``package``, sorted."""
+    return sorted({t for hook in hooks for t in (hook.target, *hook.relies_on) if top_level(t) == package.name})
 
 
 def pins_of(tree: Tree) -> dict[str, Any]:
-    """Fingerprint everything that the hooks of this verl, and the trial, use.
+    """Fingerprint everything in ``tree`` that hooks, and if it is verl the trial, use.
 
     Raises:
-        OverlayError: the verl is too old, or a file in which something is pinned cannot be parsed.
+        OverlayError: it is a verl that is too old, or a file in which something is pinned cannot be parsed.
     """
     shim = shim_for(tree)
-    parts = {HOOKS: targets(shim.hooks), TRIAL: trial.RELIES_ON}
+    about: dict[str, Any] = {tree.package.distribution: tree.version}
+    parts: dict[str, Iterable[str]] = {HOOKS: targets(shim.hooks, tree.package)}
+    if tree.package == VERL:
+        about["shim"], parts[TRIAL] = shim.name, trial.RELIES_ON
     prints = {part: {t: fingerprint(tree, *t.split(":")).to_json() for t in used} for part, used in parts.items()}
-    return {"verl": tree.version, "shim": shim.name, **prints}
+    return {**about, **prints}
 
 
 def missing(pins: dict[str, Any]) -> list[str]:
-    """Return the targets that verl lacks.  Pins with them must not be written: they would accept the absence."""
-    return [target for part in (HOOKS, TRIAL) for target, pin in pins[part].items() if pin["kind"] == MISSING.kind]
+    """Return the targets that are not there.  Pins with them must not be written: they would accept the absence."""
+    found = {**pins[HOOKS], **pins.get(TRIAL, {})}
+    return [target for target, pin in found.items() if pin["kind"] == MISSING.kind]
 
 
 def as_text(pins: dict[str, Any]) -> str:

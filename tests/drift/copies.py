@@ -1,4 +1,4 @@
-"""A copy of verl's hooked files, and its modules imported without what verl itself needs.
+"""A copy of a package's hooked files, and its modules imported without what the package itself needs.
 
 A copied module is executed as it is.  Whatever it imports from outside the copy and the standard library becomes a
 placeholder: what the gate looks at, the functions with their kinds and parameters, is the copy's own.
@@ -18,9 +18,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+from verl_fl_overlay.compat.pins import PACKAGES, top_level
 from verl_fl_overlay.compat.release import pinning
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
-from verl_fl_overlay.compat.release.sources import VERSION_FILE, Tree
+from verl_fl_overlay.compat.release.sources import Tree
 
 KEPT = {*sys.stdlib_module_names, "verl_fl_overlay", "wrapt", "packaging"}
 
@@ -77,7 +78,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.partition(".")[0] in KEPT:
             return None
         file = self._folder / f"{name.replace('.', '/')}.py"
-        if name.startswith("verl.") and file.is_file():
+        if "." in name and top_level(name) in PACKAGES and file.is_file():
             return importlib.util.spec_from_file_location(name, file)
         package = self._folder / name / "__init__.py"
         if name == "verl" and package.is_file():
@@ -106,7 +107,7 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     """Import the copied module ``name``; afterwards the process has the modules that it had before."""
     before = dict(sys.modules)
     for module in before:
-        if module.partition(".")[0] not in KEPT | {"pytest", "_pytest", "__main__"} and module.startswith("verl"):
+        if top_level(module) in PACKAGES:
             del sys.modules[module]
     finder = _Finder(folder)
     wrapts = [type(found).__module__.partition(".")[0] == "wrapt" for found in sys.meta_path]
@@ -126,16 +127,16 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
 
 
 def hooked_files(tree: Tree) -> dict[str, str]:
-    """Return path -> text of every file in which something is hooked, relied on or defined, and of verl's version."""
-    targets = pinning.targets(pinning.shim_for(tree).hooks)
+    """Return path -> text of every file in which something is hooked, relied on or defined, and of the version."""
+    targets = pinning.targets(pinning.shim_for(tree).hooks, tree.package)
     defined = [fingerprint(tree, *target.split(":")).at for target in targets]
-    names = {target.partition(":")[0] for target in [*targets, *defined]}
-    paths = [f"{name.replace('.', '/')}.py" for name in names]
-    return {path: text for path in [*paths, VERSION_FILE] if (text := tree.read(path)) is not None}
+    paths = {tree.source_of(target.partition(":")[0]) for target in [*targets, *defined]} - {None}
+    return {path: text for path in sorted({*paths, tree.package.version_file}) if (text := tree.read(path)) is not None}
 
 
 def write(files: dict[str, str], folder: Path) -> Tree:
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
-    return Tree(folder, "a changed copy")
+    package = PACKAGES[top_level(next(iter(files)).replace("/", "."))]
+    return Tree(folder, "a changed copy", package=package)

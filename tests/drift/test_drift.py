@@ -31,6 +31,8 @@ HOOKS = [h for h in ALL_HOOKS if pins.pinned(h.target)[NEWEST].at == h.target]
 BOUND = [h for h in ALL_HOOKS if h not in HOOKS]
 """Hooks on a name that the module imports: the function stands elsewhere."""
 WORKING_BASES = {"FSDPEngine", "MegatronEngine", "PlatformBase"}
+LEFT_TO_SUBCLASSES = {"forward_step", "prepare_model_inputs"}
+"""Hooked methods that no base has in working order."""
 hooked = pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
 
 
@@ -53,6 +55,8 @@ def changed(hook: Hook, change: Any, folder: Path) -> Any:
 def inherits_another(hook: Hook) -> bool:
     """Whether, without its own method, the class would have another one that works: an engine's or a platform's."""
     node = changes.locate_class(files()[path_of(hook.target)], hook.attribute)
+    if hook.attribute.rpartition(".")[2] in LEFT_TO_SUBCLASSES:
+        return False
     return node is not None and any(isinstance(b, ast.Name) and b.id in WORKING_BASES for b in node.bases)
 
 
@@ -209,7 +213,7 @@ def test_module_that_is_gone(hook: Hook, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("hook", "reliance"),
-    [(hook, r) for hook in HOOKS for r in hook.relies_on],
+    [(hook, r) for hook in HOOKS for r in hook.relies_on if r in pins.load(NEWEST)],
     ids=lambda value: value.name if isinstance(value, Hook) else value.rpartition(":")[2],
 )
 def test_reliance_that_is_gone(hook: Hook, reliance: str, tmp_path: Path) -> None:

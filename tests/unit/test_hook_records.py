@@ -8,9 +8,10 @@ from collections import defaultdict
 import pytest
 
 from verl_fl_overlay import compat, features
+from verl_fl_overlay.compat.pins import PACKAGES
 from verl_fl_overlay.hooks import Hook
 
-TARGET = re.compile(r"verl(\.\w+)+:\w+(\.\w+)*")
+TARGET = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)*:\w+(\.\w+)*")
 
 
 @pytest.fixture(params=compat.RELEASES)
@@ -45,6 +46,6 @@ def test_a_pair_names_hooks_that_are_there_and_name_each_other(hooks: tuple[Hook
         assert by_name[hook.pair].pair == hook.name
 
 
-def test_reliances_are_targets_in_verl(hooks: tuple[Hook, ...]) -> None:
+def test_reliances_are_targets_in_pinned_packages(hooks: tuple[Hook, ...]) -> None:
     wrong = [(h.name, reliance) for h in hooks for reliance in h.relies_on if not TARGET.fullmatch(reliance)]
     assert wrong == []

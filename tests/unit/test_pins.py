@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from verl_trees import from_no_index  # noqa: F401
 
 from verl_fl_overlay import cli, compat
 from verl_fl_overlay.compat import pins, trial
+from verl_fl_overlay.compat.pins import Fingerprint
 from verl_fl_overlay.compat.release import check, pinning
 from verl_fl_overlay.compat.release.sources import Tree
 from verl_fl_overlay.errors import OverlayError
@@ -78,10 +80,10 @@ def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
     load = pins.load
 
-    def with_new(release: str, part: str = pins.HOOKS) -> dict[str, pins.Fingerprint]:
+    def with_new(release: str, part: str = pins.HOOKS, package: pins.Package = pins.VERL) -> dict[str, Fingerprint]:
         if release != "99.1.0":
-            return load(release, part)
-        return {target: pins.Fingerprint.from_json(pin) for target, pin in written[part].items()}
+            return load(release, part, package)
+        return {target: Fingerprint.from_json(pin) for target, pin in written[part].items()}
 
     monkeypatch.setattr(compat, "RELEASES", (*compat.RELEASES, "99.1.0"))
     monkeypatch.setattr(pins, "load", with_new)
@@ -115,6 +117,7 @@ def test_pins_that_are_damaged_or_gone(
     shutil.copytree(FOLDER / "pins", tmp_path / "other_compat" / "pins")
     (tmp_path / "other_compat" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "other_compat", raising=False)  # that of the test before
     monkeypatch.setattr(pins, "__package__", "other_compat")
     pins.load.cache_clear()
     file = tmp_path / "other_compat" / "pins" / "0.8.0.json"

@@ -1,4 +1,4 @@
-"""The seam: outside compat nothing knows verl, and all that compat reads of verl is pinned."""
+"""The seam: outside compat nothing knows verl, and all that compat reads of verl and transformers is pinned."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import verl_fl_overlay
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat import pins
+from verl_fl_overlay.compat.pins import PACKAGES, top_level
 from verl_fl_overlay.events import Engine
 
 PACKAGE = Path(verl_fl_overlay.__file__).parent
@@ -20,8 +21,14 @@ COMPAT = Path(compat.__file__).parent
 OUTSIDE = [file for file in sorted(PACKAGE.rglob("*.py")) if "compat" not in file.relative_to(PACKAGE).parts]
 HOOK_FILES = [file for file in sorted(COMPAT.glob("*.py")) if file.name not in ("pins.py", "trial.py", "__init__.py")]
 
-OF_VERLS_OBJECTS = {"instance", "engine", "registry", "wrapped"}
+OF_VERLS_OBJECTS = {"instance", "engine", "registry", "wrapped", "worker", "owner"}
 """What hook files call the objects that they get from verl."""
+
+OF_OTHERS_OBJECTS = {"model", "config", "model_config"}
+"""What hook files call the objects that they get from transformers; what they read of these by its name is private."""
+
+ASKED_FOR = {"_supports_flash_attn_2": "a class that was written for transformers 4 may have it instead"}
+"""What is read of such an object and is pinned nowhere, and why: it is not in transformers itself."""
 
 READERS = ("_attribute", "getattr")
 """Functions that read an attribute by its name."""
@@ -109,26 +116,54 @@ def root(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def read_of_verl(tree: ast.AST) -> Iterator[str]:
-    """Yield what a hook file imports from verl (``module:name``) and reads of its objects (``.name``)."""
+def modules_in(tree: ast.Module) -> dict[str, str]:
+    """Return how a hook file writes a module that it imports by name, or keeps in a variable -> the module's name."""
+    constants = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    found = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "verl":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            (given,) = node.args
+            name = given.value if isinstance(given, ast.Constant) else constants.get(ast.unparse(given))
+            if name is not None:
+                found[ast.unparse(node)] = name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and (name := found.get(ast.unparse(node.value))):
+            found[ast.unparse(node.targets[0])] = name
+    return found
+
+
+def read_of_pinned(tree: ast.Module) -> Iterator[str]:
+    """Yield what a hook file imports from pinned packages (``module:name``) and reads of their objects (``.name``)."""
+    modules = modules_in(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and top_level(node.module or "") in PACKAGES:
             yield from (f"{node.module}:{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (f"{alias.name}:" for alias in node.names if alias.name.split(".")[0] == "verl")
+            yield from (f"{alias.name}:" for alias in node.names if top_level(alias.name) in PACKAGES)
+        elif isinstance(node, ast.Attribute) and (module := modules.get(ast.unparse(node.value))):
+            yield f"{module}:{node.attr}"
         elif isinstance(node, ast.Attribute) and root(node) in OF_VERLS_OBJECTS:
             yield f".{node.attr}"
         elif (
             isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("_attribute", "getattr")
         ):
-            whose, name = node.args[0], node.args[1]
-            if isinstance(whose, ast.Name) and whose.id in OF_VERLS_OBJECTS and isinstance(name, ast.Constant):
+            whose, name = ast.unparse(node.args[0]), node.args[1]
+            if not isinstance(name, ast.Constant):
+                continue
+            private = name.value.startswith("_") and name.value not in ASKED_FOR
+            if whose in OF_VERLS_OBJECTS or (whose in OF_OTHERS_OBJECTS and private):
                 yield f".{name.value}"
 
 
 @pytest.mark.parametrize("file", HOOK_FILES, ids=lambda file: file.name)
-def test_what_a_hook_reads_of_verl_is_pinned(file):
-    for read in read_of_verl(ast.parse(file.read_text(encoding="utf-8"))):
+def test_what_a_hook_reads_of_a_pinned_package_is_pinned(file):
+    for read in read_of_pinned(ast.parse(file.read_text(encoding="utf-8"))):
         if read.startswith("."):
             known = any(target.endswith((read, f":{read[1:]}")) for target in LISTED)
         else:
@@ -140,4 +175,15 @@ def test_what_a_hook_reads_of_verl_is_pinned(file):
 
 def test_the_search_finds_what_is_read():
     text = "from verl.a import b\ndef w(instance):\n _attribute(instance, 'c')\n getattr(engine, 'd')\n instance.e.f"
-    assert set(read_of_verl(ast.parse(text))) == {"verl.a:b", ".c", ".d", ".e", ".f"}
+    assert set(read_of_pinned(ast.parse(text))) == {"verl.a:b", ".c", ".d", ".e", ".f"}
+    text = """
+M = "transformers.a"
+from transformers import B
+importlib.import_module(M).c
+own = importlib.import_module("transformers.d")
+own.e
+getattr(model, "_f", None)
+getattr(model, "public", None)
+"""
+    read = {"transformers:B", "transformers.a:c", "transformers.d:e", "._f"}
+    assert set(read_of_pinned(ast.parse(text))) == read

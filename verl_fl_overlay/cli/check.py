@@ -1,4 +1,4 @@
-"""``check``: whether the hooks hold on a verl that may not be installed, from its source alone."""
+"""``check``: whether the hooks hold on a verl, or a transformers, that may not be installed, from its source alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import argparse
 import json
 from typing import Any
 
+from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.release import check, sources
 
-TARGET = "a version, 'latest', a wheel, an sdist, the folder in which verl/ lies, or CHECKOUT@REF"
+OTHERS = " or ".join(package.distribution for package in pins.PACKAGES.values() if package != pins.VERL)
+TARGET = (
+    "a version of verl, 'latest', a wheel, an sdist, the folder in which verl/ lies, or CHECKOUT@REF; "
+    f"of {OTHERS}: NAME==VERSION, NAME==latest, a wheel, an sdist, or the folder in which it lies"
+)
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("check", help="say whether the hooks hold on a verl release, from its source alone")
+    parser = commands.add_parser("check", help="say whether the hooks hold on a release, from its source alone")
     parser.add_argument("target", help=TARGET)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

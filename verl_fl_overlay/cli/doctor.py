@@ -9,14 +9,13 @@ import argparse
 import importlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import env
-from verl_fl_overlay.compat.release import check
-from verl_fl_overlay.compat.release.check import Comparison, Finding, Outcome, Status
-from verl_fl_overlay.compat.release.sources import Tree
+from verl_fl_overlay.compat.pins import VERL
+from verl_fl_overlay.compat.release import check, sources
+from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.packages import installed
@@ -43,11 +42,11 @@ def examine() -> tuple[dict[str, Any], bool]:
     """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
     refusals: list[str] = []
     notes: dict[str, str] = {}
-    findings: dict[str, Finding] = {}
+    found: check.Report | None = None
     try:
         _import_verl()
         hooks = activation.activate().hooks
-        findings = _findings()
+        found = _checked()
         for status in hooks.report():
             fault = _import_target(status)
             if fault and not _serves(status):
@@ -57,6 +56,7 @@ def examine() -> tuple[dict[str, Any], bool]:
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
+    findings = {finding.hook.name: finding for finding in found.findings} if found else {}
     active = activation.active()
     for status in active.hooks.report() if active else []:
         finding = findings.get(status.hook.name)
@@ -70,6 +70,7 @@ def examine() -> tuple[dict[str, Any], bool]:
         hook["outcome"] = finding.outcome.value if finding else ""
         follows = finding.meaning if finding and finding.outcome is Outcome.WITHOUT else ""
         hook["detail"] = hook["detail"] or notes.get(hook["name"], follows)
+    result["packages"] = check.packages(found) if found else {}
     unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
     result["problems"] += [unloaded] if unloaded else []
     if refusals:
@@ -82,11 +83,10 @@ def examine() -> tuple[dict[str, Any], bool]:
     return result, bool(result["verl"]["supported"]) and (not unloaded or by_another)
 
 
-def _findings() -> dict[str, Finding]:
-    """Return hook -> what ``verl-fl check`` finds for it in the files of this verl; empty if they cannot be read."""
-    verl = compat.find_verl()
-    tree = Tree(Path(verl.folder).parent, "here") if verl and verl.folder else None
-    return {finding.hook.name: finding for finding in check.check(tree).findings} if tree and tree.version else {}
+def _checked() -> check.Report | None:
+    """Return what ``verl-fl check`` finds in the files of this verl; None if they cannot be read."""
+    tree = sources.installed(VERL)
+    return check.check(tree) if tree else None
 
 
 def _serves(status: HookStatus) -> bool:
@@ -155,6 +155,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"verl            {verl['version'] or 'not installed'}"
         + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
         + ("" if verl["supported"] else "  NOT SUPPORTED"),
+        *check.packages_as_text(result["packages"], 15),
         f"torch           {result['torch'] or 'not installed'}",
         f"device          {result['device']}",
         f"process         {result['summary'] or '-'}",
