@@ -66,9 +66,10 @@ def dense(q: Any, k: Any, v: Any, **options: Any) -> Any:
     import torch
 
     batch, longest_q, longest_k = q.shape[0], q.shape[1], k.shape[1]
-    ends = (torch.arange(batch + 1, device=q.device, dtype=torch.int32) * longest for longest in (longest_q, longest_k))
-    parts = (part.reshape(-1, *part.shape[2:]) for part in (q, k, v))
-    return varlen(*parts, *ends, longest_q, longest_k, **options).unflatten(0, (batch, longest_q))
+    firsts = torch.arange(batch + 1, device=q.device, dtype=torch.int32)
+    q, k, v = (part.reshape(-1, *part.shape[2:]) for part in (q, k, v))
+    attended = varlen(q, k, v, firsts * longest_q, firsts * longest_k, longest_q, longest_k, **options)
+    return attended.unflatten(0, (batch, longest_q))
 
 
 def _sides(window: tuple[int, int]) -> tuple[int, int]:

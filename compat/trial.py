@@ -154,7 +154,7 @@ def run(trial: Trial) -> dict[str, Any]:
     from verl.workers.utils.losses import sft_loss
 
     if trial.fp32:  # before 0.7.1 verl computes in bf16 whatever is configured
-        torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore[assignment,misc]
+        torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
     torch.manual_seed(trial.seed)
     engine = build(trial)
     data = batch(engine.module.config, trial)

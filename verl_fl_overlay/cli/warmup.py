@@ -6,7 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from verl_fl_overlay.cli.trial import Trial, kernels_of, run_with_overlay
+from verl_fl_overlay.cli.trial import kernels_of, run_with_overlay
+from verl_fl_overlay.compat.trial import Trial
 
 
 def add(commands: Any) -> None:

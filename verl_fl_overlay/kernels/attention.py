@@ -199,7 +199,8 @@ def _pair(samples: Samples, backend: Backend, problem: Problem, form: Form) -> P
     heads, tokens = 2 * problem.heads_per_key, sum(LENGTHS)
     ends = torch.tensor([0, *LENGTHS], device=problem.device).cumsum(0).to(torch.int32)
     sequences = Sequences(ends, ends, max(LENGTHS), max(LENGTHS))
-    form = replace(form, window=tuple(side if side == ANY else min(side, 40) for side in form.window))
+    left, right = (side if side == ANY else min(side, 40) for side in form.window)
+    form = replace(form, window=(left, right))
     scales = torch.tensor([(0.5, 1.0, 2.0)[index % 3] for index in range(heads)]).unsqueeze(1)
     query, key, value = (
         samples.normal(count, tokens * size)
