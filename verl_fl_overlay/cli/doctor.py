@@ -18,6 +18,7 @@ from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.hooks import HookStatus, State
+from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
@@ -58,6 +59,7 @@ def examine() -> tuple[dict[str, Any], bool]:
         refusals.append(str(error))
     findings = {finding.hook.name: finding for finding in found.findings} if found else {}
     active = activation.active()
+    untold = _rehearse(active) if active else ""
     for status in active.hooks.report() if active else []:
         finding = findings.get(status.hook.name)
         named = any(f"hook {status.hook.name!r}" in refusal for refusal in refusals)  # what the process itself refused
@@ -72,7 +74,7 @@ def examine() -> tuple[dict[str, Any], bool]:
         hook["detail"] = hook["detail"] or notes.get(hook["name"], follows)
     result["packages"] = check.packages(found) if found else {}
     unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
-    result["problems"] += [unloaded] if unloaded else []
+    result["problems"] += [told for told in (unloaded, untold) if told]
     if refusals:
         result["verl"]["supported"] = False
         inactive = "the overlay is not active"
@@ -92,6 +94,15 @@ def _checked() -> check.Report | None:
 def _serves(status: HookStatus) -> bool:
     """Return whether this process uses the hook: it is not left out, and the package that it needs is installed."""
     return status.state is not State.DISABLED and (not status.hook.needs or installed(status.hook.needs))
+
+
+def _rehearse(active: Overlay) -> str:
+    """Let the features act once, so that the report tells what they use here; return what went wrong in it."""
+    try:
+        active.features.rehearse()
+    except Exception as error:  # whatever torch and the chip raise
+        return f"attention cannot be tried here: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def _import_verl() -> None:
@@ -158,6 +169,7 @@ def as_text(result: dict[str, Any]) -> str:
         *check.packages_as_text(result["packages"], 15),
         f"torch           {result['torch'] or 'not installed'}",
         f"device          {result['device']}",
+        f"attention       {_attention(result['features'])}",
         f"process         {result['summary'] or '-'}",
         f"settings        {_settings(result['settings'])}",
         "",
@@ -182,6 +194,13 @@ def as_text(result: dict[str, Any]) -> str:
         lines += (["", "notes", *details]) if details else []
     lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
     return "\n".join(lines)
+
+
+def _attention(features: dict[str, Any]) -> str:
+    """Say whose functions flash_attention_2 has here, what computes them, and why."""
+    told = features.get("attention", {}).get("detail", {})
+    computed = "; ".join(f"{problem}: {backend}" for problem, backend in told.get("backends", {}).items())
+    return "; ".join(filter(None, (told.get("flash_attention_2"), computed))) or "-"
 
 
 def _detail(name: str, detail: dict[str, Any]) -> list[str]:
