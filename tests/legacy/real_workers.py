@@ -1,7 +1,10 @@
 """verl 0.7's real legacy workers on a CPU, one process: actor, reference and critic built, asked and trained.
 
 Prints JSON: for every call whether the training phase was on in each forward pass of the model and after the call, the
-results as hexadecimal floats, and the overlay's report:  python tests/legacy/real_workers.py MODEL [--flagos]
+results as hexadecimal floats, and the overlay's report:  python tests/legacy/real_workers.py MODEL [OPTIONS]
+
+``--uneven`` gives prompts of different lengths, padded on the left.  ``--packed`` is verl's default: packed sequences
+and flash_attention_2; without it batches stay padded, with sdpa, as plain verl can run them without flash-attn.
 
 ``--flagos`` puts stand-ins in the place of FlagGems' kernels, and enables its ``mul`` beforehand in the whole process,
 as vLLM's plugin does where vLLM lives in the trainer's process (verl 0.7.0).
@@ -25,13 +28,20 @@ def config_of(model: str) -> Any:
     import verl
     from hydra import compose, initialize_config_dir
 
+    padded = {
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+        "critic.model.use_remove_padding": False,
+        "+critic.model.override_config.attn_implementation": "sdpa",
+    }
+    packed = dict.fromkeys(("actor_rollout_ref.model.use_remove_padding", "critic.model.use_remove_padding"), True)
+    how = packed if "--packed" in sys.argv else padded
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
         return compose(
             "ppo_trainer",
             overrides=[
                 f"actor_rollout_ref.model.path={model}",
-                "actor_rollout_ref.model.use_remove_padding=False",
-                "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+                *(f"{name}={value}" for name, value in how.items()),
                 "actor_rollout_ref.actor.strategy=fsdp2",
                 "actor_rollout_ref.actor.use_torch_compile=False",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",
@@ -43,8 +53,6 @@ def config_of(model: str) -> Any:
                 "actor_rollout_ref.ref.use_torch_compile=False",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
                 f"critic.model.path={model}",
-                "critic.model.use_remove_padding=False",
-                "+critic.model.override_config.attn_implementation=sdpa",
                 "critic.strategy=fsdp2",
                 "critic.ppo_mini_batch_size=4",
                 "critic.ppo_micro_batch_size_per_gpu=2",
@@ -63,12 +71,15 @@ def batch() -> Any:
     length = PROMPT + RESPONSE
     ids = torch.randint(4, 78, (ROWS, length), generator=numbers)
     small = torch.rand((3, ROWS, RESPONSE), generator=numbers)
+    mask = torch.ones_like(ids)
+    for row in range(ROWS if "--uneven" in sys.argv else 0):
+        mask[row, :row] = 0
     return DataProto.from_dict(
         tensors={
             "input_ids": ids,
             "responses": ids[:, PROMPT:],
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": torch.arange(length).expand(ROWS, length).clone(),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "response_mask": torch.ones(ROWS, RESPONSE, dtype=torch.long),
             "old_log_probs": -4.4 + small[0],
             "advantages": small[1] - 0.5,
@@ -153,6 +164,7 @@ def main() -> None:
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     import torch
+    from real_engine import count_derived_lengths
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.fsdp_workers import ActorRolloutRefWorker, CriticWorker
 
@@ -160,6 +172,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    derived = count_derived_lengths()
     flagos = FlagOS() if "--flagos" in sys.argv else None
     config = config_of(sys.argv[1])
     calls: dict[str, Any] = {}
@@ -189,7 +202,8 @@ def main() -> None:
     output, calls["update_critic"] = watch.call(critic.update_critic)
     calls["update_critic"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["critic/grad_norm"]]
 
-    print("RESULT " + json.dumps({"calls": calls, "flagos": flagos and flagos.told(), "report": build()}))
+    told = {"flagos": flagos and flagos.told(), "report": build(), "derived lengths": derived[0]}
+    print("RESULT " + json.dumps({"calls": calls, **told}))
     torch.distributed.destroy_process_group()
 
 

@@ -101,3 +101,27 @@ def test_the_models_of_workers_are_fused(flagos):
     replaced = {"gated_mlp": 3 * 2, "adam": 2}
     assert flagos["flagos"]["replaced"] == replaced, "actor, reference and critic, of two layers; one has no optimizer"
     assert flagos["flagos"]["fused"] > 20
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_model):
+    """Return what is computed from prompts of different lengths: packed, which is verl's default, and padded."""
+    return results(tiny_model, "--uneven", "--packed"), results(tiny_model, "--uneven")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_packed_batches_give_what_padded_ones_give(uneven, step):
+    packed, padded = ([float.fromhex(v) for v in each["calls"][step]["result"]] for each in uneven)
+    assert packed == pytest.approx(padded, rel=0.03, abs=0.03)  # they compute in bf16
+
+
+def test_packed_batches_are_attended_by_the_overlay_with_lengths_given_once(uneven):
+    packed, padded = uneven
+    told = packed["report"]["features"]["attention"]["detail"]
+    assert list(told["backends"]) == ["cpu, bfloat16, heads of 16, causal"]
+    assert set(told["packed models"].values()) == {"keeps them apart"}
+    assert packed["derived lengths"] == 0
+    assert padded["report"]["features"]["attention"]["detail"]["backends"] == {}
+    calls = {hook["name"]: hook["calls"] for hook in packed["report"]["hooks"]}
+    assert calls["attention.lengths_actor"] == 2 * 3
+    assert calls["attention.lengths_critic"] == 2 * 2
