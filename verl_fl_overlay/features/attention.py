@@ -44,6 +44,8 @@ class Attention(Feature):
 
     def rehearse(self) -> None:
         """Attend once on small data, as most models of today do, so that ``describe`` tells the backend."""
+        if not installed("torch"):
+            return
         import torch
 
         from verl_fl_overlay.kernels.sequences import Form, Sequences
