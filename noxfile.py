@@ -78,9 +78,11 @@ class Row:
         return {"verl": self.verl, "torch": self.torch or "newest", "python": self.python or "-", **named}
 
 
-ALL = (*Row.tests, *(f"tests/{folder}" for folder in ("flaggems", "logprobs", "fused", "parity", "benchmarks")))
+ATTENTION = (*Row.tests, "tests/attention")
+ALL = (*ATTENTION, *(f"tests/{folder}" for folder in ("flaggems", "logprobs", "fused", "parity", "benchmarks")))
 COMPAT = [
-    *(Row(f"verl='{release}'", release) for release in RELEASES[:-1]),
+    Row(f"verl='{RELEASES[0]}'", RELEASES[0], tests=ATTENTION),  # and so with transformers 4
+    *(Row(f"verl='{release}'", release) for release in RELEASES[1:-1]),
     Row(f"verl='{RELEASES[-1]}'", more=(*FLAGGEMS, "matplotlib"), tests=ALL),
     Row(f"verl='{RELEASES[-1]}', torch='2.11.0'", torch="2.11.0"),
 ]

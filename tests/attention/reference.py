@@ -33,16 +33,11 @@ def random_case(tokens_q, tokens_k, heads, kv_heads, size, size_v=None, dtype=to
 
 
 def visible(queries, keys, form):
-    """Return (queries, keys) of whether a query sees a key, pair by pair."""
-    seen = torch.zeros(queries, keys, dtype=torch.bool)
-    for i in range(queries):
-        for j in range(keys):
-            d = j - (i + keys - queries)
-            seen[i, j] = (
-                (d <= 0 or not form.causal)
-                and (form.window[0] == ANY or d >= -form.window[0])
-                and (form.window[1] == ANY or d <= form.window[1])
-            )
+    """Return (queries, keys) of whether a query sees a key."""
+    d = torch.arange(keys)[None, :] - (torch.arange(queries)[:, None] + keys - queries)
+    seen = d <= 0 if form.causal else d == d
+    for side, distance in zip(form.window, (-d, d), strict=True):
+        seen = seen if side == ANY else seen & (distance <= side)
     return seen
 
 
