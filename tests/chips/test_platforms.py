@@ -259,20 +259,29 @@ def load_value_model(tmp_path, monkeypatch):
     device, model = pytest.importorskip("verl.utils.device"), pytest.importorskip("verl.utils.model")
     monkeypatch.setattr("verl_fl_overlay.compat.flash_attn.flash_attn_imports", lambda: False)
 
-    def load(name: str, config: str):
+    def load(name: str, config: str, **configured: str):
         monkeypatch.setattr(device, "get_device_name", lambda: name)
-        arguments = str(tmp_path), None, getattr(transformers, config)(), False
+        arguments = str(tmp_path), None, getattr(transformers, config)(**configured), False
         return value_model_hook().wrapper(model.load_valuehead_model, None, arguments, {})
 
     return load
 
 
-@pytest.mark.parametrize(("device", "attention"), [("cuda", "sdpa"), ("npu", "flash_attention_2")])
-def test_an_npu_s_value_model_keeps_verls_attention(load_value_model, monkeypatch, device, attention):
+@pytest.mark.parametrize(
+    ("device", "configured", "attention"),
+    [
+        ("cuda", {}, "flash_attention_2"),
+        ("cuda", {"attn_implementation": "sdpa"}, "sdpa"),
+        ("npu", {"attn_implementation": "sdpa"}, "flash_attention_2"),
+    ],
+)
+def test_a_value_model_gets_the_configured_attention_but_on_an_npu(
+    load_value_model, monkeypatch, device, configured, attention
+):
     from transformers import AutoModelForTokenClassification
 
     monkeypatch.setattr(AutoModelForTokenClassification, "from_pretrained", lambda **asked: asked)
-    assert load_value_model(device, "Qwen2Config")["attn_implementation"] == attention
+    assert load_value_model(device, "Qwen2Config", **configured)["attn_implementation"] == attention
 
 
 @pytest.mark.skipif(find_spec("trl") is not None, reason="with trl verl goes on to load the model")

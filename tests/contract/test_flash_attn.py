@@ -12,6 +12,7 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 from verl.utils import torch_functional  # noqa: E402
 
+from verl_fl_overlay.compat import transformers_attention  # noqa: E402
 from verl_fl_overlay.compat.flash_attn import padding_hook, value_model_hook  # noqa: E402
 from verl_fl_overlay.compat.token_logprobs import logprobs_hook  # noqa: E402
 from verl_fl_overlay.features.logprobs import Logprobs  # noqa: E402
@@ -62,3 +63,51 @@ def flash_attn(monkeypatch):
 @pytest.mark.parametrize("hook", [padding_hook(), value_model_hook()], ids=lambda hook: hook.name)
 def test_padding_and_value_models(flash_attn, hook):
     assert hook.wrapper(lambda *args, **kwargs: (args, kwargs), None, (1,), {"a": 2}) == ((1,), {"a": 2})
+
+
+class Model:
+    """As much of a transformers model as the hooks look at."""
+
+    _supports_flash_attn = True
+
+
+def asked(wrapper, what="flash_attention_2", model=Model):
+    return wrapper(lambda *args, **kwargs: "theirs", model(), (what,), {})
+
+
+SEAMS = [hook for hook in transformers_attention.hooks() if hook.name != "attention.available"]
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch):
+    """Let transformers load no functions, since the hook on that is not on here."""
+    name = f"{transformers_attention.FUNCTIONS}.lazy_import_flash_attention"
+    monkeypatch.setattr(name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture(params=SEAMS, ids=lambda hook: hook.name)
+def wrapper(request):
+    return request.param.wrapper
+
+
+@pytest.mark.parametrize("there", ["is_flash_attn_2_available", "is_torch_npu_available", "is_torch_xpu_available"])
+def test_functions_of_others_stay(wrapper, there, flash_attn, monkeypatch):
+    monkeypatch.setattr(f"transformers.utils.{there}", lambda: True)
+    assert asked(wrapper) == "theirs"
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_none(wrapper, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(transformers_attention, "flash_attn_imports", lambda: False)
+    assert asked(wrapper) != "theirs"
+
+
+@pytest.mark.parametrize("what", ["sdpa", "eager", "flash_attention_3", "kernels-community/flash-attn2", None])
+def test_any_other_attention_is_transformers_own_matter(wrapper, what):
+    assert asked(wrapper, what) == "theirs"
+
+
+def test_a_model_that_cannot_do_it_is_left_to_transformers():
+    (dispatch,) = (hook for hook in SEAMS if hook.name == "attention.dispatch")
+    assert asked(dispatch.wrapper, model=type("Bloom", (), {"_supports_flash_attn": False})) == "theirs"
+    assert asked(dispatch.wrapper, model=type("Old", (), {"_supports_flash_attn_2": True})) == "flash_attention_2"
