@@ -128,8 +128,8 @@ def gradients(model: Any) -> torch.Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-def packed(family: str, attention: str, images: bool) -> dict[str, Any]:
-    """Run the packed batch as verl's engine does, and each sequence alone."""
+def packed(family: str, attention: str, images: bool, first: int) -> dict[str, Any]:
+    """Run the packed batch as verl's engine does, and each sequence alone; positions begin at ``first``."""
     from verl.models.transformers.monkey_patch import apply_monkey_patch
 
     from verl_fl_overlay.compat.packing import Place
@@ -139,7 +139,7 @@ def packed(family: str, attention: str, images: bool) -> dict[str, Any]:
     tokens = sequences(images)
     reference, alone = build(family, "eager"), []
     for ids in tokens:
-        positions = torch.arange(len(ids)).expand(*rows, -1)
+        positions = (first + torch.arange(len(ids))).expand(*rows, -1)
         image = pictures(int(IMAGE in ids and images))
         alone.append(reference(input_ids=ids[None], position_ids=positions, use_cache=False, **image).logits)
     expected = torch.cat(alone, dim=1)
@@ -148,7 +148,7 @@ def packed(family: str, attention: str, images: bool) -> dict[str, Any]:
     model = build(family, attention)
     apply_monkey_patch(model, use_remove_padding=True)
     place = Place(model, 1, 0, nullcontext)
-    positions = torch.cat([torch.arange(len(ids)) for ids in tokens]).expand(*rows, -1)
+    positions = torch.cat([first + torch.arange(len(ids)) for ids in tokens]).expand(*rows, -1)
     refused = ""
     try:
         place.try_on(positions)
@@ -177,9 +177,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for case in sys.argv[1].split(","):
-        family, attention, *images = case.split("/")
+        family, attention, *more = case.split("/")
         try:
-            results[case] = packed(family, attention, bool(images))
+            results[case] = packed(family, attention, "images" in more, 3 if "later positions" in more else 0)
         except Exception as error:  # what the model or verl raises is the result
             results[case] = {"error": f"{type(error).__name__}: {error}"}
     results["report"] = report()

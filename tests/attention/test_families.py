@@ -20,7 +20,7 @@ SOUND = (
 )
 WITH_IMAGES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 RIGHT = [f"{family}/{DEFAULT}" for family in SOUND] + [f"{family}/{DEFAULT}/images" for family in WITH_IMAGES]
-RIGHT += ["qwen2/sdpa", "qwen3/eager", "mistral/sdpa"]
+RIGHT += ["qwen2/sdpa", "qwen3/eager", "mistral/sdpa", f"qwen2/{DEFAULT}/later positions"]
 LEAK = [f"{family}/{DEFAULT}" for family in ("qwen3_next", "qwen3_5_text", "lfm2", "bamba")]
 WRONG = {**dict.fromkeys(["gpt_oss/eager", *LEAK], "mixes packed sequences"), "llama4_text/sdpa": "every 8 tokens"}
 NEW = {"qwen3_5_text": "5"}
