@@ -17,7 +17,7 @@ from typing import Any
 
 from verl_fl_overlay.compat import transformers_attention
 from verl_fl_overlay.errors import PackingError
-from verl_fl_overlay.events import packed_model
+from verl_fl_overlay.events import failures, packed_model
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.kernels.sequences import PackedModel
 
@@ -123,15 +123,17 @@ def engine_hooks() -> list[Hook]:
         ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
         if given.get("attention_mask") is not None or not ids.is_nested or not _is_own(engine):
             return given, about
-        place = _of_engine(engine)
-        lengths = remembered[0] if remembered else ids.offsets().diff().tolist()
-        padding = int(about.get("pad_size", 0))
-        ends = ids.offsets().int()
-        if padding:
-            ends = _with(ends, sum(lengths) + padding)
-        if "temperature" not in given:  # with it verl's fused head gives log-probs, and no logits to compare
-            place.try_on(given["position_ids"])
-        return {**given, **place.lengths(ends, max(*lengths, padding))}, about
+
+        def lengths_of(place: Place) -> dict[str, Any]:
+            lengths = remembered[0] if remembered else ids.offsets().diff().tolist()
+            padding = int(about.get("pad_size", 0))
+            ends = ids.offsets().int()
+            if "temperature" not in given:  # with it verl's fused head gives log-probs, and no logits to compare
+                place.try_on(given["position_ids"])
+            ends = _with(ends, sum(lengths) + padding) if padding else ends
+            return place.lengths(ends, max(*lengths, padding))
+
+        return {**given, **_or_none(lambda: lengths_of(_of_engine(engine)))}, about
 
     hook = partial(Hook, module=ENGINE, feature="attention", required=False)
     return [
@@ -157,6 +159,21 @@ def engine_hooks() -> list[Hook]:
             until="verl gives cu_seq_lens_q and max_length_q to the model",
         ),
     ]
+
+
+def _or_none(lengths: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the lengths to give to a model; none if a changed verl does not tell them, which is recorded.
+
+    Raises:
+        PackingError: the model does not keep packed sequences apart.
+    """
+    try:
+        return lengths()
+    except PackingError:
+        raise
+    except Exception as error:
+        failures.record("the lengths of packed sequences", error)
+        return {}
 
 
 def _is_own(engine: Any) -> bool:
@@ -200,15 +217,19 @@ def _worker(module: str) -> Wrapper:
         lengths = batch["attention_mask"].sum(-1).tolist() if worker.use_remove_padding else []
         if not sum(lengths) or getattr(worker, "use_prefix_grouper", False):
             return wrapped(*args, **kwargs)
-        ranks, rank = _ulysses(worker)
-        place = Place(getattr(worker, module), ranks, rank, partial(_autocast, getattr(worker, "param_dtype", None)))
-        positions = batch["position_ids"][:1, ..., :1]  # (1, 1), for a vision-language model (1, rows, 1)
-        if not getattr(worker, "use_fused_kernels", False):
-            place.try_on(positions.transpose(0, 1) if positions.dim() == 3 else positions)
-        padding = -sum(lengths) % ranks
-        ends = batch["attention_mask"].new_tensor([0, *accumulate(lengths)]).int()
-        given = place.lengths(_with(ends, sum(lengths) + padding) if padding else ends, max(*lengths, padding))
-        with _given(place.module, given):
+
+        def lengths_of(place: Place) -> dict[str, Any]:
+            positions = batch["position_ids"][:1, ..., :1]  # (1, 1), for a vision-language model (1, rows, 1)
+            if not getattr(worker, "use_fused_kernels", False):
+                place.try_on(positions.transpose(0, 1) if positions.dim() == 3 else positions)
+            padding = -sum(lengths) % place.ranks
+            ends = batch["attention_mask"].new_tensor([0, *accumulate(lengths)]).int()
+            ends = _with(ends, sum(lengths) + padding) if padding else ends
+            return place.lengths(ends, max(*lengths, padding))
+
+        model = getattr(worker, module)
+        autocast = partial(_autocast, getattr(worker, "param_dtype", None))
+        with _given(model, _or_none(lambda: lengths_of(Place(model, *_ulysses(worker), autocast)))):
             return wrapped(*args, **kwargs)
 
     return forward
