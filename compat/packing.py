@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
 from verl_fl_overlay.compat import transformers_attention
-from verl_fl_overlay.errors import PackingError
+from verl_fl_overlay.errors import OverlayError, PackingError
 from verl_fl_overlay.events import failures, packed_model
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.kernels.sequences import PackedModel
@@ -32,6 +33,9 @@ QWEN_2 = {
 GLM_4 = {"transformers.models.glm4v.modeling_glm4v": "Glm4vTextAttention"}
 NATIVE = {"qwen2_vl": QWEN_2, "qwen2_5_vl": QWEN_2, "glm4v": GLM_4}
 """Type of a vision-language model -> the modules and classes of attention whose forward verl replaces for it."""
+
+VERLS_OWN = {*NATIVE, "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}
+"""Types of models with towers whose forward verl replaces: it gives lengths to the text model alone."""
 ITS_ATTENTION = "transformers:PretrainedConfig._attn_implementation"
 """What ``attention_of`` reads; it asks for ``get_text_config`` too, and goes without it."""
 OF_A_PLACE = (
@@ -64,40 +68,59 @@ class Place:
         return next((module for module in self.module.modules() if isinstance(module, PreTrainedModel)), None)
 
     def lengths(self, ends: Any, longest: int) -> dict[str, Any]:
-        """Return the model's inputs that hold the cumulative lengths, int32 on its device; none if it takes none."""
-        model = self.model
-        if model is None or not attention_of(model).startswith("flash"):
-            return {}
-        parameters = inspect.signature(model.forward).parameters.values()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        """Return the model's inputs that hold the cumulative lengths, int32 on its device; none if it takes none.
+
+        transformers' own forwards of models with a tower give that the lengths too, beside its own ones.
+        """
+        config, flash = self.model.config, attention_of(self.model).startswith("flash")
+        towers = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        parameters = inspect.signature(self.model.forward).parameters.values()
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if not flash or not takes_more or (towers and config.model_type not in VERLS_OWN):
             return {}
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
-    def try_on(self, positions: Any) -> None:
-        """Let the model be tried on a few tokens, with positions of the form of ``positions``.
+    def try_on(self, inputs: Mapping[str, Any]) -> None:
+        """Let the model be tried on a few tokens, in eval mode and otherwise as with ``inputs``, which verl gives it.
 
         Raises:
             PackingError: it does not keep packed sequences apart.
         """
-        model = self.model
-        if model is None:
-            return
+        model, positions = self.model, inputs["position_ids"]
         whole = hasattr(model.config, "vision_config")  # verl cuts these models' inputs after the embedding
+        training = [module for module in self.module.modules() if module.training]
 
         def forward(ids: Any, ends: tuple[int, ...]) -> Any:
             import torch
 
             cuts = [torch.arange(end - first) for first, end in pairwise(ends)]
             position_ids = torch.cat(cuts).to(positions).expand(*positions.shape[:-1], ends[-1])
-            part = slice(None) if whole else slice(self.rank * ids.shape[1] // self.ranks, None)
-            size = ids.shape[1] if whole else ids.shape[1] // self.ranks
-            given = {"input_ids": ids[:, part][:, :size], "position_ids": position_ids[..., part][..., :size]}
-            lengths = self.lengths(torch.tensor(ends, dtype=torch.int32, device=ids.device), max(map(len, cuts)))
+            cumulative = torch.tensor(ends, device=ids.device)
+            size = ends[-1] // self.ranks
+            here = slice(self.rank * size, (self.rank + 1) * size)
+            part = slice(None) if whole else here
+            given = {"input_ids": ids[:, part], "position_ids": position_ids[..., part]}
+            given |= self.lengths(cumulative.int(), max(map(len, cuts)))
+            if "cu_seqlens" in inputs:
+                given |= {"cu_seqlens": cumulative, "cu_seqlens_cpu": cumulative.cpu()}
+            if "temperature" in inputs:  # verl's fused head gives log-probs and no logits
+                given |= {"temperature": 1.0, "return_dict": True}
+            if "shift_labels" in inputs:
+                given |= {"shift_labels": ids.roll(-1, 1)[:, here]}
             with self.autocast():
-                output = self.module(**given, **lengths, attention_mask=None, use_cache=False)
+                output = self.module(**given, attention_mask=None, use_cache=False)
+            if "temperature" in inputs:
+                return output.log_probs.unsqueeze(-1)
             return output[2].unsqueeze(-1) if hasattr(self.module, "v_head") else output.logits
 
-        packed_model.ask(PackedModel(model, model.config, positions.device, forward, self.rank, self.ranks))
+        self.module.eval()
+        try:
+            told = bool(self.lengths(None, 0))
+            description = model.config, positions.device, forward, attention_of(model), told, self.rank, self.ranks
+            packed_model.ask(PackedModel(model, *description))
+        finally:
+            for module in training:
+                module.training = True
 
 
 def attention_of(model: Any) -> str:
@@ -107,31 +130,33 @@ def attention_of(model: Any) -> str:
 
 
 def engine_hooks() -> list[Hook]:
-    """Return the hooks on verl's FSDP engine.  Two of its methods share what this call of the factory remembers."""
-    remembered: list[list[int]] = []
+    """Return the hooks on verl's FSDP engine.  The hook on one of its methods tells the other the lengths."""
+    on_host: ContextVar[list[int]] = ContextVar("lengths of the micro-batch", default=[])  # noqa: B039  nobody adds
 
     def forward_step(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = kwargs["micro_batch"] if "micro_batch" in kwargs else args[0]
-        remembered[:] = [batch["input_ids"].offsets().diff().tolist()] if batch["input_ids"].is_nested else []
+        ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
+        token = on_host.set(ids.offsets().diff().tolist() if ids.is_nested else [])
         try:
             return wrapped(*args, **kwargs)
         finally:
-            remembered.clear()
+            on_host.reset(token)
 
     def inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, about = wrapped(*args, **kwargs)
         ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
-        if given.get("attention_mask") is not None or not ids.is_nested or not _is_own(engine):
+        if given.get("attention_mask") is not None or not ids.is_nested:
             return given, about
 
         def lengths_of(place: Place) -> dict[str, Any]:
-            lengths = remembered[0] if remembered else ids.offsets().diff().tolist()
-            padding = int(about.get("pad_size", 0))
-            ends = ids.offsets().int()
-            if "temperature" not in given:  # with it verl's fused head gives log-probs, and no logits to compare
-                place.try_on(given["position_ids"])
-            ends = _with(ends, sum(lengths) + padding) if padding else ends
-            return place.lengths(ends, max(*lengths, padding))
+            tokens, lengths = ids.values().shape[0], on_host.get()
+            if len(lengths) != ids.shape[0] or sum(lengths) != tokens:  # those of another batch
+                lengths = ids.offsets().diff().tolist()
+            if not tokens or place.model is None or sum(lengths) != tokens:
+                return {}
+            place.try_on(given)
+            padding, ends = int(about.get("pad_size", 0)), ids.offsets().int()
+            ends = _with(ends, tokens + padding) if padding else ends
+            return place.lengths(ends, max(*lengths, padding)) if _is_own(engine) else {}
 
         return {**given, **_or_none(lambda: lengths_of(_of_engine(engine)))}, about
 
@@ -165,11 +190,11 @@ def _or_none(lengths: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the lengths to give to a model; none if a changed verl does not tell them, which is recorded.
 
     Raises:
-        PackingError: the model does not keep packed sequences apart.
+        OverlayError: the model does not keep packed sequences apart, or cannot run on them.
     """
     try:
         return lengths()
-    except PackingError:
+    except OverlayError:
         raise
     except Exception as error:
         failures.record("the lengths of packed sequences", error)
@@ -215,13 +240,15 @@ def _worker(module: str) -> Wrapper:
     def forward(wrapped: Call, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = kwargs["micro_batch"] if "micro_batch" in kwargs else args[0]
         lengths = batch["attention_mask"].sum(-1).tolist() if worker.use_remove_padding else []
-        if not sum(lengths) or getattr(worker, "use_prefix_grouper", False):
+        if not sum(lengths):
             return wrapped(*args, **kwargs)
 
         def lengths_of(place: Place) -> dict[str, Any]:
+            if place.model is None:
+                return {}
             positions = batch["position_ids"][:1, ..., :1]  # (1, 1), for a vision-language model (1, rows, 1)
-            if not getattr(worker, "use_fused_kernels", False):
-                place.try_on(positions.transpose(0, 1) if positions.dim() == 3 else positions)
+            fused = {"temperature": 1.0} if getattr(worker, "use_fused_kernels", False) else {}
+            place.try_on({"position_ids": positions.transpose(0, 1) if positions.dim() == 3 else positions, **fused})
             padding = -sum(lengths) % place.ranks
             ends = batch["attention_mask"].new_tensor([0, *accumulate(lengths)]).int()
             ends = _with(ends, sum(lengths) + padding) if padding else ends
@@ -245,13 +272,13 @@ def _given(module: Any, more: dict[str, Any]) -> Iterator[None]:
         handle.remove()
 
 
-def worker_hooks(prefix_grouper: bool) -> list[Hook]:
-    """Return the hooks on the legacy workers of verl 0.7; ``prefix_grouper``: whether the actor of this release has it.
+def worker_hooks() -> list[Hook]:
+    """Return the hooks on the legacy workers of verl 0.7.
 
-    What only some of them have is asked for with a default: the critic computes in bf16 and has no fused kernels.
+    What only the actor has is asked for with a default: the critic computes in bf16 and has no fused kernels.
     """
     hook = partial(Hook, feature="attention", required=False, until="verl 0.8.0, which has no legacy workers")
-    actors = ("use_fused_kernels", "param_dtype", *(["use_prefix_grouper"] if prefix_grouper else []))
+    actors = ("use_fused_kernels", "param_dtype")
     classes = {
         "actor": ("actor.dp_actor", "DataParallelPPOActor", "actor_module", actors),
         "critic": ("critic.dp_critic", "DataParallelPPOCritic", "critic_module", ()),

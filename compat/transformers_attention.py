@@ -127,6 +127,7 @@ def hooks() -> list[Hook]:
             why="transformers refuses flash_attention_2 without flash-attn, or downloads a kernel; with the overlay "
             "it has functions of its own.",
             upstream=f"{UPSTREAM}/modeling_utils.py#L1878",
+            pair="attention.functions",
             relies_on=(
                 *ASKED,
                 f"{FUNCTIONS}:lazy_import_flash_attention",
@@ -141,6 +142,7 @@ def hooks() -> list[Hook]:
             why="transformers takes flash_attention_2's functions from flash-attn here; where that cannot be imported "
             "it gets the overlay's.",
             upstream=f"{UPSTREAM}/modeling_flash_attention_utils.py#L139",
+            pair="attention.dispatch",
             relies_on=(*ASKED, f"{FUNCTIONS}:_pad_input", f"{FUNCTIONS}:_unpad_input"),
         ),
         hook(

@@ -18,7 +18,7 @@ def hooks(version: Version) -> list[Hook]:
     return [
         *every_release.hooks(initialize, consumers),
         *legacy_workers.hooks(),
-        *packing.worker_hooks(prefix_grouper=not first),
+        *packing.worker_hooks(),
         flash_attn.padding_hook(),
         process_group.backend_name_hook(),
         *([] if first else process_group.checkpoint_engine_hooks()),

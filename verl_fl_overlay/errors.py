@@ -28,6 +28,10 @@ class FlagCXError(OverlayError):
     """FlagCX was asked for, but its plugin or library is missing, does not load, or cannot do what verl asks for."""
 
 
+class AttentionInputError(OverlayError):
+    """Queries, keys, values and sequences that do not belong together."""
+
+
 class PackingError(OverlayError):
     """A model that does not keep packed sequences apart was given some; its numbers would be wrong."""
 

@@ -43,7 +43,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 6},
     "gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
     "gemma3_text": {"head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "gpt_oss": {
+        "head_dim": 16,
+        "attention_dropout": 0.1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
     "deepseek_v3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -59,6 +65,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "pegasus": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
     "qwen3_5_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 32},
@@ -148,12 +155,15 @@ def packed(family: str, attention: str, images: bool, first: int) -> dict[str, A
     model = build(family, attention)
     apply_monkey_patch(model, use_remove_padding=True)
     place = Place(model, 1, 0, nullcontext)
+    model.train()  # as in a step: dropout must not hide a leak
     positions = torch.cat([first + torch.arange(len(ids)) for ids in tokens]).expand(*rows, -1)
     refused = ""
     try:
-        place.try_on(positions)
+        place.try_on({"position_ids": positions})
     except PackingError as error:
         refused = str(error)
+    assert all(module.training for module in model.modules())
+    model.eval()
     ends = torch.tensor([0, *accumulate(map(len, tokens))], dtype=torch.int32)
     lengths = place.lengths(ends, max(map(len, tokens)))
     image = pictures(sum(IMAGE in ids for ids in tokens) if images else 0)
@@ -169,6 +179,27 @@ def packed(family: str, attention: str, images: bool, first: int) -> dict[str, A
     }
 
 
+def tried_with_verls_fused_head(family: str, attention: str) -> dict[str, Any]:
+    """Return what the trial says where verl's fused head gives log-probs and no logits."""
+    import inspect
+
+    from verl.models.transformers.monkey_patch import apply_monkey_patch
+
+    from verl_fl_overlay.compat.packing import Place
+    from verl_fl_overlay.errors import PackingError
+
+    model = build(family, attention)
+    apply_monkey_patch(model, use_remove_padding=True, use_fused_kernels=True, fused_kernels_backend="torch")
+    inputs = {"position_ids": torch.zeros(1, 1, dtype=torch.long), "temperature": 1.0}
+    if "shift_labels" in inspect.signature(model.forward).parameters:
+        inputs["shift_labels"] = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        Place(model, 1, 0, nullcontext).try_on(inputs)
+    except PackingError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
 def main() -> None:
     import verl  # noqa: F401
 
@@ -179,6 +210,9 @@ def main() -> None:
     for case in sys.argv[1].split(","):
         family, attention, *more = case.split("/")
         try:
+            if more == ["fused head"]:  # after all others: verl replaces the forward of the class
+                results[case] = tried_with_verls_fused_head(family, attention)
+                continue
             results[case] = packed(family, attention, "images" in more, 3 if "later positions" in more else 0)
         except Exception as error:  # what the model or verl raises is the result
             results[case] = {"error": f"{type(error).__name__}: {error}"}

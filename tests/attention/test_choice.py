@@ -10,9 +10,10 @@ torch = pytest.importorskip("torch")
 
 from attention.interpreted import CASES  # noqa: E402
 from attention.reference import error, expected, packed, random_case  # noqa: E402
+from verl_fl_overlay.errors import AttentionInputError  # noqa: E402
 from verl_fl_overlay.kernels import attention  # noqa: E402
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
-from verl_fl_overlay.kernels.attention import AttentionInputError, Backend, PackedAttention  # noqa: E402
+from verl_fl_overlay.kernels.attention import Backend, PackedAttention  # noqa: E402
 from verl_fl_overlay.kernels.attention_torch import one_at_a_time  # noqa: E402
 from verl_fl_overlay.kernels.sequences import ANY, Form, Sequences  # noqa: E402
 
@@ -128,7 +129,9 @@ def test_what_a_backend_declines_is_told(monkeypatch):
 
 
 def problem(**fields):
-    cuda = attention.Problem(torch.device("cuda:0"), torch.bfloat16, 128, 128, 6, True, False, 0.0, False, False)
+    cuda = attention.Problem(
+        torch.device("cuda:0"), torch.bfloat16, 128, 128, 6, True, (False, False), 0.0, False, False
+    )
     return cuda._replace(**fields)
 
 
@@ -150,12 +153,21 @@ def test_what_torchs_flash_attention_declines(fields, reason):
     assert (reason in said) if reason else said == ""
 
 
-def test_it_is_repeatable_where_torch_is_told_so():
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert attention.BACKENDS[0].declines(problem(deterministic=True)) == ""
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_where_torch_is_repeatable_nothing_more_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose(monkeypatch, named(same), deterministic=True)[0] == "cpu, float32, heads of 16, causal"
+
+
+def test_each_side_of_a_window_is_checked_for_itself(monkeypatch):
+    def no_right_side(query, key, value, sequences, form, sinks=None):
+        return same(query, key, value, sequences, replace(form, window=(form.window[0], ANY)), sinks)
+
+    monkeypatch.setattr(attention, "BACKENDS", (named(no_right_side), attention.BACKENDS[-1]))
+    made, (query, key, value, _) = PackedAttention(Agreement()), random_case(9, 9, 4, 2, 16)
+    for window in ((3, ANY), (3, 3)):
+        form = Form(0.25, causal=False, window=window)
+        found = made(query, key, value, packed([4, 5]), form)
+        assert torch.equal(found, one_at_a_time(query, key, value, packed([4, 5]), form))
 
 
 def test_without_triton_there_is_none(monkeypatch):
@@ -188,3 +200,9 @@ def test_sinks_of_all_heads_beside_some_heads_are_refused():
     query, key, value, _ = random_case(9, 9, 4, 2, 16)
     with pytest.raises(AttentionInputError, match=r"8 sinks and 4 heads.*ulysses_sequence_parallel_size=1"):
         PackedAttention(Agreement())(query, key, value, packed([9]), Form(0.25), torch.zeros(8))
+
+
+def test_lengths_of_another_batch_are_refused():
+    query, key, value, _ = random_case(20, 20, 4, 2, 16)
+    with pytest.raises(AttentionInputError, match="ends at query 30 and key 30, and there are 20 queries and 20 keys"):
+        PackedAttention(Agreement())(query, key, value, packed([8, 22]), Form(0.25))

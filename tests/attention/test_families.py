@@ -22,9 +22,14 @@ WITH_IMAGES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 RIGHT = [f"{family}/{DEFAULT}" for family in SOUND] + [f"{family}/{DEFAULT}/images" for family in WITH_IMAGES]
 RIGHT += ["qwen2/sdpa", "qwen3/eager", "mistral/sdpa", f"qwen2/{DEFAULT}/later positions"]
 LEAK = [f"{family}/{DEFAULT}" for family in ("qwen3_next", "qwen3_5_text", "lfm2", "bamba")]
-WRONG = {**dict.fromkeys(["gpt_oss/eager", *LEAK], "mixes packed sequences"), "llama4_text/sdpa": "every 8 tokens"}
-NEW = {"qwen3_5_text": "5"}
-"""Family -> the transformers that has it first."""
+WRONG = {
+    **dict.fromkeys(["gpt_oss/eager", *LEAK], "mixes packed sequences"),
+    "llama4_text/sdpa": "every 8 tokens",
+    f"pegasus/{DEFAULT}": "changes with its place in the batch",
+}
+FUSED_HEAD = {f"qwen2/{DEFAULT}/fused head": "", "gpt_oss/eager/fused head": "mixes packed sequences"}
+NEW = {"qwen3_5_text": "5", "pegasus": "5"}
+"""Family -> the transformers that runs it with positions first."""
 
 
 def here(case: str) -> bool:
@@ -33,7 +38,7 @@ def here(case: str) -> bool:
 
 @pytest.fixture(scope="module")
 def found():
-    cases = ",".join(filter(here, [*RIGHT, *WRONG]))
+    cases = ",".join(filter(here, [*RIGHT, *WRONG, *FUSED_HEAD]))
     return result(PROGRAM, cases, env={**OVERLAY, "TRANSFORMERS_VERBOSITY": "error"}, timeout=600)
 
 
@@ -48,13 +53,19 @@ def test_packed_sequences_equal_each_alone(found, case):
 @pytest.mark.parametrize("case", WRONG)
 def test_a_model_that_mixes_sequences_is_refused(found, case):
     if not here(case):
-        pytest.skip(f"transformers {version('transformers')} does not have this family")
+        pytest.skip(f"transformers {version('transformers')} does not run this family with positions")
     _family, attention = case.split("/")
     assert found[case]["logits"] > 1e-2, "it is wrong, so the refusal is due"
     refused = found[case]["refused"]
     assert WRONG[case] in refused
     assert f"ForCausalLM, {attention} " in refused
     assert "use_remove_padding=False" in refused
+
+
+@pytest.mark.parametrize("case", FUSED_HEAD)
+def test_models_with_verls_fused_head_are_tried_too(found, case):
+    refused = found[case]["refused"]
+    assert (FUSED_HEAD[case] in refused) if FUSED_HEAD[case] else refused == ""
 
 
 @pytest.mark.parametrize("family", SOUND)

@@ -137,7 +137,7 @@ def test_the_command_runs_what_verl_runs_by_default(tmp_path):
     result, lines = told(tmp_path)
     assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16": "torch"}
     assert list(result["overlay"]["attention"]["backends"]) == ["cpu, bfloat16, heads of 16, causal"]
-    assert result["native"] == {"attention": "sdpa", "padding": True}
+    assert result["native"] == {"attention": "eager", "padding": True}
     assert LARGEST not in lines
     assert 0 < lines[FROM_FP32[0]]["difference"] < lines[FROM_FP32[0]]["noise"]  # verl's are rounded to bf16 there
     assert lines["entropy, mean distance from fp32, relative"]["noise"] > 0

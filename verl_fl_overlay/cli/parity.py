@@ -1,9 +1,10 @@
 """``parity``: does a step with the overlay compute what verl computes without it, up to rounding?
 
 Four processes run one step of verl's real engine on the same weights and batch: twice without the overlay, which shows
-the noise; once with the overlay and the environment as the job will have it; and once in fp32 by SDPA, one sequence at
-a time, which is as near as one gets to the right numbers.  The job packs its sequences and takes flash_attention_2, as
-verl does when nothing is said.  Without flash-attn, verl alone cannot do that; then it runs padded, by SDPA.
+the noise; once with the overlay and the environment as the job will have it; and once in fp32 by eager attention, one
+sequence at a time, which is as near as one gets to the right numbers. The job packs its sequences and takes
+flash_attention_2, as verl does when nothing is said. Without flash-attn, verl alone cannot do that; then it runs
+padded, with eager attention too: SDPA has no soft cap and no sinks.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from verl_fl_overlay.packages import flash_attn_imports
 
 NOISE = 3.0
 """A difference is also allowed up to this multiple of the difference between two native runs."""
+
+EXACT = "eager"
+"""The attention of every model's own, written out."""
 
 AS_NATIVE = 1.5
 """A distance from fp32 is also allowed up to this multiple of the native run's."""
@@ -179,17 +183,17 @@ def _relative(one: float, other: float) -> float:
 
 
 def as_verl_can(trial: Trial) -> Trial:
-    """Return what verl runs without the overlay: the same, or padded by SDPA where it has no flash-attn."""
+    """Return what verl runs without the overlay: the same, or padded and eager where it has no flash-attn."""
     if trial.attention != Trial.attention or flash_attn_imports():
         return trial
-    return replace(trial, attention="sdpa", padding=True)
+    return replace(trial, attention=EXACT, padding=True)
 
 
 def examine(trial: Trial) -> dict[str, Any]:
     """Run all four and compare; return the lines, the verdict and which kernels the overlay used."""
     without = as_verl_can(trial)
     native, again = (run_trial(without, native_environment()) for _ in range(2))
-    exact = run_trial(replace(trial, attention="sdpa", padding=True, micro_batch=1, fp32=True), native_environment())
+    exact = run_trial(replace(trial, attention=EXACT, padding=True, micro_batch=1, fp32=True), native_environment())
     ours = run_with_overlay(trial)
     lines = compare(native, again, ours, exact, alike=without == trial)
     return {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from verl_fl_overlay import events
 from verl_fl_overlay.devices.accelerator import accelerator
-from verl_fl_overlay.errors import PackingError
+from verl_fl_overlay.errors import OverlayError, PackingError
 from verl_fl_overlay.features.feature import Feature
-from verl_fl_overlay.packages import installed
+from verl_fl_overlay.packages import flash_attn_imports, installed
 from verl_fl_overlay.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Attention(Feature):
         super().__init__(settings)
         self._made: PackedAttention | None = None
         self._tried: dict[str, str] = {}
-        self._sound: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
+        self._sound: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # a model that verl has dropped is not kept
 
     def start(self) -> None:
         """Answer from now on."""
@@ -65,35 +65,51 @@ class Attention(Feature):
         return self._made(*given)
 
     def _try(self, packed: PackedModel) -> None:
-        """Raise if the model does not keep packed sequences apart.
+        """Raise if the model does not keep packed sequences apart; a model is tried once for each attention.
 
         Raises:
-            PackingError: it mixes them, or cuts them; names the model, the setting and the way out.
+            PackingError: it mixes them, or cuts them, or could not be tried; names the model, the setting and the way
+                out.
         """
-        from verl_fl_overlay.kernels.packing import fault
+        from verl_fl_overlay.kernels.packing import NoOutputError, fault
 
-        if packed.model in self._sound:
+        if self._sound.get(packed.model) == packed.attention:
             return
-        name = f"{type(packed.model).__name__}, {getattr(packed.config, '_attn_implementation', None)}"
+        name = f"{type(packed.model).__name__.removeprefix('FSDP')}, {packed.attention}"
         try:
             found = fault(packed)
+        except OverlayError:
+            raise
+        except NoOutputError as error:
+            self._tried[name] = f"not tried yet: {error}"
+            return
         except Exception as error:  # whatever the model raises on a few tokens of text
-            self._tried[name] = f"not tried: {type(error).__name__}: {' '.join(str(error).split())}"
-            found = ""
+            found = f"could not be tried on packed sequences: {type(error).__name__}: {' '.join(str(error).split())}"
+            self._tried[name] = found
+            if not packed.told:
+                raise PackingError(_refusal(name, found, packed.attention)) from error
             events.failures.record(f"the trial of packed sequences in {name}", error)
         else:
             self._tried[name] = found or "keeps them apart"
-        if found:
-            raise PackingError(
-                f"{name} {found}. Its numbers would be wrong. Ways on: attn_implementation=flash_attention_2 in the "
-                "model's override_config; the package that its other layers take packed sequences with (Qwen3-Next and "
-                "Qwen3.5: flash-linear-attention and causal-conv1d); or no packing, with use_remove_padding=False of "
-                "actor_rollout_ref.model and critic.model"
-            )
-        self._sound.add(packed.model)
+            if found:
+                raise PackingError(_refusal(name, found, packed.attention))
+        self._sound[packed.model] = packed.attention
+
+
+def _refusal(name: str, found: str, attention: str) -> str:
+    default = "" if "flash" in attention else "attn_implementation=flash_attention_2 in the model's override_config; "
+    return (
+        f"{name} {found}. Its numbers would be wrong. Ways on: {default}the package that its other layers take packed "
+        "sequences with (Qwen3-Next and Qwen3.5: flash-linear-attention and causal-conv1d); or no packing, with "
+        "use_remove_padding=False of actor_rollout_ref.model and critic.model"
+    )
 
 
 def _whose() -> str:
+    if installed("torch_npu"):
+        return "torch_npu's functions"
     if not installed(PACKAGE):
         return f"the overlay's functions: {PACKAGE} is not installed"
-    return f"{PACKAGE}'s functions" + ("" if PACKAGE in sys.modules else ", if it can be imported")
+    if "torch" in sys.modules and not flash_attn_imports():
+        return f"the overlay's functions: {PACKAGE} is installed and cannot be imported"
+    return f"{PACKAGE}'s functions"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.errors import AttentionInputError
 from verl_fl_overlay.kernels import attention_torch
 from verl_fl_overlay.kernels.agreement import Agreement, Pair, Samples, can_be_checked
 from verl_fl_overlay.kernels.sequences import ANY, Form, Sequences
@@ -27,10 +27,6 @@ MOST_TOKENS = 2**31 - 1
 """Ends of sequences are int32."""
 
 
-class AttentionInputError(OverlayError):
-    """Queries, keys, values and sequences that do not belong together, or what no backend computes."""
-
-
 class Problem(NamedTuple):
     """All that decides whether a backend can compute, and computes right."""
 
@@ -40,7 +36,7 @@ class Problem(NamedTuple):
     value_size: int
     heads_per_key: int
     causal: bool
-    window: bool
+    window: tuple[bool, bool]
     softcap: float
     sinks: bool
     deterministic: bool
@@ -49,7 +45,12 @@ class Problem(NamedTuple):
         parts = [self.device.type, str(self.dtype).removeprefix("torch."), f"heads of {self.size}"]
         parts += [f"values of {self.value_size}"] if self.value_size != self.size else []
         parts += ["causal" if self.causal else "not causal"]
-        told = {"window": self.window, "soft cap": self.softcap, "sinks": self.sinks, "repeatable": self.deterministic}
+        told = {
+            "window": any(self.window),
+            "soft cap": self.softcap,
+            "sinks": self.sinks,
+            "repeatable": self.deterministic,
+        }
         return ", ".join([*parts, *(name for name, true in told.items() if true)])
 
 
@@ -75,7 +76,7 @@ def _flash_declines(problem: Problem) -> str:
     lacks = [name for name, asked in {"soft cap": problem.softcap, "sinks": problem.sinks}.items() if asked]
     if lacks:
         return f"it has no {' and no '.join(lacks)}"
-    if problem.deterministic and not torch.are_deterministic_algorithms_enabled():
+    if problem.deterministic:
         return "its backward adds up in no fixed order unless torch.use_deterministic_algorithms is on"
     return ""
 
@@ -139,10 +140,10 @@ class PackedAttention:
             value.shape[2],
             query.shape[1] // key.shape[1],
             form.causal,
-            form.window != (ANY, ANY),
+            (form.window[0] != ANY, form.window[1] != ANY),
             form.softcap,
             sinks is not None,
-            deterministic and torch.is_grad_enabled(),
+            deterministic and torch.is_grad_enabled() and not torch.are_deterministic_algorithms_enabled(),
         )
         attend = self._chosen.get(problem) or self._choose(problem, form)
         return attend(query, key, value, sequences, form, sinks)

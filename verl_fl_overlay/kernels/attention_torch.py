@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from verl_fl_overlay.errors import AttentionInputError
 from verl_fl_overlay.kernels.sequences import ANY, Form, Sequences
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -78,6 +79,9 @@ def one_at_a_time(
 
     Returns:
         (tokens_q, heads, value size) in query's type; 0 for tokens after the last sequence.
+
+    Raises:
+        AttentionInputError: a sequence ends behind the last token.
     """
     heads = query.shape[1]
     key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
@@ -88,8 +92,13 @@ def one_at_a_time(
 
 def _each(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the queries, keys and values of each sequence, as views."""
-    ends = pairwise(sequences.ends_q.tolist()), pairwise(sequences.ends_k.tolist())
-    for (first_q, end_q), (first_k, end_k) in zip(*ends, strict=True):
+    ends_q, ends_k = sequences.ends_q.tolist(), sequences.ends_k.tolist()
+    if ends_q[-1] > query.shape[0] or ends_k[-1] > key.shape[0]:
+        raise AttentionInputError(
+            f"the last sequence ends at query {ends_q[-1]} and key {ends_k[-1]}, and there are {query.shape[0]} "
+            f"queries and {key.shape[0]} keys: the lengths are those of another batch"
+        )
+    for (first_q, end_q), (first_k, end_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
         yield query[first_q:end_q], key[first_k:end_k], value[first_k:end_k]
 
 

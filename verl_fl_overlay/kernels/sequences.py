@@ -51,12 +51,15 @@ class PackedModel:
 
     ``model`` is the torch module that has the configuration ``config``.  ``forward`` runs it on token ids (1, tokens)
     and on their cumulative lengths as ints, and returns what it gives for the tokens of this rank; (1, tokens / ranks,
-    outputs).  The sequences are spread over ``ranks`` ranks, of which this is number ``rank``.
+    outputs).  The sequences are spread over ``ranks`` ranks, of which this is number ``rank``.  ``attention`` is the
+    name of the model's attention, and ``told`` whether the model is given the lengths.
     """
 
     model: Any
     config: Any
     device: Any
     forward: Callable[[Any, tuple[int, ...]], Any]
+    attention: str
+    told: bool
     rank: int = 0
     ranks: int = 1
