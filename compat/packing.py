@@ -88,7 +88,6 @@ class Place:
         """
         model, positions = self.model, inputs["position_ids"]
         whole = hasattr(model.config, "vision_config")  # verl cuts these models' inputs after the embedding
-        training = [module for module in self.module.modules() if module.training]
 
         def forward(ids: Any, ends: tuple[int, ...]) -> Any:
             import torch
@@ -107,20 +106,27 @@ class Place:
                 given |= {"temperature": 1.0, "return_dict": True}
             if "shift_labels" in inputs:
                 given |= {"shift_labels": ids.roll(-1, 1)[:, here]}
-            with self.autocast():
+            with _evaluating(self.module), self.autocast():
                 output = self.module(**given, attention_mask=None, use_cache=False)
             if "temperature" in inputs:
                 return output.log_probs.unsqueeze(-1)
             return output[2].unsqueeze(-1) if hasattr(self.module, "v_head") else output.logits
 
-        self.module.eval()
-        try:
-            told = bool(self.lengths(None, 0))
-            description = model.config, positions.device, forward, attention_of(model), told, self.rank, self.ranks
-            packed_model.ask(PackedModel(model, *description))
-        finally:
-            for module in training:
-                module.training = True
+        told = bool(self.lengths(None, 0))
+        description = model.config, positions.device, forward, attention_of(model), told, self.rank, self.ranks
+        packed_model.ask(PackedModel(model, *description))
+
+
+@contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    """Have ``module`` in eval mode, and each part of it in its own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def attention_of(model: Any) -> str:
