@@ -102,7 +102,7 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        step.write_model(Path(folder), options.model, device)
+        step.write_model(Path(folder), step.MODELS[options.model], device)
         engine = step.engine(Path(folder), options.model, "overlay")
     from verl_fl_overlay.kernels.agreement import Agreement
 

@@ -144,26 +144,12 @@ def environment(name: str, tiny: bool) -> dict[str, str]:
 
 
 def write_model(folder: Path, size: Size) -> None:
-    """Write a Qwen2 with random weights in bf16."""
+    """Write the model, a Qwen2 whose head is its embedding."""
+    import step
     import torch
-    from arithmetic import tokenizer
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.vocabulary,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step.write_model(folder, size, device, max_position_embeddings=32768, tie_word_embeddings=True)
 
 
 def write_elsewhere(folder: Path, size: Size) -> None:

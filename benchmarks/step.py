@@ -73,23 +73,24 @@ def environment(row: str, tiny: bool) -> dict[str, str]:
     return {**kept, **overlay, **more.get(row, {})}
 
 
-def write_model(folder: Path, name: str, device: str) -> None:
-    """Write a Qwen2 with random weights in bf16."""
+def write_model(folder: Path, size: Any, device: str, **more: Any) -> None:
+    """Write a Qwen2 with random weights in bf16.
+
+    ``size`` has the sizes of ``Model`` up to the vocabulary; ``more`` are fields of its configuration.
+    """
     import torch
     from arithmetic import tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = MODELS[name]
     config = Qwen2Config(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        vocab_size=model.vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocabulary,
         dtype=torch.bfloat16,
+        **{"max_position_embeddings": 4096, "tie_word_embeddings": False, **more},
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -266,7 +267,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         for name in names:
             if not (folder / name).exists():
-                write_model(folder / name, name, "cpu" if tiny else "cuda")
+                write_model(folder / name, MODELS[name], "cpu" if tiny else "cuda")
         for row in options.rows.split(","):
             if tiny and row in NEED_A_GPU:
                 continue

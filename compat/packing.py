@@ -129,6 +129,11 @@ def _evaluating(module: Any) -> Iterator[None]:
             part.training = True
 
 
+def _first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a call, which may be given by its name."""
+    return kwargs[name] if name in kwargs else args[0]
+
+
 def attention_of(model: Any) -> str:
     """Return the name of the attention of ``model``'s text layers."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -140,7 +145,7 @@ def engine_hooks() -> list[Hook]:
     on_host: ContextVar[list[int]] = ContextVar("lengths of the micro-batch", default=[])  # noqa: B039  nobody adds
 
     def forward_step(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
+        ids = _first("micro_batch", args, kwargs)["input_ids"]
         token = on_host.set(ids.offsets().diff().tolist() if ids.is_nested else [])
         try:
             return wrapped(*args, **kwargs)
@@ -149,7 +154,7 @@ def engine_hooks() -> list[Hook]:
 
     def inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, about = wrapped(*args, **kwargs)
-        ids = (kwargs["micro_batch"] if "micro_batch" in kwargs else args[0])["input_ids"]
+        ids = _first("micro_batch", args, kwargs)["input_ids"]
         if given.get("attention_mask") is not None or not ids.is_nested:
             return given, about
 
@@ -244,7 +249,7 @@ def _worker(module: str) -> Wrapper:
     """Return the wrapper of a legacy worker's pass over a micro-batch; ``module`` is its attribute for the model."""
 
     def forward(wrapped: Call, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = kwargs["micro_batch"] if "micro_batch" in kwargs else args[0]
+        batch = _first("micro_batch", args, kwargs)
         lengths = batch["attention_mask"].sum(-1).tolist() if worker.use_remove_padding else []
         if not sum(lengths):
             return wrapped(*args, **kwargs)
@@ -310,7 +315,7 @@ def worker_hooks() -> list[Hook]:
 
 
 def _patch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    model = kwargs["model"] if "model" in kwargs else args[0]
+    model = _first("model", args, kwargs)
     ranks = kwargs.get("ulysses_sp_size", args[1] if len(args) > 1 else 1)
     if ranks > 1 and "flash" not in (attention := attention_of(model)):
         raise PackingError(
@@ -350,7 +355,7 @@ def _exchange(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _visual(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    visual = (kwargs["model"] if "model" in kwargs else args[0]).visual
+    visual = _first("model", args, kwargs).visual
     handle = visual.register_forward_hook(lambda _, __, output: getattr(output, "pooler_output", output))
     try:
         return wrapped(*args, **kwargs)
@@ -360,15 +365,13 @@ def _visual(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[st
 
 def model_hooks() -> list[Hook]:
     """Return the hooks on verl's changes to a model's classes, and on what it runs of a vision-language model."""
-    module = "verl.models.transformers.{}"
+    hook = partial(Hook, feature="attention", required=False)
     visual = [
-        Hook(
+        hook(
             name=f"attention.visual_{name}",
-            module=module.format(name),
+            module=f"verl.models.transformers.{name}",
             attribute="_get_input_embeds",
             wrapper=_visual,
-            feature="attention",
-            required=False,
             why="for a batch without images verl runs the vision tower on an empty one and takes its output for a "
             "tensor, which in transformers 5 it is not; it gets the tensor in it.",
             upstream=f"{SOURCE}/v0.9.1/verl/models/transformers/{name}.py",
@@ -376,31 +379,22 @@ def model_hooks() -> list[Hook]:
         )
         for name in ("qwen2_vl", "glm4v")
     ]
-    exchange = Hook(
+    exchange = hook(
         name="attention.positions",
         module=PATCH,
         attribute="_ulysses_flash_attention_forward",
         wrapper=_exchange,
-        feature="attention",
-        required=False,
         why="in each layer transformers looks whether the positions are those of packed sequences, although it has "
         "their lengths; then it gets no positions.",
         upstream=f"{SOURCE}/v0.9.1/{PATCH.replace('.', '/')}.py#L89",
         until="transformers does not look at positions where it has lengths",
         relies_on=("verl.utils.ulysses:get_ulysses_sequence_parallel_world_size",),
     )
-    return [*visual, exchange, patch_hook()]
-
-
-def patch_hook() -> Hook:
-    """Return the hook on verl's changes to a model's classes."""
-    return Hook(
+    patch = hook(
         name="attention.patch",
         module=PATCH,
         attribute="apply_monkey_patch",
         wrapper=_patch,
-        feature="attention",
-        required=False,
         why="verl's attention for vision-language models needs flash-attn and waits for the device in each layer, and "
         "transformers' own does what it is for; Ulysses without flash_attention_2 gives wrong numbers and is refused.",
         upstream=f"{SOURCE}/v0.9.1/{PATCH.replace('.', '/')}.py#L294",
@@ -412,3 +406,4 @@ def patch_hook() -> Hook:
             *(f"{module}:{name}" for classes in (QWEN_2, GLM_4) for module, name in classes.items()),
         ),
     )
+    return [*visual, exchange, patch]

@@ -162,10 +162,10 @@ def _gap(one: dict[str, Any], other: dict[str, Any]) -> Any:
 
 
 def _entropy(one: dict[str, Any], other: dict[str, Any]) -> float:
-    difference = one["entropy"].double() - other["entropy"].double()
-    return _relative(
-        float(difference.abs().mean() + other["entropy"].abs().mean()), float(other["entropy"].abs().mean())
-    )
+    """Return how far the entropies are apart on average, relative to their size."""
+    size = float(other["entropy"].double().abs().mean())
+    apart = float((one["entropy"].double() - other["entropy"].double()).abs().mean())
+    return apart / size if size else apart
 
 
 def _unit(values: Any) -> Any:

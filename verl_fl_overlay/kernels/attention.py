@@ -18,6 +18,7 @@ from verl_fl_overlay.errors import AttentionInputError
 from verl_fl_overlay.kernels import attention_torch
 from verl_fl_overlay.kernels.agreement import Agreement, Pair, Samples, can_be_checked
 from verl_fl_overlay.kernels.sequences import ANY, Form, Sequences
+from verl_fl_overlay.kernels.triton import LARGEST_HEAD
 from verl_fl_overlay.packages import installed
 
 Attend = Callable[..., Tensor]
@@ -70,7 +71,7 @@ def _flash_declines(problem: Problem) -> str:
     if problem.dtype not in attention_torch.FLASH_DTYPES:
         return f"it takes bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.size % 8 or max(problem.size, problem.value_size) > attention_torch.FLASH_LARGEST:
-        return f"it takes head sizes that are multiples of 8, up to 256, not {problem.size}"
+        return f"it takes head sizes that are multiples of 8, up to {attention_torch.FLASH_LARGEST}, not {problem.size}"
     if problem.value_size != problem.size:
         return f"it takes values of the size of the keys, not {problem.value_size} beside {problem.size}"
     lacks = [name for name, asked in {"soft cap": problem.softcap, "sinks": problem.sinks}.items() if asked]
@@ -86,7 +87,9 @@ def _triton_declines(problem: Problem) -> str:
         return f"there are no kernels for {str(problem.dtype).removeprefix('torch.')} on {problem.device.type}"
     if not installed("triton"):
         return "triton is not installed"
-    return "" if max(problem.size, problem.value_size) <= 256 else f"it takes head sizes up to 256, not {problem.size}"
+    if max(problem.size, problem.value_size) > LARGEST_HEAD:
+        return f"it takes head sizes up to {LARGEST_HEAD}, not {problem.size}"
+    return ""
 
 
 def _triton() -> Attend:

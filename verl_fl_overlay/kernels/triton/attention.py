@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from verl_fl_overlay.kernels.launch import launch
 from verl_fl_overlay.kernels.sequences import ANY, Form, Sequences
+from verl_fl_overlay.kernels.triton import LARGEST_HEAD
 
 
 class Blocks(NamedTuple):
@@ -69,9 +70,6 @@ KEY_GRADIENT = {
 PROGRAMS = 2048
 """Programs that keep a chip busy to the end although some have much more to do: 16 for each of 128 cores."""
 
-LARGEST = 256
-"""The largest head size."""
-
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, form: Form, sinks: Tensor | None = None
@@ -98,8 +96,8 @@ def attend(
         tensors = {"query": query, "key": key, "value": value, "sinks": sinks}
         found = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in tensors.items() if t is not None)
         raise ValueError(f"these do not fit together: {found}")
-    if max(size, value.shape[2]) > LARGEST:
-        raise ValueError(f"heads of {size} and {value.shape[2]} are larger than {LARGEST}")
+    if max(size, value.shape[2]) > LARGEST_HEAD:
+        raise ValueError(f"heads of {size} and {value.shape[2]} are larger than {LARGEST_HEAD}")
     if form.scale <= 0:
         raise ValueError(f"the scale must be positive, it is {form.scale}")
     result: Tensor = _Attend.apply(query, key, value, sinks, sequences, form)
