@@ -17,8 +17,15 @@ import torch
 
 from verl_fl_overlay.kernels.agreement import Agreement
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs
+from verl_fl_overlay.kernels.tokens import TokenQuestion
 
-token_logprobs = TokenLogprobs(Agreement())
+computer = TokenLogprobs(Agreement())
+
+
+def token_logprobs(*asked: Any, **more: Any) -> torch.Tensor:
+    """Return the log-probs of these logits and labels."""
+    return computer(TokenQuestion(*asked, **more)).log_probs
+
 
 REPEATS = 20
 
@@ -98,7 +105,7 @@ def measure(rows: int, vocabulary: int, device: str) -> dict[str, Any]:
     bandwidth = 2 * gigabytes / copy  # terabytes a second: gigabytes a millisecond
     return {
         "shape": [rows, vocabulary],
-        "kernels": token_logprobs.used,
+        "kernels": computer.used,
         "logits GB": gigabytes,
         "copy ms": copy,
         "copy TB/s": bandwidth,

@@ -17,6 +17,7 @@ from verl_fl_overlay.errors import SettingsError
 if TYPE_CHECKING:
     from verl_fl_overlay.devices.chips import Chip
     from verl_fl_overlay.kernels.sequences import PackedModel
+    from verl_fl_overlay.kernels.tokens import TokenAnswer, TokenQuestion
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -153,9 +154,8 @@ enough_cpus: Question[[float, int, str], None] = Question()
 runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
 """(Ray's runtime environment, variables that workers get from elsewhere) -> the runtime environment to use."""
 
-token_logprobs: Question[[Any, Any, bool, Callable[[], bool]], Any] = Question()
-"""(logits, labels, whether the gradient may be written over the logits, what tells whether verl has its own kernel) ->
-log-probs, as ``kernels.logprobs`` says."""
+token_logprobs: Question[[TokenQuestion], TokenAnswer] = Question()
+"""Log-probs of tokens, and what else is asked of their logits, as ``kernels.tokens`` says."""
 
 packed_attention: Question[..., Any] = Question()
 """(query, key, value, ``Sequences``, ``Form``, sinks or None, whether gradients must be repeatable) -> what each query

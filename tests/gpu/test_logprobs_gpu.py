@@ -15,8 +15,14 @@ from processes import python  # noqa: E402
 
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs  # noqa: E402
+from verl_fl_overlay.kernels.tokens import TokenQuestion  # noqa: E402
 
-token_logprobs = TokenLogprobs(Agreement())
+computer = TokenLogprobs(Agreement())
+
+
+def token_logprobs(*asked, **more):
+    return computer(TokenQuestion(*asked, **more)).log_probs
+
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 
@@ -30,7 +36,7 @@ def test_values_and_gradients_match_float64(shape, dtype, in_place):
     leaf = logits.requires_grad_()
     result = token_logprobs(leaf * 1, labels, in_place=in_place)
     (gradient,) = torch.autograd.grad(result, leaf, upstream)
-    assert token_logprobs.used[f"cuda, {str(dtype).removeprefix('torch.')}"] == "triton"
+    assert computer.used[f"cuda, {str(dtype).removeprefix('torch.')}"] == "triton"
     assert result.dtype == torch.float32
     assert result.shape == shape[:-1]
     if result.numel():

@@ -1,4 +1,4 @@
-"""verl 0.7's own PPO actor on a CPU: log-probs, entropy and their gradient, with the overlay and after it was removed.
+"""verl 0.7's own PPO actor on a CPU: log-probs, entropy and their gradient, packed and padded.
 
 python tests/logprobs/legacy_actor.py MODEL prints JSON.
 """
@@ -19,18 +19,22 @@ from transformers import AutoModelForCausalLM
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 
 calls = 0
-native = verl_functional.logprobs_from_logits_v2
 
 
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    return native(*args, **kwargs)
+def counting(native):
+    def counted(*args, **kwargs):
+        global calls
+        calls += 1
+        return native(*args, **kwargs)
+
+    return counted
 
 
-verl_functional.logprobs_from_logits_v2 = counted
+for name in ("logprobs_from_logits_v2", "logsumexp"):
+    where = verl_functional if hasattr(verl_functional, name) else torch  # the entropy of verl takes a logsumexp
+    setattr(where, name, counting(getattr(where, name)))
 join_group(False)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="sdpa")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="flash_attention_2")
 config = {
     "ulysses_sequence_parallel_size": 1,
     "entropy_from_logits_with_chunking": False,
@@ -42,7 +46,6 @@ config = {
     "sum_pi_squared_checkpointing": False,
     "fsdp_config": {"dtype": "float32"},
 }
-actor = DataParallelPPOActor(OmegaConf.create(config), model)
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(4, 80, (3, 12), generator=generator)
 batch = {
@@ -53,22 +56,29 @@ batch = {
 }
 
 
-def compute():
-    """Return log-probs, and the gradient of what a PPO loss with an entropy bonus takes."""
+def compute(**changed):
+    """Return log-probs and entropy, and the gradient of what a PPO loss with an entropy bonus takes."""
     global calls
     calls = 0
     model.zero_grad()
+    actor = DataParallelPPOActor(OmegaConf.create({**config, **changed}), model)
+    before = vars(actor).copy()
     found = actor._forward_micro_batch(batch, temperature=0.7, calculate_entropy=True)
+    assert vars(actor) == before, "the worker's own attributes are put back"
     entropy, log_probs = (found["entropys"], found["log_probs"]) if isinstance(found, dict) else found
     (log_probs.float().sum() + entropy.float().sum()).backward()
     norms = {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()}
-    return {"log_probs": log_probs.flatten().tolist(), "grad_norms": norms, "calls_of_rows": calls}
+    numbers = {"log_probs": log_probs.flatten().tolist(), "entropy": entropy.flatten().tolist()}
+    return {**numbers, "grad_norms": norms, "calls": calls}
 
 
-from verl_fl_overlay import activation  # noqa: E402
+CASES = {
+    "padded": {},
+    "padded, checkpointing": {"entropy_checkpointing": True},
+    "packed": {"use_remove_padding": True},
+    "packed, checkpointing": {"use_remove_padding": True, "entropy_checkpointing": True},
+    "packed, chunks": {"use_remove_padding": True, "entropy_from_logits_with_chunking": True},
+}
 
-result = {"overlay": compute()}
-activation.deactivate()
-result["native"] = compute()
-print(json.dumps(result))
+print(json.dumps({name: compute(**case) for name, case in CASES.items()}))
 torch.distributed.destroy_process_group()

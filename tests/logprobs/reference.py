@@ -16,10 +16,24 @@ def random_case(shape, dtype, device="cpu", seed=0, spread=6.0):
 
 def expected(logits, labels, upstream):
     """Return log-probs and the gradient of the logits in float64, on the CPU."""
+    (result, _, _), gradient = expected_statistics(logits, labels, 1.0, (upstream, None, None))
+    return result, gradient
+
+
+def expected_statistics(logits, labels, temperature, upstream):
+    """Return log-probs, entropy and sum of squares, and the gradient of the logits, in float64, on the CPU.
+
+    ``upstream`` are the gradients of the three, None for those that no loss uses.
+    """
     exact = logits.detach().cpu().double().requires_grad_()
-    result = torch.log_softmax(exact, -1).gather(-1, labels.cpu().unsqueeze(-1)).squeeze(-1)
-    result.backward(upstream.cpu().double())
-    return result.detach(), exact.grad
+    logs = torch.log_softmax(exact / torch.as_tensor(temperature, dtype=torch.float64, device="cpu").unsqueeze(-1), -1)
+    log_probs = logs.gather(-1, labels.cpu().long().unsqueeze(-1)).squeeze(-1)
+    entropy = -(logs.exp() * logs.masked_fill(logs == float("-inf"), 0)).sum(-1)
+    found = log_probs, entropy, logs.exp().square().sum(-1)
+    sum(
+        (one * above.cpu().double()).sum() for one, above in zip(found, upstream, strict=True) if above is not None
+    ).backward()
+    return tuple(each.detach() for each in found), exact.grad
 
 
 def relative_error(found, exact):

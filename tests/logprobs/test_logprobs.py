@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,16 +12,22 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional  # noqa: E402
 
-from logprobs.reference import expected, random_case, relative_error  # noqa: E402
+from logprobs.reference import expected, expected_statistics, random_case, relative_error  # noqa: E402
 from verl_fl_overlay import events  # noqa: E402
 from verl_fl_overlay.features.logprobs import Logprobs  # noqa: E402
 from verl_fl_overlay.kernels import agreement as agreement_module  # noqa: E402
 from verl_fl_overlay.kernels import logprobs_torch  # noqa: E402
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
 from verl_fl_overlay.kernels.logprobs import LogprobsInputError, TokenLogprobs  # noqa: E402
+from verl_fl_overlay.kernels.tokens import TokenAnswer, TokenQuestion  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 
-token_logprobs = TokenLogprobs(Agreement())
+computer = TokenLogprobs(Agreement())
+
+
+def token_logprobs(*asked, **more):
+    return computer(TokenQuestion(*asked, **more)).log_probs
+
 
 GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6, torch.float64: 1e-14}
 """Half a unit in the last place of the type the gradient is stored in; fp32: what exp and a sum may lose."""
@@ -157,7 +164,7 @@ def test_misfits_are_refused_with_what_was_found():
 
 def test_who_computed_is_told():
     run(*random_case((2, 8), torch.bfloat16))
-    assert token_logprobs.used["cpu, bfloat16"] == "torch"
+    assert computer.used["cpu, bfloat16"] == "torch"
 
 
 def test_a_chip_whose_torch_cannot_assert_computes_all_the_same(monkeypatch):
@@ -196,16 +203,14 @@ class Lookalikes:
 def triton_that(change, gradient_of):
     """Return a module with kernels that see the logits so, and whose gradient is so."""
 
-    def forward(logits, labels, result, normalizer):
-        seen = change(logits.float())
-        normalizer.copy_(torch.logsumexp(seen, -1))
-        result.copy_(seen.gather(-1, labels[:, None])[:, 0] - normalizer)
+    def forward(logits, labels, inverse, result):
+        logprobs_torch.forward(change(logits.float()), labels, inverse, result)
 
-    def backward(logits, labels, normalizer, upstream, gradient):
-        seen = gradient_of(logits.float())[:, : logits.shape[-1]]
-        softmax = (seen - normalizer[:, None]).exp()
-        one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
-        gradient.copy_(upstream[:, None] * (one_hot - softmax))
+    def backward(logits, labels, inverse, kept, upstream, gradient):
+        seen = gradient_of(logits.float())
+        written = torch.empty_like(seen)
+        logprobs_torch.backward(seen, labels, inverse, kept, upstream, written)
+        gradient.copy_(written[:, : logits.shape[-1]])
 
     return SimpleNamespace(forward=forward, backward=backward)
 
@@ -220,7 +225,7 @@ def chosen(monkeypatch, dtype, triton):
     monkeypatch.setattr(agreement_module, "NATIVE_DEVICES", ())
     log_probs = TokenLogprobs(Agreement())
     case = random_case((3, 50), dtype)
-    assert relative_error(log_probs(*case[:2]), expected(*case)[0]) < 1e-5
+    assert relative_error(log_probs(TokenQuestion(*case[:2])).log_probs, expected(*case)[0]) < 1e-5
     (told,) = log_probs.used.values()
     return told
 
@@ -254,9 +259,9 @@ def test_kernels_with_another_gradient_are_not_used(monkeypatch, dtype, wrong):
 def test_log_probs_that_were_rounded_are_seen(monkeypatch, dtype):
     triton = triton_that(Lookalikes.right, Lookalikes.right)
 
-    def rounded(logits, labels, result, normalizer, forward=triton.forward):
-        forward(logits, labels, result, normalizer)
-        result.copy_(result.half())
+    def rounded(logits, labels, inverse, result, forward=triton.forward):
+        forward(logits, labels, inverse, result)
+        result.log_probs.copy_(result.log_probs.half())
 
     triton.forward = rounded
     assert chosen(monkeypatch, dtype, triton).startswith("torch (output 0 differs")
@@ -266,21 +271,160 @@ def test_a_triton_that_cannot_be_imported_is_told(monkeypatch):
     assert chosen(monkeypatch, torch.float32, None).startswith("torch (ModuleNotFoundError: ")
 
 
+WHOLE = TokenAnswer._fields
+"""Log-probs, entropy and sum of squares, in the order in which they are given."""
+
+
+def asked_of(logits, labels, **more):
+    return computer(TokenQuestion(logits, labels, entropy=True, squares=True, **more))
+
+
+def gradient_of_all(case, temperature, upstream, **more):
+    """Return the three numbers of each row and the gradient of the logits."""
+    leaf = case[0].clone().requires_grad_()
+    found = asked_of(leaf * 1, case[1], temperature=temperature, **more)
+    used = [(one, above) for one, above in zip(found, upstream, strict=True) if above is not None]
+    torch.autograd.backward(*zip(*((one, above.to(one.dtype)) for one, above in used), strict=True))
+    return found, leaf.grad
+
+
+def parts_of(upstream):
+    """Yield which of the three gradients a loss has, by name."""
+    for name, kept in {"all": (1, 1, 1), "log_probs": (1, 0, 0), "entropy": (0, 1, 0), "squares": (0, 0, 1)}.items():
+        yield name, tuple(above if on else None for above, on in zip(upstream, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("temperature", [None, 0.7, "rows"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in_place"])
+def test_entropy_and_squares_come_from_the_same_pass(shape, dtype, temperature, in_place):
+    case = random_case(shape, dtype, seed=len(shape))
+    if temperature == "rows":
+        temperature = torch.rand(shape[:-1]) + 0.5
+    for name, upstream in parts_of([torch.randn(shape[:-1]) for _ in WHOLE]):
+        found, gradient = gradient_of_all(case, temperature, upstream, in_place=in_place)
+        exact, exact_gradient = expected_statistics(*case[:2], 1.0 if temperature is None else temperature, upstream)
+        for what, one, other in zip(WHOLE, found, exact, strict=True):
+            bound = 1e-12 if dtype == torch.float64 else 3e-6
+            assert relative_error(one, other) < bound, (name, what)
+        # p - S and log(p) + H of a nearly certain token are differences of nearly equal numbers.
+        bound = max(1.5 * GRADIENT_BOUND[dtype], 1e-10 if dtype == torch.float64 else 2e-4)
+        assert relative_error(gradient, exact_gradient) < bound, name
+
+
+def test_what_no_loss_uses_costs_nothing_and_a_weight_of_zero_changes_nothing():
+    case = random_case((9, 500), torch.bfloat16)
+    with_entropy = TokenQuestion(*case[:2], entropy=True)
+    for weight in (None, 0.0):
+        leaf = case[0].clone().requires_grad_()
+        found = computer(replace(with_entropy, logits=leaf))
+        loss = (found.log_probs * case[2]).sum()
+        (loss if weight is None else loss - weight * found.entropy.sum()).backward()
+        assert torch.equal(leaf.grad, run(*case)[1])
+
+
+def test_the_log_probs_are_the_same_bit_for_bit_with_entropy_and_without():
+    case = random_case((30, 700), torch.bfloat16)
+    assert torch.equal(asked_of(*case[:2]).log_probs, token_logprobs(*case[:2]))
+
+
+def test_an_entropy_of_a_distribution_far_from_zero_keeps_its_digits():
+    logits = torch.randn(3, 200) + 3000.0
+    exact, _ = expected_statistics(logits, torch.zeros(3, dtype=torch.long), 1.0, (torch.zeros(3), None, None))
+    assert relative_error(asked_of(logits, torch.zeros(3, dtype=torch.long)).entropy, exact[1]) < 1e-6
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in_place"])
+def test_rows_that_nobody_asks_for_get_no_gradient_and_are_not_read(in_place):
+    logits, _, _ = random_case((4, 6, 96), torch.bfloat16)
+    rows = torch.tensor([0, 1, 2, 6, 12, 13, 23])
+    labels = torch.randint(0, 96, rows.shape)
+    upstream = [torch.randn(rows.shape) for _ in WHOLE]
+    few, few_gradient = gradient_of_all((logits.view(-1, 96)[rows], labels), None, upstream)
+    logits.view(-1, 96)[[3, 22]] = float("nan")  # padding
+    found, gradient = gradient_of_all((logits, labels), None, upstream, rows=rows, in_place=in_place)
+    for one, other in zip(found, few, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(gradient.view(-1, 96)[rows], few_gradient)
+    others = [row for row in range(24) if row not in rows]
+    assert not gradient.view(-1, 96)[others].any()
+
+
+def test_tokens_that_cannot_be_drawn_add_nothing_to_entropy():
+    logits, labels, _ = random_case((4, 32), torch.float32)
+    few = logits[:, :20].clone()
+    logits[:, 20:] = float("-inf")
+    labels.clamp_(max=19)
+    upstream = [torch.randn(4) for _ in WHOLE]
+    found, gradient = gradient_of_all((logits, labels), 1.3, upstream)
+    exact, exact_gradient = gradient_of_all((few, labels), 1.3, upstream)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient[:, :20], exact_gradient)
+    assert not gradient[:, 20:].any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_row_has_no_entropy(poison):
+    logits, labels, _ = random_case((3, 50), torch.bfloat16)
+    logits[1, 7] = poison
+    found, gradient = gradient_of_all((logits, labels), 0.9, [torch.ones(3)] * 3)
+    for each in found:
+        assert torch.isnan(each).tolist() == [False, True, False]
+    assert torch.isnan(gradient).any(-1).tolist() == [False, True, False]
+
+
+def test_logits_that_share_memory_are_not_written_over():
+    row, labels, upstream = random_case((1, 40), torch.bfloat16)
+    leaf = row.clone().requires_grad_()
+    token_logprobs((leaf * 1).expand(5, 40), labels.expand(5), in_place=True).backward(upstream.expand(5))
+    _, exact_gradient = expected(row.expand(5, 40), labels.expand(5), upstream.expand(5))
+    assert relative_error(leaf.grad[0], exact_gradient.sum(0)) < 2e-2
+
+
+def test_a_temperature_below_the_lowest_counts_as_the_lowest():
+    logits, labels = torch.tensor([[0.0, 1e-9]]), torch.tensor([1])
+    assert torch.equal(
+        token_logprobs(logits, labels, temperature=0.0), token_logprobs(logits, labels, temperature=1e-8)
+    )
+
+
+def test_a_temperature_that_does_not_fit_is_refused():
+    logits, labels, _ = random_case((5, 40), torch.float32)
+    with pytest.raises(LogprobsInputError, match=r"temperature \(4,\) does not fit logits \(5, 40\)"):
+        token_logprobs(logits, labels, temperature=torch.ones(4))
+
+
 def test_the_feature_answers_while_it_is_on():
     logits, labels, _ = random_case((4, 8), torch.bfloat16)
+    plain = TokenQuestion(logits, labels)
     for _ in range(2):
         feature = Logprobs(Settings.of())
-        assert events.token_logprobs.ask(logits, labels, False, lambda: False) is None
+        assert events.token_logprobs.ask(plain) is None
         feature.start()
         assert feature.describe() == {"kernels": {}}
-        torch.testing.assert_close(
-            events.token_logprobs.ask(logits, labels, False, lambda: False), token_logprobs(logits, labels)
-        )
+        torch.testing.assert_close(events.token_logprobs.ask(plain).log_probs, token_logprobs(logits, labels))
         assert feature.describe() == {"kernels": {"cpu, bfloat16": "torch"}}
         mine = type("Mine", (torch.Tensor,), {})
-        assert events.token_logprobs.ask(logits.as_subclass(mine), labels, False, lambda: False) is None, (
-            "verl's own computes these"
-        )
-        assert events.token_logprobs.ask(logits, labels, False, lambda: True) is None, "verl has a kernel of its own"
+        others = replace(plain, logits=logits.as_subclass(mine))
+        assert events.token_logprobs.ask(others) is None, "verl's own computes these"
+        kernel = replace(plain, verl_computes=lambda: True)
+        assert events.token_logprobs.ask(kernel) is None, "verl has a kernel of its own"
+        assert events.token_logprobs.ask(replace(kernel, entropy=True)).entropy is not None, "it has none for entropy"
         feature.stop()
         assert feature.describe() == {"kernels": {}}
+
+
+def test_settings_without_effect_are_told_once(caplog):
+    feature = Logprobs(Settings.of())
+    feature.start()
+    try:
+        with caplog.at_level("INFO", "verl_fl_overlay"):
+            for _ in range(2):
+                logits, labels, _ = random_case((4, 8), torch.bfloat16)
+                events.token_logprobs.ask(TokenQuestion(logits, labels, entropy=True, idle=("entropy_checkpointing",)))
+    finally:
+        feature.stop()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("entropy_checkpointing has no effect")

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from processes import OVERLAY, run
+from processes import OVERLAY, PLAIN, run
 
 from verl_fl_overlay import events
 from verl_fl_overlay.compat import token_logprobs
@@ -32,11 +32,11 @@ def test_engine_trains_without_the_row_by_row_path_and_gets_its_numbers(tmp_path
     from arithmetic import write_model
 
     write_model(tmp_path)
-    native, ours = engine(tmp_path, VERL_FL_DISABLE="logprobs.fsdp"), engine(tmp_path)
+    native, ours = engine(tmp_path, VERL_FL_DISABLE="logprobs.fsdp,entropy.fsdp"), engine(tmp_path)
     assert native["calls_of_rows"] > 0
     assert native["kernels"] == {}
     assert ours["calls_of_rows"] == 0
-    assert ours["kernels"] == {"cpu, bfloat16": "torch"}
+    assert set(ours["kernels"].values()) == {"torch"}
 
     off = [abs(a - b) / abs(b) for a, b in zip(native["log_probs"], ours["log_probs"], strict=True)]
     print(f"{len(off)} log-probs differ by at most {max(off):.3g}, by {sum(off) / len(off):.3g} on average, relative")
@@ -105,15 +105,33 @@ def test_verls_chunked_distillation_from_the_same_logits(feature, dtype):
     assert feature.describe()["kernels"] == {f"cpu, {dtype}": "torch"}
 
 
-def test_the_legacy_actor_s_log_probs_and_gradients_beside_an_entropy_from_the_same_logits(tmp_path):
+def test_the_legacy_actor_s_log_probs_and_entropy_and_their_gradient(tmp_path):
     pytest.importorskip("verl.workers.actor.dp_actor", reason="not here: the legacy actor is gone since verl 0.8")
     from arithmetic import write_model
 
     write_model(tmp_path)
-    done = run(Path(__file__).parent / "legacy_actor.py", tmp_path, env=OVERLAY, timeout=300)
+    hooks = [hook.name for hook in token_logprobs.hooks(["legacy_actor"])]
+    results = []
+    for environment in ({}, {"VERL_FL_DISABLE": ",".join(hooks)}):
+        script = Path(__file__).parent / "legacy_actor.py"
+        done = run(script, tmp_path, env={**OVERLAY, **environment}, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    for case, ours in results[0].items():
+        native = results[1][case]
+        assert (ours["calls"], native["calls"] > 1) == (0, True), case
+        for name in ("log_probs", "entropy"):
+            assert ours[name] == pytest.approx(native[name], rel=BF16), (case, name)
+        assert ours["grad_norms"] == pytest.approx(native["grad_norms"], rel=2 * BF16), case
+
+
+def test_every_engine_s_own_code_lays_out_the_log_probs_and_the_entropy():
+    done = run(Path(__file__).parent / "engine_outputs.py", env=PLAIN, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    ours, native = result["overlay"], result["native"]
-    assert (ours["calls_of_rows"], native["calls_of_rows"] > 0) == (0, True)
-    assert ours["log_probs"] == pytest.approx(native["log_probs"], rel=BF16)
-    assert ours["grad_norms"] == pytest.approx(native["grad_norms"], rel=2 * BF16)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    compared = {case: found for case, found in told.items() if isinstance(found, dict) and "off" in found}
+    assert len([case for case in compared if case.startswith("fsdp")]) > 8
+    for case, found in compared.items():
+        print(case, found)
+        assert found["calls"] == 0, f"{case}: verl read the logits itself"
+        assert all(off < 5e-6 for off in found["off"].values()), (case, found["off"])

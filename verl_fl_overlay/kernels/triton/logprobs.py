@@ -1,4 +1,7 @@
-"""Token log-probs of a matrix of logits with two Triton kernels: logits are read once forward, once backward."""
+"""Statistics of a matrix of logits with two Triton kernels: logits are read once forward, once backward.
+
+Formulas and arguments are those of ``kernels.logprobs_torch``, without fp64.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from verl_fl_overlay.kernels.launch import launch
+from verl_fl_overlay.kernels.tokens import Statistics, Upstream
 
 BLOCK = 4096
 """Logits that a program holds at a time."""
@@ -15,69 +19,166 @@ WARPS = 4
 
 
 @triton.jit
-def _forward(logits, labels, result, normalizer, stride, vocabulary, BLOCK: tl.constexpr) -> None:
+def _forward(
+    logits,
+    labels,
+    inverse,
+    normalizer,
+    log_probs,
+    entropy,
+    squares,
+    stride,
+    vocabulary,
+    SCALED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    columns = tl.arange(0, BLOCK)
-    # One maximum for the whole block is 15 % faster: it costs a reduction, one for each lane costs an exponential more.
-    most = float("-inf")
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        inside = first + columns < vocabulary
-        values = tl.load(logits + first + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(most, tl.max(values, axis=0))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        total = total * tl.exp(most - shift) + tl.exp(values - shift)
-        most = larger
-    log_sum = tl.log(tl.sum(total, axis=0))
-    picked = tl.load(logits + tl.load(labels + row)).to(tl.float32)
-    tl.store(result + row, (picked - most) - log_sum)
-    tl.store(normalizer + row, most + log_sum)
+    label = tl.load(labels + row)
+    if label < 0:
+        tl.store(normalizer + row, 0.0)
+        tl.store(log_probs + row, 0.0)
+        if ENTROPY:
+            tl.store(entropy + row, 0.0)
+        if SQUARES:
+            tl.store(squares + row, 0.0)
+    else:
+        logits += row * stride
+        columns = tl.arange(0, BLOCK)
+        # One maximum for the whole block is 15 % faster: it costs a reduction, one for each lane costs an exponential
+        # more.
+        most = float("-inf")
+        total = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK], tl.float32)  # sum of exp(z - most) * (z - most)
+        doubled = tl.zeros([BLOCK], tl.float32)
+        scale = 1.0
+        if SCALED:
+            scale = tl.load(inverse + row)
+        for first in range(0, vocabulary, BLOCK):
+            inside = first + columns < vocabulary
+            values = tl.load(logits + first + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            if SCALED:
+                values = values * scale
+            larger = tl.maximum(most, tl.max(values, axis=0))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            below = values - shift
+            exponentials, decay = tl.exp(below), tl.exp(most - shift)
+            if ENTROPY:
+                step = tl.where(most == float("-inf"), 0.0, most - shift)
+                weighted = (weighted + total * step) * decay
+                weighted += tl.where(exponentials > 0, exponentials * below, 0.0)  # 0 * log(0) is 0
+            if SQUARES:
+                doubled = doubled * decay * decay + exponentials * exponentials
+            total = total * decay + exponentials
+            most = larger
+        whole = tl.sum(total, axis=0)
+        log_sum = tl.log(whole)
+        picked = tl.load(logits + label).to(tl.float32)
+        if SCALED:
+            picked = picked * scale
+        tl.store(log_probs + row, (picked - most) - log_sum)
+        tl.store(normalizer + row, most + log_sum)
+        if ENTROPY:
+            tl.store(entropy + row, log_sum - tl.sum(weighted, axis=0) / whole)
+        if SQUARES:
+            tl.store(squares + row, tl.sum(doubled, axis=0) / (whole * whole))
 
 
 @triton.jit
 def _backward(
-    logits, labels, normalizer, upstream, gradient, stride, gradient_stride, vocabulary, BLOCK: tl.constexpr
+    logits,
+    labels,
+    inverse,
+    normalizer,
+    entropy,
+    squares,
+    to_log_probs,
+    to_entropy,
+    to_squares,
+    gradient,
+    stride,
+    gradient_stride,
+    vocabulary,
+    SCALED: tl.constexpr,
+    LOG_PROBS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocabulary
     gradient += row * gradient_stride
-    scale = tl.load(upstream + row).to(tl.float32)
     log_sum_exp = tl.load(normalizer + row)
+    d, h, s, weight = 0.0, 0.0, 0.0, 0.0
+    if LOG_PROBS:
+        d = tl.load(to_log_probs + row).to(tl.float32)
+        weight += tl.abs(d)
+    if ENTROPY:
+        h = tl.load(to_entropy + row).to(tl.float32)
+        weight += tl.abs(h)
+    if SQUARES:
+        s = tl.load(to_squares + row).to(tl.float32)
+        weight += tl.abs(s)
     # A masked token's gradient is zero, unless its logits hold NaN or infinity, so its logits need not be read.
-    if (scale == 0.0) & (tl.abs(log_sum_exp) < float("inf")):
+    if (weight == 0.0) & (tl.abs(log_sum_exp) < float("inf")):
         tl.store(gradient + columns, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=inside)
     else:
         values = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-        change = -tl.exp(values - log_sum_exp) * scale
-        change = tl.where(columns == tl.load(labels + row), change + scale, change)
+        scale = 1.0
+        if SCALED:
+            scale = tl.load(inverse + row)
+            values = values * scale
+        logs = values - log_sum_exp
+        p = tl.exp(logs)
+        change = -p * d
+        change = tl.where(columns == tl.load(labels + row), change + d, change)
+        if ENTROPY:
+            of_entropy = h * p * (logs + tl.load(entropy + row))
+            change -= tl.where(h == 0.0, 0.0, tl.where(p == 0.0, 0.0, of_entropy))
+        if SQUARES:
+            change += 2 * s * p * (p - tl.load(squares + row))
+        if SCALED:
+            change = change * scale
         tl.store(gradient + columns, change.to(gradient.dtype.element_ty), mask=inside)
 
 
-def forward(logits: Tensor, labels: Tensor, result: Tensor, normalizer: Tensor) -> None:
-    """Write each row's log-prob and log-sum-exp; formula and arguments as in ``logprobs_torch.forward``, no fp64."""
+def forward(logits: Tensor, labels: Tensor, inverse: Tensor | None, result: Statistics) -> None:
+    """Write the statistics of each row."""
     rows, vocabulary = logits.shape
     if not rows:
         return
     logits = _unit_columns(logits)
-    sizes = logits.stride(0), vocabulary
-    launch(_forward, (rows,), logits, labels, result, normalizer, *sizes, BLOCK=BLOCK, num_warps=WARPS)
+    unused = result.normalizer
+    tensors = logits, labels, *(unused if each is None else each for each in (inverse, *result))
+    flags = {
+        "SCALED": inverse is not None,
+        "ENTROPY": result.entropy is not None,
+        "SQUARES": result.squares is not None,
+    }
+    launch(_forward, (rows,), *tensors, logits.stride(0), vocabulary, **flags, BLOCK=BLOCK, num_warps=WARPS)
 
 
-def backward(logits: Tensor, labels: Tensor, normalizer: Tensor, upstream: Tensor, gradient: Tensor) -> None:
-    """Write the gradient of the logits; formula and arguments as in ``logprobs_torch.backward``, no fp64.
-
-    With a row's logits z (vocabulary,), its log-sum-exp n, its label and the upstream gradient d of its log-prob, the
-    gradient of logit i is ``d * ((1 if i is the label else 0) - exp(z[i] - n))``.
-    """
+def backward(
+    logits: Tensor, labels: Tensor, inverse: Tensor | None, kept: Statistics, upstream: Upstream, gradient: Tensor
+) -> None:
+    """Write the gradient of the logits."""
     rows, vocabulary = logits.shape
     if not rows:
         return
     logits, target = _unit_columns(logits), _unit_columns(gradient)
-    grid, tensors = (rows, triton.cdiv(vocabulary, BLOCK)), (logits, labels, normalizer, upstream, target)
-    sizes = logits.stride(0), target.stride(0), vocabulary
-    launch(_backward, grid, *tensors, *sizes, BLOCK=BLOCK, num_warps=WARPS)
+    unused = kept.normalizer
+    given = inverse, kept.normalizer, kept.entropy, kept.squares, *upstream
+    tensors = logits, labels, *(unused if each is None else each for each in given), target
+    flags = {
+        "SCALED": inverse is not None,
+        "LOG_PROBS": upstream.log_probs is not None,
+        "ENTROPY": upstream.entropy is not None and kept.entropy is not None,
+        "SQUARES": upstream.squares is not None and kept.squares is not None,
+    }
+    grid, sizes = (rows, triton.cdiv(vocabulary, BLOCK)), (logits.stride(0), target.stride(0), vocabulary)
+    launch(_backward, grid, *tensors, *sizes, **flags, BLOCK=BLOCK, num_warps=WARPS)
     if target is not gradient:
         gradient.copy_(target)
 
