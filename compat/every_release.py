@@ -36,6 +36,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         megatron_attention.packed_hook(),
         *megatron_layers.own_layers_hooks(),
         *token_logprobs.hooks(consumers),
+        model_outputs.inputs_hook(),
         *(model_outputs.outputs_hook(name) for name in consumers if name in model_outputs.ENGINES),
         *ray_env.ray_hooks(),
         rollout.plugin_hook(),

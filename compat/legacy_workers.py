@@ -27,7 +27,7 @@ def _build(backend: str) -> Wrapper:
             built = wrapped(*args, **kwargs)
         model, optimizer = built[:2]
         steps = hasattr(optimizer, "param_groups")  # for a reference Megatron returns a configuration
-        engine_initialized.emit(Engine(backend, models_of(model), optimizer if steps else None))
+        engine_initialized.emit(Engine(backend, models_of(model), optimizer if steps else None, legacy=True))
         return built
 
     return build

@@ -1,16 +1,19 @@
-"""Where verl's engines turn what a model computed into the log-probs and the entropy of each token."""
+"""Where verl's engines run a model and turn what it computed into the log-probs and the entropy of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from verl_fl_overlay.compat import packing
 from verl_fl_overlay.compat.token_logprobs import SOURCE, idle, verl_has_a_kernel
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.events import failures, token_logprobs
+from verl_fl_overlay.events import failures, head, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook
-from verl_fl_overlay.kernels.tokens import TokenAnswer, TokenQuestion
+from verl_fl_overlay.kernels.tokens import HEAD, TokenAnswer, TokenQuestion
 
 ENGINES = {
     "fsdp": ("FSDPEngineWithLMHead", ""),
@@ -43,7 +46,10 @@ def _outputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str
     from verl.utils import tensordict_utils
 
     call = _Call.of(args, kwargs)
-    found = _or_none(engine, getattr(call.output, "logits", call.output), call)
+    if type(call.output) is dict:  # the model was asked and has answered
+        found: TokenAnswer | None = TokenAnswer(**call.output)
+    else:
+        found = _or_none(engine, getattr(call.output, "logits", call.output), call)
     if found is None:
         return wrapped(*args, **kwargs)
     batch = call.micro_batch.copy()
@@ -88,42 +94,68 @@ def _or_none(engine: Any, logits: Any, call: _Call) -> TokenAnswer | None:
     Raises:
         OverlayError: logits and labels do not belong together.
     """
+    from torch import Tensor
+
+    if type(logits) is not Tensor:  # verl gathers a DTensor
+        return None
+    asked = _told(lambda: question(engine, call.output_args, call.micro_batch, logits.shape[1]))
+    if asked is None:
+        return None
+    return token_logprobs.ask(replace(asked, logits=logits if asked.rows is not None else logits.squeeze(0)))
+
+
+def _told(find: Callable[[], TokenQuestion | None]) -> TokenQuestion | None:
+    """Return the question; None if a changed verl does not tell what it wants, which is recorded."""
     try:
-        asked = _question(engine, logits, call)
+        return find()
     except OverlayError:
         raise
     except Exception as error:
         failures.record("log-probs and entropy of a micro-batch", error)
         return None
-    return None if asked is None else token_logprobs.ask(asked)
 
 
-def _question(engine: Any, logits: Any, call: _Call) -> TokenQuestion | None:
+def question(engine: Any, told: Any, batch: Any, length: int) -> TokenQuestion | None:
+    """Return what verl wants to know of the tokens of a micro-batch, without logits; None if it needs all of these.
+
+    ``told`` is what verl keeps for the outputs, ``length`` the number of tokens in a row of the model's inputs.
+    """
     from torch import Tensor
     from verl.utils.tensordict_utils import get_non_tensor_data
 
-    flag = partial(get_non_tensor_data, call.micro_batch, default=False)
-    if type(logits) is not Tensor or any(flag(key=name) for name in NEED_LOGITS):
-        return None  # verl gathers a DTensor, or needs the logits for more
-    told, batch = call.output_args, call.micro_batch
+    flag = partial(get_non_tensor_data, batch, default=False)
+    if any(flag(key=name) for name in NEED_LOGITS):
+        return None
     entropy = bool(flag(key="calculate_entropy"))
-    labels = told["labels"] if "labels" in told else told["input_ids_rmpad_rolled"]
-    asked = partial(
-        TokenQuestion,
-        labels=labels.reshape(-1),
-        entropy=entropy,
-        squares=bool(flag(key="calculate_sum_pi_squared")),
+    labels = (told["labels"] if "labels" in told else told["input_ids_rmpad_rolled"]).reshape(-1)
+    packed = get_non_tensor_data(batch, key="use_remove_padding", default=True)
+    temperature = told.get("temperature_rmpad" if packed else "temperature", batch["temperature"])
+    if isinstance(temperature, Tensor) and not packed:
+        temperature = temperature.view(-1, 1)
+    return TokenQuestion(
+        None,
+        labels,
+        None if told.get("temperature_is_one") else temperature,
+        None if packed else _rows(batch["input_ids"], length, labels.numel()),
+        entropy,
+        bool(flag(key="calculate_sum_pi_squared")),
         in_place=True,  # nobody but this computation reads the logits
         verl_computes=verl_has_a_kernel,
         idle=idle(engine.engine_config) if entropy else (),
     )
-    if get_non_tensor_data(batch, key="use_remove_padding", default=True):
-        temperature = told.get("temperature_rmpad", batch["temperature"])
-        return asked(logits.squeeze(0), temperature=None if told.get("temperature_is_one") else temperature)
-    temperature = told.get("temperature", batch["temperature"])
-    column = temperature.view(-1, 1) if isinstance(temperature, Tensor) else temperature
-    rows = _rows(batch["input_ids"], logits.shape[1], labels.numel())
-    return asked(logits, temperature=None if told.get("temperature_is_one") else column, rows=rows)
+
+
+def _inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give the model the question that verl will ask of its logits, if it is to answer without making them."""
+    given, told = wrapped(*args, **kwargs)
+    if not (packing.is_own(engine) and packing.is_own(engine, "prepare_model_outputs")):
+        return given, told
+    batch, (rows, length) = packing.first("micro_batch", args, kwargs), given["input_ids"].shape
+    asked = _told(lambda: question(engine, told, batch, length))
+    model = packing.place_of(engine).model
+    if asked is None or model is None or not head.ask(model, asked, rows * length):
+        return given, told
+    return {**given, HEAD: asked}, told
 
 
 def _rows(ids: Any, length: int, tokens: int) -> Any:
@@ -133,6 +165,29 @@ def _rows(ids: Any, length: int, tokens: int) -> Any:
     ends = ids.offsets()
     before = torch.arange(ids.shape[0], device=ends.device) * length - ends[:-1]
     return torch.repeat_interleave(before, ends.diff(), output_size=tokens) + torch.arange(tokens, device=ends.device)
+
+
+def inputs_hook() -> Hook:
+    """Return the hook on the inputs of verl's FSDP engine."""
+    module, owner = packing.ENGINE, packing.OWNER
+    return Hook(
+        name="head.inputs",
+        module=module,
+        attribute=f"{owner}.prepare_model_inputs",
+        wrapper=_inputs,
+        feature="head",
+        required=False,
+        why="verl makes the logits of all tokens, and keeps of each row a number or two; where they do not fit, the "
+        "model is asked for these numbers, and makes a part of its logits at a time.",
+        upstream=f"{SOURCE}/v0.9.1/{module.replace('.', '/')}.py#L1145",
+        until="verl's use_fused_kernels works with every head and keeps what a model does to its logits",
+        relies_on=(
+            f"{module}:{owner}.module",
+            f"{module}:{owner}.engine_config",
+            f"{module}:{owner}.prepare_model_outputs",
+            f"{TENSORDICT}:get_non_tensor_data",
+        ),
+    )
 
 
 def outputs_hook(name: str) -> Hook:

@@ -129,7 +129,7 @@ def _evaluating(module: Any) -> Iterator[None]:
             part.training = True
 
 
-def _first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the first argument of a call, which may be given by its name."""
     return kwargs[name] if name in kwargs else args[0]
 
@@ -145,7 +145,7 @@ def engine_hooks() -> list[Hook]:
     on_host: ContextVar[list[int]] = ContextVar("lengths of the micro-batch", default=[])  # noqa: B039  nobody adds
 
     def forward_step(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids = _first("micro_batch", args, kwargs)["input_ids"]
+        ids = first("micro_batch", args, kwargs)["input_ids"]
         token = on_host.set(ids.offsets().diff().tolist() if ids.is_nested else [])
         try:
             return wrapped(*args, **kwargs)
@@ -154,7 +154,7 @@ def engine_hooks() -> list[Hook]:
 
     def inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given, about = wrapped(*args, **kwargs)
-        ids = _first("micro_batch", args, kwargs)["input_ids"]
+        ids = first("micro_batch", args, kwargs)["input_ids"]
         if given.get("attention_mask") is not None or not ids.is_nested:
             return given, about
 
@@ -167,9 +167,9 @@ def engine_hooks() -> list[Hook]:
             place.try_on(given)
             padding, ends = int(about.get("pad_size", 0)), ids.offsets().int()
             ends = _with(ends, tokens + padding) if padding else ends
-            return place.lengths(ends, max(*lengths, padding)) if _is_own(engine) else {}
+            return place.lengths(ends, max(*lengths, padding)) if is_own(engine) else {}
 
-        return {**given, **_or_none(lambda: lengths_of(_of_engine(engine)))}, about
+        return {**given, **_or_none(lambda: lengths_of(place_of(engine)))}, about
 
     hook = partial(Hook, module=ENGINE, feature="attention", required=False)
     return [
@@ -212,13 +212,13 @@ def _or_none(lengths: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {}
 
 
-def _is_own(engine: Any) -> bool:
-    """Whether the engine's inputs are FSDP's own; VeOmni changes them, and gives lengths itself."""
-    name = "prepare_model_inputs"
-    return next(cls for cls in type(engine).__mro__ if name in vars(cls)).__name__ == OWNER
+def is_own(engine: Any, method: str = "prepare_model_inputs") -> bool:
+    """Whether this method of the engine is FSDP's own; VeOmni changes the inputs, and gives lengths itself."""
+    return next(cls for cls in type(engine).__mro__ if method in vars(cls)).__name__ == OWNER
 
 
-def _of_engine(engine: Any) -> Place:
+def place_of(engine: Any) -> Place:
+    """Return where an initialised engine runs its model."""
     return Place(engine.module, *_ulysses(engine), partial(_autocast, getattr(engine, "_autocast_dtype", None)))
 
 
@@ -249,7 +249,7 @@ def _worker(module: str) -> Wrapper:
     """Return the wrapper of a legacy worker's pass over a micro-batch; ``module`` is its attribute for the model."""
 
     def forward(wrapped: Call, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = _first("micro_batch", args, kwargs)
+        batch = first("micro_batch", args, kwargs)
         lengths = batch["attention_mask"].sum(-1).tolist() if worker.use_remove_padding else []
         if not sum(lengths):
             return wrapped(*args, **kwargs)
@@ -315,7 +315,7 @@ def worker_hooks() -> list[Hook]:
 
 
 def _patch(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    model = _first("model", args, kwargs)
+    model = first("model", args, kwargs)
     ranks = kwargs.get("ulysses_sp_size", args[1] if len(args) > 1 else 1)
     if ranks > 1 and "flash" not in (attention := attention_of(model)):
         raise PackingError(
@@ -355,7 +355,7 @@ def _exchange(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _visual(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    visual = _first("model", args, kwargs).visual
+    visual = first("model", args, kwargs).visual
     handle = visual.register_forward_hook(lambda _, __, output: getattr(output, "pooler_output", output))
     try:
         return wrapped(*args, **kwargs)

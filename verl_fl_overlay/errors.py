@@ -36,6 +36,10 @@ class PackingError(OverlayError):
     """A model that does not keep packed sequences apart was given some; its numbers would be wrong."""
 
 
+class HeadError(OverlayError):
+    """A model or an engine cannot give log-probs without all logits, as VERL_FL_HEAD=chunked asks."""
+
+
 class MegatronError(OverlayError):
     """Megatron was asked for what only TransformerEngine computes, and that is not installed."""
 

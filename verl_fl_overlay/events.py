@@ -113,13 +113,14 @@ class Engine:
     ``backend`` is what trains: fsdp, megatron, veomni, torchtitan, automodel, or a name that a plugin registered.
     ``models`` are the torch modules that it trains (Megatron has one for each pipeline chunk).  ``optimizer`` steps
     them; it is None for a model that is not trained.  ``mixed_precision`` is the floating type in which it computes,
-    "" if verl does not say.
+    "" if verl does not say.  ``legacy`` tells a worker of verl 0.7 from an engine.
     """
 
     backend: str
     models: tuple[Any, ...] = ()
     optimizer: Any = None
     mixed_precision: str = ""
+    legacy: bool = False
 
 
 failures = Failures()
@@ -156,6 +157,10 @@ runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, A
 
 token_logprobs: Question[[TokenQuestion], TokenAnswer] = Question()
 """Log-probs of tokens, and what else is asked of their logits, as ``kernels.tokens`` says."""
+
+head: Question[[Any, TokenQuestion, int], bool] = Question()
+"""(transformers' model, what will be asked of its logits, how many rows these would have) -> whether to give the model
+the question, by the name ``kernels.tokens.HEAD``; it then answers it without making all logits."""
 
 packed_attention: Question[..., Any] = Question()
 """(query, key, value, ``Sequences``, ``Form``, sinks or None, whether gradients must be repeatable) -> what each query

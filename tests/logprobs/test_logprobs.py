@@ -299,6 +299,7 @@ def parts_of(upstream):
 @pytest.mark.parametrize("temperature", [None, 0.7, "rows"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in_place"])
 def test_entropy_and_squares_come_from_the_same_pass(shape, dtype, temperature, in_place):
+    torch.manual_seed(0)
     case = random_case(shape, dtype, seed=len(shape))
     if temperature == "rows":
         temperature = torch.rand(shape[:-1]) + 0.5

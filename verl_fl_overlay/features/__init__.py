@@ -61,6 +61,10 @@ def _te_fl_off(settings: Settings) -> str:
     return "" if any(flagos_builds().values()) else "neither TransformerEngine-FL nor Megatron-LM-FL is installed"
 
 
+def _head_off(settings: Settings) -> str:
+    return "VERL_FL_HEAD=logits" if settings.head == "logits" else ""
+
+
 def _cpu_off(settings: Settings) -> str:
     return "" if settings.device == "cpu" else "VERL_FL_DEVICE is not cpu"
 
@@ -110,6 +114,7 @@ FEATURES = {
             "token log-probs in fp32 where flash-attn is missing, in one pass and without a copy of the logits",
             "logprobs:Logprobs",
         ),
+        Entry("head", "log-probs and entropy without all logits, where these would not fit", "head:Head", _head_off),
         Entry("cpu", "training on a machine without an accelerator", "cpu:Cpu", _cpu_off),
         Entry(
             "flaggems",

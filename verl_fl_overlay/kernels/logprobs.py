@@ -52,8 +52,9 @@ class TokenLogprobs:
                 the host does not wait for the labels: if torch can, a wrong one raises a device-side assertion, as in
                 torch's ``gather``.
         """
-        _refuse_misfits(asked)
         logits, labels, rows = asked.logits, asked.labels.reshape(-1), asked.rows
+        assert logits is not None  # the caller has some
+        refuse_misfits(asked, logits.shape, logits.dtype)
         kernels = self.kernels(logits.device, logits.dtype, asked)
         if rows is not None:
             labels = labels.new_full((logits.shape[:-1].numel(),), SKIPPED).index_put_((rows,), labels)
@@ -61,7 +62,8 @@ class TokenLogprobs:
         # logits themselves.
         in_place = asked.in_place and logits.element_size() == 2 and not _overlaps(logits)
         flags = in_place, asked.entropy, asked.squares
-        found = _Tokens.apply(logits, labels, inverse(asked), *flags, kernels)
+        scale = inverse(asked, logits.shape[:-1], logits)
+        found = _Tokens.apply(logits, labels, scale, *flags, kernels)
         shape = asked.labels.shape if rows is not None else logits.shape[:-1]
         return TokenAnswer(*(None if each is None else _picked(each, rows).view(shape) for each in found))
 
@@ -87,11 +89,14 @@ class TokenLogprobs:
         return chosen
 
 
-def inverse(asked: TokenQuestion) -> Tensor | None:
-    """Return 1 / temperature of each row of the logits, (rows,), in the type of the statistics; None for 1."""
+def inverse(asked: TokenQuestion, shape: torch.Size, like: Tensor) -> Tensor | None:
+    """Return 1 / temperature of each row of logits (*shape, vocabulary), in the type of their statistics; None for 1.
+
+    ``like`` is a tensor of their type, where they are.
+    """
     if asked.temperature is None:
         return None
-    shape, given = asked.logits.shape[:-1], {"dtype": _accumulator(asked.logits), "device": asked.logits.device}
+    given = {"dtype": _accumulator(like), "device": like.device}
     if not isinstance(asked.temperature, Tensor):
         return torch.full((shape.numel(),), 1 / max(asked.temperature, COLDEST), **given)
     return asked.temperature.detach().to(**given).clamp(min=COLDEST).reciprocal().expand(shape).reshape(-1).contiguous()
@@ -116,31 +121,36 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _refuse_misfits(asked: TokenQuestion) -> None:
-    logits, labels, rows = asked.logits, asked.labels, asked.rows
-    if not logits.is_floating_point() or labels.dtype not in (torch.int32, torch.int64):
+def refuse_misfits(asked: TokenQuestion, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raise if what is asked does not fit logits of this shape and type, which need not exist.
+
+    Raises:
+        LogprobsInputError: see ``TokenLogprobs``.
+    """
+    labels, rows = asked.labels, asked.rows
+    if not dtype.is_floating_point or labels.dtype not in (torch.int32, torch.int64):
         raise LogprobsInputError(
-            f"log-probs need floating-point logits and int32 or int64 labels, not {logits.dtype} and {labels.dtype}"
+            f"log-probs need floating-point logits and int32 or int64 labels, not {dtype} and {labels.dtype}"
         )
-    needed = logits.shape[:-1].numel() if rows is None else rows.numel()
-    if logits.dim() == 0 or needed != labels.numel():
-        where = f"logits {tuple(logits.shape)}" if rows is None else f"rows {tuple(rows.shape)}"
+    needed = shape[:-1].numel() if rows is None else rows.numel()
+    if not shape or needed != labels.numel():
+        where = f"logits {tuple(shape)}" if rows is None else f"rows {tuple(rows.shape)}"
         raise LogprobsInputError(
             f"{where} have {needed} rows, labels {tuple(labels.shape)} are {labels.numel()}: each row needs one label"
         )
     if isinstance(asked.temperature, Tensor):
         try:
-            asked.temperature.expand(logits.shape[:-1])
+            asked.temperature.expand(shape[:-1])
         except RuntimeError as error:
             raise LogprobsInputError(
-                f"temperature {tuple(asked.temperature.shape)} does not fit logits {tuple(logits.shape)}: it must be "
-                "a number, or one for each row"
+                f"temperature {tuple(asked.temperature.shape)} does not fit logits {tuple(shape)}: it must be a "
+                "number, or one for each row"
             ) from error
     if labels.numel() == 0:
         return
-    vocabulary = logits.shape[-1]
+    vocabulary = shape[-1]
     if vocabulary == 0:
-        raise LogprobsInputError(f"logits {tuple(logits.shape)} have no vocabulary")
+        raise LogprobsInputError(f"logits {tuple(shape)} have no vocabulary")
     inside = ((labels >= 0) & (labels < vocabulary)).all()
     if labels.device.type != "cpu":
         with contextlib.suppress(NotImplementedError):  # a chip whose torch has no such assertion

@@ -10,12 +10,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+HEAD = "verl_fl_head"
+"""The name of the input with which a model is asked a ``TokenQuestion`` in the place of its logits."""
+
+
+@dataclass(frozen=True, eq=False)
 class TokenQuestion:
     """Logits, and what is asked of them.
 
     Attributes:
-        logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides.
+        logits: (..., vocabulary), bf16, fp16, fp32 or fp64, with any strides; None if a model is yet to run, without
+            making logits (``HEAD``).  The shapes below are then those of logits that it would make.
         labels: token ids, one for each row of ``logits``, or for each of ``rows``; int32 or int64, in [0, vocabulary).
         temperature: by which logits are divided: a number, or one for each row of ``logits``, fp32 (...); None for 1.
             Numbers below 1e-8 count as 1e-8, as verl has it.
@@ -29,7 +34,7 @@ class TokenQuestion:
         idle: settings of verl that have no effect on this answer, by name.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     labels: Tensor
     temperature: Tensor | float | None = None
     rows: Tensor | None = None

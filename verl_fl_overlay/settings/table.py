@@ -140,6 +140,14 @@ class Settings:
         "What of a model and its optimizer runs on fused kernels; auto: all of it, where Triton is installed.",
         phase="training",
     )
+    head = Variable(
+        "VERL_FL_HEAD",
+        choice("auto", "logits", "chunked"),
+        "auto",
+        "auto, logits or chunked",
+        "chunked: log-probs and entropy a part of the logits at a time; auto: where all of them would not fit.",
+        phase="training",
+    )
     profile = Variable(
         "VERL_FL_PROFILE",
         profile,

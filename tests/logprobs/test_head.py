@@ -1,0 +1,221 @@
+"""Log-probs and entropy without all logits, from tiny models that treat their logits each in its own way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch import nn  # noqa: E402
+
+from verl_fl_overlay.kernels import head as head_module  # noqa: E402
+from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
+from verl_fl_overlay.kernels.head import ChunkedHead  # noqa: E402
+from verl_fl_overlay.kernels.logprobs import TokenLogprobs  # noqa: E402
+from verl_fl_overlay.kernels.tokens import HEAD, TokenQuestion  # noqa: E402
+
+VOCABULARY = 120
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+FAMILIES = {
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen2, tied": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "mixtral": {"num_local_experts": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch):
+    """Have so few logits at a time that tokens and vocabulary are in several parts, the last one not full."""
+    monkeypatch.setattr(head_module, "AT_ONCE", 7 * VOCABULARY)
+
+
+def model_of(family, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family.partition(",")[0], **SIZES, **FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
+def run(model, chunked, *, rows=None, temperature=0.8, entropy=True, autocast=None, tokens=None):
+    """Return log-probs and entropy, and every gradient of a loss that uses both."""
+    torch.manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (2, 11))
+    count = ids.numel() if rows is None else len(rows)
+    asked = TokenQuestion(None, torch.randint(0, VOCABULARY, (count,)), temperature, rows, entropy)
+    computer = TokenLogprobs(Agreement())
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        if chunked:
+            heads = ChunkedHead(computer)
+            assert heads.fault(model) == ""
+            heads.prepare(model)
+            found = model(input_ids=ids, use_cache=False, **{HEAD: asked})
+            assert not heads.faults, dict(heads.faults)
+            found = found["log_probs"], found.get("entropy")
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits
+            labels = asked.labels.view(2, 11) if rows is None else asked.labels
+            found = [
+                None if each is None else each.flatten()
+                for each in computer(replace(asked, logits=logits, labels=labels, rows=rows))[:2]
+            ]
+    weights = torch.randn(2, count)
+    loss = (found[0] * weights[0]).sum() + (0 if found[1] is None else (found[1] * weights[1]).sum())
+    loss.backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    return [each.detach() for each in found if each is not None], gradients
+
+
+def compare(ours, native, bound):
+    assert [one.shape for one in ours[0]] == [one.shape for one in native[0]]
+    for one, other in zip(ours[0], native[0], strict=True):
+        assert float((one - other).norm() / other.norm()) < bound
+    assert ours[1].keys() == native[1].keys()
+    for name, gradient in native[1].items():
+        found = ours[1][name]
+        assert found.dtype == gradient.dtype
+        assert float((found.float() - gradient.float()).norm()) <= bound * float(gradient.float().norm()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [None, [0, 3, 4, 9, 12, 21]], ids=["all", "rows"])
+def test_a_model_gives_what_its_logits_give(family, rows):
+    rows = None if rows is None else torch.tensor(rows)
+    model = model_of(family)
+    compare(run(model, True, rows=rows), run(model, False, rows=rows), 3e-5)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("given", [{"temperature": None}, {"temperature": torch.rand(2, 11) + 0.5}, {"entropy": False}])
+def test_temperatures_and_log_probs_alone(given):
+    model = model_of("qwen2")
+    compare(run(model, True, **given), run(model, False, **given), 3e-5)
+
+
+def test_in_bf16_and_under_autocast_it_is_no_further_from_fp32_than_logits_are():
+    exact = run(model_of("gemma2"), False)
+    for dtype, autocast in ((torch.bfloat16, None), (torch.float32, torch.bfloat16)):
+        model = model_of("gemma2", dtype)
+        ours, native = (run(model, chunked, autocast=autocast) for chunked in (True, False))
+        for name, gradient in exact[1].items():
+            off = [float((each[1][name].float() - gradient).norm() / gradient.norm()) for each in (ours, native)]
+            assert off[0] < 1.3 * off[1] + 1e-3, (name, off)
+
+
+def test_a_head_with_a_bias():
+    model = model_of("qwen2")
+    model.lm_head = nn.Linear(32, VOCABULARY)
+    compare(run(model, True), run(model, False), 3e-5)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    model = model_of("qwen2")
+    model.lm_head.requires_grad_(False)
+    ours, native = run(model, True), run(model, False)
+    compare(ours, native, 3e-5)
+    assert "lm_head.weight" not in ours[1]
+
+
+class Adapted(nn.Linear):
+    """A head with an adapter beside it, as PEFT's LoRA makes one."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        self.low, self.high = nn.Linear(base.in_features, 4, bias=False), nn.Linear(4, base.out_features, bias=False)
+
+    def forward(self, hidden):
+        return super().forward(hidden) + 2 * self.high(self.low(hidden))
+
+
+def test_a_head_with_an_adapter():
+    model = model_of("gemma2")
+    model.lm_head = Adapted(model.lm_head)
+    ours, native = run(model, True), run(model, False)
+    compare(ours, native, 3e-5)
+    assert {"lm_head.low.weight", "lm_head.high.weight"} <= ours[1].keys()
+
+
+def test_no_more_logits_than_a_part_exist_at_a_time(monkeypatch):
+    largest = [0]
+    native = nn.functional.linear
+
+    def linear(*args):
+        found = native(*args)
+        if found.shape[-1] not in (32, 48, 16):
+            largest[0] = max(largest[0], found.numel())
+        return found
+
+    model = model_of("qwen2")
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    run(model, True)
+    assert 0 < largest[0] <= head_module.AT_ONCE
+
+
+def test_a_call_that_asks_nothing_is_the_model_s_own():
+    model, heads = model_of("qwen2"), ChunkedHead(TokenLogprobs(Agreement()))
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    expected = model(input_ids=ids).logits
+    heads.prepare(model)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert "forward" not in vars(model)
+
+
+class Crossed(transformers.Qwen2ForCausalLM):
+    """Changes its logits by what all of them are."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits - found.logits.mean(-1, keepdim=True)
+        return found
+
+
+def test_a_model_that_needs_all_logits_computes_them_and_tells(monkeypatch):
+    plain = model_of("qwen2")
+    model = Crossed(plain.config)
+    heads = ChunkedHead(TokenLogprobs(Agreement()))
+    heads.prepare(model)
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    asked = TokenQuestion(None, ids.flatten())
+    assert model(input_ids=ids, **{HEAD: asked}).logits.shape == (1, 5, VOCABULARY)
+    assert "element by element" in heads.fault(model)
+
+
+def test_what_cannot_run_so_is_told_before():
+    heads = ChunkedHead(TokenLogprobs(Agreement()))
+    model = model_of("qwen2")
+    model.lm_head.weight = nn.Parameter(torch.zeros(VOCABULARY, 32, dtype=torch.int8), requires_grad=False)
+    assert heads.fault(model) == "its lm_head is quantised"
+    assert heads.fault(model_of("qwen2").model) == "it has no head of its own"
+    model = model_of("qwen2")
+    model.lm_head = nn.Sequential(nn.Dropout(0.1), nn.Linear(32, VOCABULARY))
+    assert heads.fault(model.train()) == "its lm_head has a dropout"
+    model.lm_head = nn.Linear(32, VOCABULARY)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    assert heads.fault(model) == "other code has a hook on its lm_head"
+    handle.remove()
+    model.forward = lambda **kwargs: None
+    model.lm_head = nn.Linear(32, VOCABULARY)
+    assert heads.fault(model) == "other code has replaced its forward"

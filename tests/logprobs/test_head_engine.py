@@ -1,0 +1,81 @@
+"""VERL_FL_HEAD=chunked in verl's real engines on a CPU: the numbers are those of all logits, which never exist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, result, run
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+PROGRAM = Path(__file__).parents[1] / "real_engine.py"
+CHUNKED = {**OVERLAY, "VERL_FL_HEAD": "chunked"}
+LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "lm_head"]}
+RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+
+
+def numbers(model, env, *options, cases="lm:fsdp2,lm:fsdp,value:fsdp2", hf=None, ranks=()):
+    fields = ["--hf", json.dumps(hf or {}), "--steps", "2"]
+    return result(*ranks, PROGRAM, model, "--cases", cases, *fields, *options, env=env, timeout=600)
+
+
+def decoded(run):
+    steps = [float.fromhex(step[name]) for step in run["steps"] for name in ("loss", "grad_norm")]
+    return steps + [float.fromhex(value) for value in run["values"]]
+
+
+def compare(ours, native, cases):
+    told = ours["report"]["features"]["head"]["detail"]
+    assert told["models"] == {"Qwen2ForCausalLM": "chunked: VERL_FL_HEAD=chunked"}
+    assert set(told["kernels"].values()) == {"torch"}
+    assert native["report"]["features"]["head"]["detail"] == {"models": {}, "kernels": {}}
+    for case in cases:
+        assert decoded(ours[case]) == pytest.approx(decoded(native[case]), rel=0.01, abs=0.01)  # they compute in bf16
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("options", [("--packed",), ()], ids=["packed", "padded"])
+def test_engines_train_without_all_logits(tmp_path, tied, options):
+    from arithmetic import write_model
+
+    write_model(tmp_path, tie_word_embeddings=tied)
+    ours, native = (numbers(tmp_path, env, *options) for env in (CHUNKED, OVERLAY))
+    compare(ours, native, ["lm:fsdp2", "lm:fsdp"])
+    assert ours["value:fsdp2"] == native["value:fsdp2"], "a critic has no such head"
+
+
+def test_an_adapter_on_the_head_trains_or_is_refused_by_name(tmp_path):
+    from arithmetic import write_model
+
+    write_model(tmp_path, tie_word_embeddings=True)
+    ours, native = (numbers(tmp_path, env, "--packed", cases="lm:fsdp2", hf=LORA) for env in (CHUNKED, OVERLAY))
+    compare(ours, native, ["lm:fsdp2"])
+    arguments = [PROGRAM, tmp_path, "--cases", "lm:fsdp", "--hf", json.dumps(LORA), "--packed"]
+    refused = run(*arguments, env=CHUNKED, timeout=300)
+    assert "Qwen2ForCausalLM cannot: FSDP shards parts of its lm_head by themselves" in refused.stderr
+
+
+def test_two_ranks_that_share_a_model(tiny_model):
+    ours, native = (
+        numbers(tiny_model, env, "--packed", cases="lm:fsdp2,lm:fsdp", ranks=RANKS) for env in (CHUNKED, OVERLAY)
+    )
+    compare(ours, native, ["lm:fsdp2", "lm:fsdp"])
+
+
+def test_an_engine_that_makes_logits_is_refused_by_name(tmp_path):
+    program = """
+    from verl_fl_overlay import activation, events
+    for engine in (events.Engine("megatron"), events.Engine("fsdp", legacy=True)):
+        try:
+            events.engine_initialized.emit(engine)
+        except RuntimeError as error:
+            print(type(error).__name__, error)
+    events.engine_initialized.emit(events.Engine("fsdp"))
+    """
+    done = run("-c", "import verl\n" + "\n".join(line[4:] for line in program.splitlines()), env=CHUNKED)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = done.stdout.strip().splitlines()[-2:]
+    assert first.startswith("SettingsError VERL_FL_HEAD=chunked: verl's megatron engine makes all logits")
+    assert "legacy fsdp worker" in second
