@@ -44,7 +44,7 @@ STAND_IN = ROOT / "benchmarks" / "flash_attn_stand_in"
 LENGTHS = "attention.lengths"
 """The hooks that pass the sequences' lengths with the model's inputs."""
 
-LOG_PROBS = "logprobs.fsdp"
+LOG_PROBS = "logprobs.fsdp,entropy.fsdp"
 """The hook on log-probs, which a row without the overlay leaves out on a CPU, where verl cannot do without the rest."""
 
 SECONDS = 9

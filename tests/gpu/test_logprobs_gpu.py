@@ -10,7 +10,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
 ]
 
-from logprobs.reference import expected, random_case, relative_error  # noqa: E402
+from logprobs.reference import expected, expected_statistics, random_case, relative_error  # noqa: E402
 from processes import python  # noqa: E402
 
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
@@ -42,6 +42,25 @@ def test_values_and_gradients_match_float64(shape, dtype, in_place):
     if result.numel():
         assert relative_error(result, exact) < 2e-6
         assert relative_error(gradient, exact_gradient) < GRADIENT_BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_BOUND, ids=str)
+@pytest.mark.parametrize("shape", [(5, 151936), (300, 4097), (2, 7, 1000), (1, 3)], ids=str)
+@pytest.mark.parametrize("temperature", [None, 0.7, "rows"])
+@pytest.mark.parametrize("asked", [(True, False), (True, True)], ids=["entropy", "entropy and squares"])
+def test_entropy_and_squares_match_float64(shape, dtype, temperature, asked):
+    logits, labels, _ = random_case(shape, dtype, "cuda", seed=shape[-1])
+    if temperature == "rows":
+        temperature = torch.rand(shape[:-1], device="cuda") + 0.5
+    upstream = [torch.randn(shape[:-1], device="cuda") if on else None for on in (True, *asked)]
+    leaf = logits.clone().requires_grad_()
+    found = computer(TokenQuestion(leaf * 1, labels, temperature, None, *asked, in_place=True))
+    torch.autograd.backward(*zip(*((a, b) for a, b in zip(found, upstream, strict=True) if b is not None), strict=True))
+    exact, gradient = expected_statistics(logits, labels, 1.0 if temperature is None else temperature, upstream)
+    for one, other in zip(found, exact, strict=True):
+        assert one is None or relative_error(one, other) < 5e-6
+    assert relative_error(leaf.grad, gradient) < max(1.5 * GRADIENT_BOUND[dtype], 2e-4)
+    assert set(computer.used.values()) == {"triton"}
 
 
 def test_a_view_with_other_strides_is_not_copied():
