@@ -106,7 +106,9 @@ def test_a_label_outside_the_vocabulary_stops_the_device():
         import torch
         from verl_fl_overlay.kernels.agreement import Agreement
         from verl_fl_overlay.kernels.logprobs import TokenLogprobs
-        TokenLogprobs(Agreement())(torch.randn(4, 8, device="cuda"), torch.tensor([0, 1, 8, 2], device="cuda"))
+        from verl_fl_overlay.kernels.tokens import TokenQuestion
+        logits, labels = torch.randn(4, 8, device="cuda"), torch.tensor([0, 1, 8, 2], device="cuda")
+        TokenLogprobs(Agreement())(TokenQuestion(logits, labels))
         torch.cuda.synchronize()
         print("computed")
         """,

@@ -56,7 +56,7 @@ def model_of(family, dtype=torch.float32):
     return model
 
 
-def run(model, chunked, *, rows=None, temperature=0.8, entropy=True, autocast=None, tokens=None):
+def run(model, chunked, *, rows=None, temperature=0.8, entropy=True, autocast=None, masked=0.0):
     """Return log-probs and entropy, and every gradient of a loss that uses both."""
     torch.manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (2, 11))
@@ -80,6 +80,7 @@ def run(model, chunked, *, rows=None, temperature=0.8, entropy=True, autocast=No
                 for each in computer(replace(asked, logits=logits, labels=labels, rows=rows))[:2]
             ]
     weights = torch.randn(2, count)
+    weights[:, : int(masked * count)] = 0
     loss = (found[0] * weights[0]).sum() + (0 if found[1] is None else (found[1] * weights[1]).sum())
     loss.backward()
     gradients = {
@@ -128,6 +129,20 @@ def test_a_head_with_a_bias():
     model = model_of("qwen2")
     model.lm_head = nn.Linear(32, VOCABULARY)
     compare(run(model, True), run(model, False), 3e-5)
+
+
+@pytest.mark.parametrize("masked", [0.05, 0.6, 1.0])
+def test_tokens_that_no_loss_uses_are_not_computed_again(monkeypatch, masked):
+    model, rows = model_of("gemma2"), []
+    native = head_module._gradient
+
+    def counted(work, logits, *args, **kwargs):
+        rows.append(logits.shape[0])
+        return native(work, logits, *args, **kwargs)
+
+    monkeypatch.setattr(head_module, "_gradient", counted)
+    compare(run(model, True, masked=masked), run(model, False, masked=masked), 3e-5)
+    assert set(rows) == ({22} if masked == 0.05 else {9} if masked == 0.6 else set())
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -33,6 +33,9 @@ from verl_fl_overlay.kernels.tokens import HEAD, Statistics, TokenAnswer, TokenQ
 
 AT_ONCE = 1 << 28
 """Most logits that exist at a time: 512 MiB in 16 bits."""
+
+WORTH = 0.9
+"""Rows with a gradient, as a part of all, from which on those without one are not taken out."""
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -282,12 +285,24 @@ class _FromHidden(torch.autograd.Function):  # type: ignore[misc]
         hidden, *weights, normalizer, entropy, squares = ctx.saved_tensors
         if all(each is None for each in upstream):
             return (None,) * len(ctx.needs_input_grad)
+        work, states = ctx.work, hidden.detach()
         kept = Statistics(normalizer, normalizer, entropy, squares)
         above = Upstream(*(None if each is None else each.contiguous() for each in upstream))
-        linear = type(ctx.work.head).forward is nn.Linear.forward
+        # What no loss uses, such as a prompt's tokens, has no gradient and is not computed again.
+        used = torch.stack([each != 0 for each in above if each is not None]).any(0) | ~normalizer.isfinite()
+        rows = used.nonzero().squeeze(-1)
+        if every := rows.numel() > WORTH * used.numel():
+            rows = torch.arange(0)
+        else:
+            states = states.index_select(0, rows)
+            kept, above = kept.part(rows), above.part(rows)
+            work = replace(work, labels=work.labels[rows], inverse=None if work.inverse is None else work.inverse[rows])
+        linear = type(work.head).forward is nn.Linear.forward
         backward = _columns_at_a_time if linear else _tokens_at_a_time
-        with ctx.work.running(hidden.device.type):
-            return None, *backward(ctx.work, hidden, weights, kept, above, ctx.needs_input_grad[2:])
+        with work.running(hidden.device.type):
+            to_states, *to_weights = backward(work, states, weights, kept, above, ctx.needs_input_grad[2:])
+        to_hidden = to_states if every else torch.zeros_like(hidden).index_copy_(0, rows, to_states)
+        return None, to_hidden, *to_weights
 
 
 def _columns_at_a_time(
@@ -298,7 +313,7 @@ def _columns_at_a_time(
     states = hidden.detach().to(dtype)
     to_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     to_weights = [torch.empty_like(weight) if want else None for weight, want in zip(weights, wanted, strict=True)]
-    for part in _slices(weights[0].shape[0], AT_ONCE // hidden.shape[0]):
+    for part in _slices(weights[0].shape[0], AT_ONCE // max(1, hidden.shape[0])):
         weight, *bias = (each.detach()[part].to(dtype) for each in weights)
         raw = nn.functional.linear(states, weight, *bias)
         with torch.enable_grad():
@@ -306,12 +321,22 @@ def _columns_at_a_time(
         gradient = _gradient(work, logits, work.labels - part.start, slice(None), kept, above)
         if logits is not raw:
             (gradient,) = torch.autograd.grad(logits, raw, gradient)
-        to_hidden += gradient @ weight
+        _add_product(to_hidden, gradient, weight)
         for to, left in zip(to_weights, (states, None), strict=False):
             if to is not None:
                 to[part] = gradient.sum(0) if left is None else gradient.T @ left
     yield to_hidden.to(hidden.dtype)
     yield from to_weights
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to an fp32 ``total``, in the product's own kernel where torch has one for these types."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _tokens_at_a_time(

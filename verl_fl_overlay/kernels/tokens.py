@@ -70,8 +70,8 @@ class Statistics(NamedTuple):
     entropy: Tensor | None = None
     squares: Tensor | None = None
 
-    def part(self, rows: slice) -> Statistics:
-        """Return views of these rows."""
+    def part(self, rows: slice | Tensor) -> Statistics:
+        """Return these rows, views of them for a slice."""
         return Statistics(*(None if each is None else each[rows] for each in self))
 
 
@@ -82,6 +82,6 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
     squares: Tensor | None = None
 
-    def part(self, rows: slice) -> Upstream:
-        """Return views of these rows."""
+    def part(self, rows: slice | Tensor) -> Upstream:
+        """Return these rows, views of them for a slice."""
         return Upstream(*(None if each is None else each[rows] for each in self))
