@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import engines, every_release, flash_attn, legacy_workers, packing, platforms, process_group
+from verl_fl_overlay.compat import (
+    engines,
+    every_release,
+    flash_attn,
+    legacy_workers,
+    micro_batch,
+    packing,
+    platforms,
+    process_group,
+)
 from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
@@ -19,6 +28,7 @@ def hooks(version: Version) -> list[Hook]:
         *every_release.hooks(initialize, consumers),
         *legacy_workers.hooks(),
         *packing.worker_hooks(),
+        *micro_batch.worker_hooks(),
         flash_attn.padding_hook(),
         process_group.backend_name_hook(),
         *([] if first else process_group.checkpoint_engine_hooks()),

@@ -168,3 +168,6 @@ sees, as ``kernels.attention.PackedAttention`` says."""
 
 packed_model: Question[[PackedModel], None] = Question()
 """A model that is about to run on packed sequences: the answer raises if it does not keep them apart."""
+
+repeats: Question[[Any, BaseException], bool] = Question()
+"""(torch module of the model, what its forward on a micro-batch raised) -> whether to run it once more."""

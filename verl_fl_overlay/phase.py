@@ -23,6 +23,8 @@ class Phase:
     def __init__(self, name: str) -> None:
         self.entered = Event(f"{name} phase entered")
         self.left = Event(f"{name} phase left")
+        self.failed = Event(f"{name} phase failed")
+        """Emitted with what was raised inside, at each level that this leaves."""
         self.counts: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._depth = 0
@@ -69,6 +71,9 @@ class Phase:
         try:
             self.enter(mode)
             yield
+        except BaseException as error:
+            self.failed.emit(error)
+            raise
         finally:
             self.leave()
 

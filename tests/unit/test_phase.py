@@ -36,6 +36,13 @@ def test_a_raising_step_leaves_the_phase(phase):
     assert (phase.active, phase.log) == (False, ["in", "out"])
 
 
+def test_what_was_raised_is_told_before_the_phase_is_left(phase):
+    phase.failed.subscribe(lambda error: phase.log.append(repr(error)))
+    with pytest.raises(ValueError, match="lost"), phase.inside("train"), phase.inside("train_batch"):
+        raise ValueError("lost")
+    assert phase.log == ["in", "ValueError('lost')", "ValueError('lost')", "out"]
+
+
 def test_leaving_what_is_off_does_nothing(phase):
     phase.leave()
     assert (phase.depth, phase.log) == (0, [])

@@ -30,3 +30,10 @@ def test_misspelt_names_the_nearest():
     assert misspelt({"VERL_FL_DISABEL": "x", "HOME": "/"}) == [
         "VERL_FL_DISABEL is not a variable of verl-fl-overlay; VERL_FL_DISABLE?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("", "all"), (" All", "all"), ("AUTO", "auto"), ("none", 0), ("0", 0), ("12", 12)]
+)
+def test_how_many_layers_recompute(text, value):
+    assert Settings.from_environment({"VERL_FL_RECOMPUTE": text}).recompute == value

@@ -23,8 +23,8 @@ class Entry:
     """What is known of a feature before it starts.
 
     ``home`` is its class, as ``module:class`` below this package; "" if the feature consists of hooks only.
-    ``reason_off`` returns "" when the settings ask for it.  ``fed_by`` names another feature if this one has no hooks
-    and depends on that feature's.
+    ``reason_off`` returns "" when the settings ask for it.  ``fed_by`` names another feature if this one depends on
+    that feature's hooks; it may have some of its own that it can do without.
     """
 
     name: str
@@ -88,6 +88,10 @@ def _fused_off(settings: Settings) -> str:
     return ""
 
 
+def _recompute_off(settings: Settings) -> str:
+    return "VERL_FL_RECOMPUTE is all" if settings.recompute == "all" else ""
+
+
 FEATURES = {
     entry.name: entry
     for entry in (
@@ -128,6 +132,13 @@ FEATURES = {
             "the model's RMS norms, gated MLPs and rotary embeddings, and its Adam, on fused kernels",
             "fused:Fused",
             _fused_off,
+            fed_by="phase",
+        ),
+        Entry(
+            "recompute",
+            "gradient checkpointing for fewer layers: all but N, none, or as many as the memory needs",
+            "recompute:Recompute",
+            _recompute_off,
             fed_by="phase",
         ),
     )

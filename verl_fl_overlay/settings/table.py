@@ -26,6 +26,7 @@ from verl_fl_overlay.settings.variables import (
     operators,
     path,
     profile,
+    recompute,
 )
 
 OWN_PREFIX = "VERL_FL_"
@@ -154,6 +155,15 @@ class Settings:
         "auto",
         "auto, 0, or a file made by verl-fl tune",
         "Which measured choice of operators to route; auto: the one shipped for this chip and these versions.",
+        phase="training",
+    )
+    recompute = Variable[str | int](
+        "VERL_FL_RECOMPUTE",
+        recompute,
+        "all",
+        "all, none, auto, or a number",
+        "How many layers recompute their activations where gradient checkpointing is on: the first N of a model; auto: "
+        "as few as the memory needs.",
         phase="training",
     )
     record = Variable(

@@ -115,6 +115,18 @@ def fused(text: str) -> tuple[str, ...]:
     return read
 
 
+def recompute(text: str) -> str | int:
+    """Read all or auto (these words), none (0), or a number; blank counts as all."""
+    lowered = text.strip().lower() or "all"
+    if lowered in ("all", "auto"):
+        return lowered
+    if lowered == "none":
+        return 0
+    if not (lowered.isascii() and lowered.isdigit()):
+        raise MalformedError("all, none, auto, or how many layers of a model recompute, such as 12")
+    return int(lowered)
+
+
 def directory(text: str) -> str:
     """Read the path of a directory, which need not be on this machine; a path to anything else is refused."""
     found = text.strip()
