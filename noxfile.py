@@ -79,9 +79,10 @@ class Row:
 
 
 ATTENTION = (*Row.tests, "tests/attention")
-ALL = (*ATTENTION, *(f"tests/{folder}" for folder in ("flaggems", "logprobs", "fused", "parity", "benchmarks")))
+FOLDERS = ("flaggems", "logprobs", "fused", "recompute", "parity", "benchmarks")
+ALL = (*ATTENTION, *(f"tests/{folder}" for folder in FOLDERS))
 COMPAT = [
-    Row(f"verl='{RELEASES[0]}'", RELEASES[0], tests=ATTENTION),  # and so with transformers 4
+    Row(f"verl='{RELEASES[0]}'", RELEASES[0], tests=(*ATTENTION, "tests/recompute")),  # and so with transformers 4
     *(Row(f"verl='{release}'", release) for release in RELEASES[1:-1]),
     Row(f"verl='{RELEASES[-1]}'", more=(*FLAGGEMS, "matplotlib"), tests=ALL),
     Row(f"verl='{RELEASES[-1]}', torch='2.11.0'", torch="2.11.0"),

@@ -125,3 +125,14 @@ def test_packed_batches_are_attended_by_the_overlay_with_lengths_given_once(unev
     calls = {hook["name"]: hook["calls"] for hook in packed["report"]["hooks"]}
     assert calls["attention.lengths_actor"] == 2 * 3
     assert calls["attention.lengths_critic"] == 2 * 2
+
+
+def test_layers_that_keep_their_activations_change_no_number(tiny_model, hooked):
+    found = results(tiny_model, VERL_FL_RECOMPUTE="none")
+    told = found["report"]["features"]["recompute"]["detail"]["models"]
+    assert list(told.values()) == [{"layers": 2, "recompute": 0}] * 2, "actor and critic; the reference does not train"
+    for step in STEPS:
+        assert found["calls"][step]["result"] == hooked["calls"][step]["result"]
+    calls = {hook["name"]: hook["calls"] for hook in found["report"]["hooks"]}
+    assert calls["recompute.forward_actor"] == 2 * 3
+    assert calls["recompute.forward_critic"] == 2 * 2

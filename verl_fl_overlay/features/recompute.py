@@ -75,8 +75,9 @@ class Recompute(Feature):
             count = len(layers)
             if not count:
                 self._tell(
-                    f"VERL_FL_RECOMPUTE={asked or 'none'} does nothing in {name} of the engine {engine.backend}: none of "
-                    "its layers recomputes by transformers' or torch's checkpointing; Megatron has settings of its own"
+                    f"VERL_FL_RECOMPUTE={asked or 'none'} does nothing in {name} of the engine {engine.backend}: "
+                    "none of its layers recomputes by transformers' or torch's checkpointing; Megatron has settings of "
+                    "its own"
                 )
                 continue
             if isinstance(asked, int) and asked > count:

@@ -3,6 +3,9 @@
 By default torch launches one kernel per operation of a step on a device, and holds a copy of all parameters meanwhile.
 The fused step is one kernel and needs no copy.  If verl's ``optim.override_optimizer_config`` asks for either of them,
 that stays.  A checkpoint holds the same as without the overlay.
+
+The factor of gradient clipping is not given to the kernel as its ``grad_scale``, which would save a pass over the
+gradients.  The kernel divides by that number, and dividing by 1 / c does not round as multiplying by c does.
 """
 
 from __future__ import annotations
