@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from recompute.test_layers import Model, built  # noqa: E402
 from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.devices import memory  # noqa: E402
 from verl_fl_overlay.features import recompute  # noqa: E402
 from verl_fl_overlay.phase import training  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
@@ -93,7 +94,7 @@ def test_it_begins_with_all_and_measures(auto):
     assert told["layers"] == 4
     assert told["recompute"] == 0
     assert told["updates"] == 6
-    assert told["ran out of memory"] is False
+    assert told["gave up"] is False
 
 
 # 16 tokens take 1,600, and 640 for each layer; less than twice 1,600 is not even tried.
@@ -180,7 +181,7 @@ def test_out_of_memory_lets_all_recompute_for_good_and_repeats(auto, caplog):
     (said,) = [record.getMessage() for record in caplog.records]
     assert "ran out of memory in Trained; the micro-batch is repeated, and all layers recompute from now on" in said
     assert [update(model, 16) for _ in range(3)] == [[0]] * 3
-    assert auto.feature.describe()["models"]["Trained"]["ran out of memory"] is True
+    assert auto.feature.describe()["models"]["Trained"]["gave up"] is True
 
 
 def test_a_step_that_fails_lets_all_recompute(auto, caplog):
@@ -225,6 +226,20 @@ def test_without_a_memory_all_recompute(monkeypatch, auto, caplog):
     assert [update(model, 16) for _ in range(5)][-1] == [0]
 
 
+def test_a_device_tells_of_its_memory(monkeypatch):
+    numbers = {"memory_allocated": 30, "memory_reserved": 50, "max_memory_allocated": 40}
+    told = {name: lambda value=value: value for name, value in numbers.items()}
+    module = SimpleNamespace(**told, mem_get_info=lambda: (20, 100), reset_peak_memory_stats=lambda: None)
+    monkeypatch.setattr(memory, "accelerator", lambda: module)
+    found = memory.device_memory()
+    assert (found.allocated(), found.peak(), found.total()) == (30, 40, 100)
+    assert found.available() == 20 + 50 - 30, "what torch keeps is this process's too"
+    del module.mem_get_info
+    assert memory.device_memory() is None
+    monkeypatch.setattr(memory, "accelerator", lambda: None)
+    assert memory.device_memory() is None
+
+
 def test_nothing_is_left_of_it(auto):
     model = auto(1e6)
     for _ in range(4):
@@ -238,9 +253,9 @@ def test_nothing_is_left_of_it(auto):
 
 
 def test_a_model_that_verl_drops_is_not_kept(auto, monkeypatch):
-    memory = SimpleNamespace(**{name: lambda: 10**6 for name in ("allocated", "peak", "available", "total")})
-    memory.restart_peak = lambda: None
-    monkeypatch.setattr(recompute, "device_memory", lambda: memory)
+    device = SimpleNamespace(**{name: lambda: 10**6 for name in ("allocated", "peak", "available", "total")})
+    device.restart_peak = lambda: None
+    monkeypatch.setattr(recompute, "device_memory", lambda: device)
     model = Trained(0)
     built(model)
     assert [update(model, 16) for _ in range(3)] == [[0], [0], [1]]

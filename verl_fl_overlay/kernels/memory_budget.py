@@ -76,7 +76,7 @@ class MemoryBudget:
         self._layers, self._memory = layers, memory
         self._alone = ranks() == 1
         self._updates = self._begin = 0
-        self._inside = self._ran_out = False
+        self._inside = self._gave_up = False
         self._tokens = self._most_tokens = 0
         self._base = self._per_token = self._cost = 0.0
         self._agreed = (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -105,7 +105,7 @@ class MemoryBudget:
     def give_up(self) -> bool:
         """Let all layers recompute from now on; return whether any of them had kept its activations."""
         kept = self._layers.kept > 0
-        self._ran_out = self._ran_out or kept
+        self._gave_up = self._gave_up or kept
         self._keep(0)
         return kept
 
@@ -117,7 +117,7 @@ class MemoryBudget:
             "MB available, less the reserve": _megabytes(room),
             "MB of an update, all layers recomputing": _megabytes(base or self._base),
             "MB that a layer keeps of 1,000 tokens": _megabytes(1000 * (cost or self._cost)),
-            "ran out of memory": self._ran_out,
+            "gave up": self._gave_up,
         }
 
     def _begin_update(self, device: torch.device) -> None:
@@ -128,7 +128,7 @@ class MemoryBudget:
             self._memory.restart_peak()
         elif self._updates > MEASURED:
             reserve = (RESERVE_ALONE if self._alone else RESERVE) * self._memory.total()
-            room = 0.0 if self._ran_out else self._memory.available() - reserve
+            room = 0.0 if self._gave_up else self._memory.available() - reserve
             greatest = (self._base, self._per_token, self._cost, self._most_tokens)
             room, *negative = lowest(torch.tensor([room, *(-each for each in greatest)], device=device))
             base, per_token, cost, most_tokens = (-each for each in negative)
@@ -136,7 +136,7 @@ class MemoryBudget:
 
     def _affordable(self) -> int:
         """Return how many layers may keep their activations in this micro-batch."""
-        if self._updates <= MEASURED or (self._ran_out and self._alone):
+        if self._updates <= MEASURED or (self._gave_up and self._alone):
             return 0
         room, base, per_token, cost, most_tokens = self._agreed
         tokens = max(1, self._tokens if self._alone else most_tokens)
