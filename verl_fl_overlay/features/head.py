@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from verl_fl_overlay import events
+from verl_fl_overlay.devices.memory import device_memory
 from verl_fl_overlay.errors import HeadError, SettingsError
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.settings import Settings
@@ -100,14 +101,10 @@ def _too_large(model: Any, rows: int) -> float:
     """Return the bytes of the logits of so many rows if they may not fit on the device, else 0."""
     import torch
 
-    weight = model.get_input_embeddings().weight
-    module = torch.get_device_module(weight.device)
-    if weight.device.type == "cpu" or not hasattr(module, "mem_get_info"):
-        return 0
-    vocabulary = model.config.get_text_config().vocab_size
+    weight, memory = model.get_input_embeddings().weight, device_memory()
     kind = weight.device.type
+    if memory is None or kind == "cpu":
+        return 0
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    size = float(rows * vocabulary * dtype.itemsize)
-    free, _ = module.mem_get_info()
-    unused = module.memory_reserved() - module.memory_allocated()
-    return size if ROOM * size > free + unused else 0
+    size = float(rows * model.config.get_text_config().vocab_size * dtype.itemsize)
+    return size if ROOM * size > memory.available() else 0
