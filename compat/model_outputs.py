@@ -153,7 +153,9 @@ def _inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
     batch, (rows, length) = packing.first("micro_batch", args, kwargs), given["input_ids"].shape
     asked = _told(lambda: question(engine, told, batch, length))
     model = packing.place_of(engine).model
-    if asked is None or model is None or not head.ask(model, asked, rows * length):
+    computes_in = getattr(engine, "_autocast_dtype", None)  # verl computes in bf16 where it does not say
+    size = 2 if computes_in is None else computes_in.itemsize
+    if asked is None or model is None or not head.ask(model, asked, rows * length, size):
         return given, told
     return {**given, HEAD: asked}, told
 

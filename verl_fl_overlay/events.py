@@ -158,9 +158,9 @@ runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, A
 token_logprobs: Question[[TokenQuestion], TokenAnswer] = Question()
 """Log-probs of tokens, and what else is asked of their logits, as ``kernels.tokens`` says."""
 
-head: Question[[Any, TokenQuestion, int], bool] = Question()
-"""(transformers' model, what will be asked of its logits, how many rows these would have) -> whether to give the model
-the question, by the name ``kernels.tokens.HEAD``; it then answers it without making all logits."""
+head: Question[[Any, TokenQuestion, int, int], bool] = Question()
+"""(transformers' model, what will be asked of its logits, how many rows these would have, the bytes of one logit) ->
+whether to give the model the question, by the name ``kernels.tokens.HEAD``; it then makes a part of them at a time."""
 
 packed_attention: Question[..., Any] = Question()
 """(query, key, value, ``Sequences``, ``Form``, sinks or None, whether gradients must be repeatable) -> what each query

@@ -11,11 +11,15 @@ transformers = pytest.importorskip("transformers")
 
 from torch import nn  # noqa: E402
 
+from verl_fl_overlay import events  # noqa: E402
+from verl_fl_overlay.errors import HeadError  # noqa: E402
+from verl_fl_overlay.features import head as feature_module  # noqa: E402
 from verl_fl_overlay.kernels import head as head_module  # noqa: E402
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
 from verl_fl_overlay.kernels.head import ChunkedHead  # noqa: E402
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs  # noqa: E402
 from verl_fl_overlay.kernels.tokens import HEAD, TokenQuestion  # noqa: E402
+from verl_fl_overlay.settings import Settings  # noqa: E402
 
 VOCABULARY = 120
 SIZES = {
@@ -234,3 +238,48 @@ def test_what_cannot_run_so_is_told_before():
     model.forward = lambda **kwargs: None
     model.lm_head = nn.Linear(32, VOCABULARY)
     assert heads.fault(model) == "other code has replaced its forward"
+
+
+class Memory:
+    """A device with so much memory left."""
+
+    def __init__(self, free):
+        self.free = free
+
+    def available(self):
+        return self.free
+
+
+def chosen(monkeypatch, setting, model, free):
+    """Return what the feature answers for 1,000 rows, and what it tells of it."""
+    monkeypatch.setattr(feature_module, "device_memory", lambda: Memory(free))
+    feature = feature_module.Head(Settings.of(head=setting))
+    feature.start()
+    try:
+        return events.head.ask(model, TokenQuestion(None, torch.zeros(1000)), 1000, 2), feature.describe()["models"]
+    finally:
+        feature.stop()
+        vars(model).pop("forward", None)
+
+
+def test_auto_goes_without_logits_only_where_they_would_not_fit(monkeypatch, caplog):
+    model, size = model_of("qwen2", torch.bfloat16).to("meta"), 1000 * VOCABULARY * 2
+    assert chosen(monkeypatch, "auto", model, 2 * size) == (False, {})
+    assert not caplog.records
+    assert chosen(monkeypatch, "auto", model, 2 * size - 1) == (
+        True,
+        {"Qwen2ForCausalLM": "chunked: its logits, 0.0 GB, would not fit"},
+    )
+    assert len(caplog.records) == 1
+    assert chosen(monkeypatch, "chunked", model, 2 * size)[0]
+
+
+def test_a_model_that_cannot_is_told_under_auto_and_refused_under_chunked(monkeypatch):
+    model = model_of("qwen2").to("meta")
+    model.forward = print
+    answer, told = chosen(monkeypatch, "auto", model, 0)
+    assert not answer
+    assert told == {"Qwen2ForCausalLM": "logits: other code has replaced its forward"}
+    model.forward = print
+    with pytest.raises(HeadError, match="VERL_FL_HEAD=chunked: Qwen2ForCausalLM cannot: other code has replaced"):
+        chosen(monkeypatch, "chunked", model, 0)

@@ -45,14 +45,14 @@ class Head(Feature):
         """Return what was chosen for which model and why, and what computed so far, as ``TokenLogprobs.used``."""
         return {"models": dict(self._told), "kernels": dict(self._made[0].used) if self._made else {}}
 
-    def _choose(self, model: Any, asked: TokenQuestion, rows: int) -> bool:
+    def _choose(self, model: Any, asked: TokenQuestion, rows: int, bytes_of_one: int) -> bool:
         """Return whether ``model`` is to answer without its logits, and prepare it for that.
 
         Raises:
             HeadError: VERL_FL_HEAD=chunked, and this model cannot.
         """
         always, name = self.settings.head == "chunked", type(model).__name__.removeprefix("FSDP")
-        size = 0 if always else _too_large(model, rows)
+        size = 0 if always else _too_large(model, rows, bytes_of_one)
         if not always and not size:
             return False
         _, heads = self._heads()
@@ -97,14 +97,10 @@ def _refuse(engine: events.Engine) -> None:
         )
 
 
-def _too_large(model: Any, rows: int) -> float:
+def _too_large(model: Any, rows: int, bytes_of_one: int) -> float:
     """Return the bytes of the logits of so many rows if they may not fit on the device, else 0."""
-    import torch
-
     weight, memory = model.get_input_embeddings().weight, device_memory()
-    kind = weight.device.type
-    if memory is None or kind == "cpu":
+    if memory is None or weight.device.type == "cpu":
         return 0
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    size = float(rows * model.config.get_text_config().vocab_size * dtype.itemsize)
+    size = float(rows * model.config.get_text_config().vocab_size * bytes_of_one)
     return size if ROOM * size > memory.available() else 0
