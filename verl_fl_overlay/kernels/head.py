@@ -274,6 +274,7 @@ class _FromHidden(torch.autograd.Function):  # type: ignore[misc]
                 logits = work.transformed(work.raw(hidden[part]))
                 scale = None if work.inverse is None else work.inverse[part]
                 work.kernels.forward(logits, work.labels[part], scale, kept.part(part))
+                del logits  # else it is still there when the next ones are made
         ctx.save_for_backward(hidden, *weights, kept.normalizer, kept.entropy, kept.squares)
         ctx.work = work
         ctx.set_materialize_grads(False)
@@ -325,6 +326,7 @@ def _columns_at_a_time(
         for to, left in zip(to_weights, (states, None), strict=False):
             if to is not None:
                 to[part] = gradient.sum(0) if left is None else gradient.T @ left
+        del raw, logits, gradient  # else they are still there when the next ones are made
     yield to_hidden.to(hidden.dtype)
     yield from to_weights
 
