@@ -79,15 +79,30 @@ def twice(function):  # the gradient of a gradient's norm
     return gradient
 
 
+def several(function, differentiated=True):  # one backward for several upstream gradients
+    def gradient(*inputs):
+        result = function(*inputs)
+        upstream = torch.linspace(-1, 1, 4 * result.numel()).view(4, *result.shape).to(result)
+        how = {"is_grads_batched": True, "create_graph": differentiated}
+        found = torch.autograd.grad(result, inputs, upstream, **how)
+        return sum(each.sum(0).square().sum() for each in found) / 1000
+
+    return gradient
+
+
 told = {}
 for variant in norm_torch.VARIANTS[::2] + (norm_torch.Variant(rounds=True),):
     for rows, size in ((1, 7), (37, 96), (5, 2500), (40, 512)):
         values, weight = torch.randn(rows, size) + 1, torch.randn(size)
         told[f"norm {rows} x {size}, {variant}"] = off(*normed(variant), values, weight)
     told[f"norm without weight, {variant}"] = off(*normed(variant), torch.randn(5, 33) + 1)
+    told[f"several gradients of {variant}"] = off(*map(several, normed(variant)), torch.randn(3, 8), torch.randn(8))
     told[f"second gradient of {variant}"] = off(*map(twice, normed(variant)), torch.randn(3, 8), torch.randn(8))
 plain = normed(norm_torch.Variant())
 strided = torch.randn(4, 3, 5, 16).transpose(1, 2)
+x, w = torch.randn(3, 8).requires_grad_(), torch.randn(8).requires_grad_()
+one, other = (several(f, differentiated=False)(x, w) for f in plain)
+told["several gradients that are not differentiated"] = float((one - other) / other)
 told["norm of a view"] = off(*plain, strided, torch.randn(16))
 of_view = [lambda x, w, f=f: f(x, w[::2]) for f in plain]
 told["norm, weight of a view"] = off(*of_view, torch.randn(3, 8), torch.randn(16))
@@ -98,6 +113,7 @@ for activation in gate_torch.ACTIVATIONS:
     transposed = [lambda g, u, f=f: f(g.T, u) for f in both]
     told[f"{activation}, transposed"] = off(*transposed, torch.randn(9, 4), torch.randn(4, 9))
     told[f"{activation}, expanded"] = off(*map(expanded, both), torch.randn(3, 16), torch.randn(3, 16))
+    told[f"{activation}, several gradients"] = off(*map(several, both), torch.randn(3, 8), torch.randn(3, 8))
     told[f"{activation}, second gradient"] = off(*map(twice, both), torch.randn(3, 8), torch.randn(3, 8))
     for first in (True, False):
         both = [lambda x, f=f: f(x, activation, first) for f in (gate.gated_halves, gate_torch.gated_halves)]
@@ -105,6 +121,7 @@ for activation in gate_torch.ACTIVATIONS:
         for shape in ((3, 2, 16), (2, 2 * 1500), (20, 2 * 40), (9, 2)):
             told[f"{name}, {shape}"] = off(*both, torch.randn(shape) * 1.5)
         told[f"{name}, expanded"] = off(*map(expanded, both), torch.randn(3, 16))
+        told[f"{name}, several gradients"] = off(*map(several, both), torch.randn(3, 16))
         told[f"{name}, second gradient"] = off(*map(twice, both), torch.randn(3, 16))
 for batch in (1, 2):
     cos, sin = torch.randn(batch, 5, 48)[..., ::2], torch.randn(batch, 5, 30)[..., :24]
@@ -150,7 +167,7 @@ def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
     assert told.pop("NaN in a norm") == [False, True, False]
     assert told.pop("NaN") == [[False, True, False], [False, True, False]]
-    assert len(told) == 87
+    assert len(told) == 102
     assert {name: value for name, value in told.items() if not value < 2e-5} == {}
 
 

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from verl_fl_overlay.kernels import state, turns
+from verl_fl_overlay.kernels import differentiation, state, turns
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -87,8 +86,7 @@ def kernels_take(*tensors: Tensor) -> bool:
             and tensor.numel() > 0
             for tensor in tensors
         )
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not differentiation.is_transformed()
     )
 
 

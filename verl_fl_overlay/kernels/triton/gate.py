@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_fl_overlay.kernels import gate_torch
+from verl_fl_overlay.kernels import differentiation, gate_torch
 from verl_fl_overlay.kernels.launch import launch
-from verl_fl_overlay.kernels.second_gradient import differentiable
 
 BLOCK = 1024
 """The most elements that a program holds."""
@@ -116,8 +115,10 @@ class _Gated(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *differentiable(lambda g, u: gate_torch.gated(g, u, ctx.activation), upstream, gate, up), None
+        if differentiation.goes_by_torch():
+            return *differentiation.gradients(
+                lambda g, u: gate_torch.gated(g, u, ctx.activation), upstream, gate, up
+            ), None
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
         tensors = gate, up, upstream.contiguous(), to_gate, to_up
         _launch(_gate_gradient, *tensors, width=gate.numel(), stride=gate.numel(), activation=ctx.activation)
@@ -139,8 +140,12 @@ class _GatedHalves(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,), (activation, gate_first) = ctx.saved_tensors, ctx.how
-        if torch.is_grad_enabled():
-            return *differentiable(lambda both: gate_torch.gated_halves(both, *ctx.how), upstream, gate_up), None, None
+        if differentiation.goes_by_torch():
+            return (
+                *differentiation.gradients(lambda both: gate_torch.gated_halves(both, *ctx.how), upstream, gate_up),
+                None,
+                None,
+            )
         to_both, width = torch.empty_like(gate_up), upstream.shape[-1]
         tensors = *_halves(gate_up, gate_first), upstream.contiguous(), *_halves(to_both, gate_first)
         _launch(_gate_gradient, *tensors, width=width, stride=2 * width, activation=activation)

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl_fl_overlay.kernels import norm_torch
+from verl_fl_overlay.kernels import differentiation, norm_torch
 from verl_fl_overlay.kernels.launch import launch
 from verl_fl_overlay.kernels.norm_torch import Variant
-from verl_fl_overlay.kernels.second_gradient import differentiable
 
 BLOCK = 2048
 """The fewest elements that a program holds: a whole row, or several."""
@@ -154,8 +153,8 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, weight, inverse), variant = ctx.saved_tensors, ctx.how[1]
-        if torch.is_grad_enabled():
-            found = differentiable(lambda x, w: norm_torch.norm(x, w, *ctx.how), upstream, values, weight)
+        if differentiation.goes_by_torch():
+            found = differentiation.gradients(lambda x, w: norm_torch.norm(x, w, *ctx.how), upstream, values, weight)
             return *found, None, None
         to_values = torch.empty_like(values)
         size, rows = values.shape[-1], inverse.numel()
