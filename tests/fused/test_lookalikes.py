@@ -366,6 +366,28 @@ def test_variants_of_gates_are_told_apart(name, dtype, kernels, fuse, agreement)
     torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_weight_that_is_broadcast_is_not_read_out_of_bounds(kernels, fuse):
+    norm = Norm(1)
+    expected = norm(torch.arange(8.0))
+    fuse(norm)
+    torch.testing.assert_close(norm(torch.arange(8.0)), expected)
+    assert not kernels.calls["norm"]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fuse(wide := Norm(3)) and wide(torch.arange(8.0))
+
+
+def test_projections_that_are_changed_later_are_not_read_out_of_bounds(kernels, fuse):
+    mlp, values = MLP(), torch.randn(3, 8)
+    fuse(mlp)
+    mlp(values)
+    mlp.up_proj = nn.Linear(8, 1)
+    before = kernels.calls["gated"]
+    twin = MLP()
+    twin._modules = mlp._modules
+    torch.testing.assert_close(mlp(values), twin(values))
+    assert kernels.calls["gated"] == before
+
+
 def halves(x):
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)

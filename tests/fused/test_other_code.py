@@ -33,11 +33,11 @@ ADDERS = {
 
 
 class Experts(nn.Module):
-    """Experts as transformers 5 keeps them."""
+    """Experts as transformers 5 keeps them, and with a flat parameter as FSDP1 leaves them."""
 
     def __init__(self):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 8))
+        self.gate_up_proj = nn.Parameter(torch.zeros(128))
         self.act_fn = nn.SiLU()
 
     def _apply_gate(self, gate_up):

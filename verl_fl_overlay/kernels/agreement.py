@@ -179,7 +179,7 @@ def _found(
         values, native, fused, *variant = pair(Samples(), *of)
         values = tuple(value.to(device, dtype) for value in values)
         shapes = ", ".join("x".join(map(str, value.shape)) for value in values)
-        with turns.first_to_compile(f"{kind} of {shapes} in {dtype}"):
+        with turns.first_to_compile(f"{kind} {variant} of {shapes} in {dtype}"):
             results, expected = (_run(each, values) for each in (fused, native))
     for what in expected:
         for index, (one, other) in enumerate(zip(results[what], expected[what], strict=True)):

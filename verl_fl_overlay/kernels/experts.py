@@ -21,8 +21,8 @@ METHOD = "_apply_gate"
 
 
 def recognise(module: Any) -> bool:
-    """Whether ``module`` has the structure of such experts: parameters of three dimensions, and the method."""
-    return hasattr(module, METHOD) and any(each.ndim == 3 for each in module._parameters.values() if each is not None)
+    """Whether ``module`` has the method; FSDP1 leaves no parameters of three dimensions to go by."""
+    return callable(getattr(module, METHOD, None))
 
 
 def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[[Any, Any, Tensor], Tensor | None]:
@@ -30,7 +30,7 @@ def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[[A
     from verl_fl_overlay.kernels.triton.gate import gated_halves
 
     def run(self: Any, structure: Any, gate_up: Tensor) -> Tensor | None:
-        if not kernels_take(gate_up):
+        if not kernels_take(gate_up) or gate_up.shape[-1] % 2:
             return None
         children = map(state.of, self._modules.values())
         key = ("experts", type(self), gate_up.dtype, state.of_module(self), *children)

@@ -97,9 +97,10 @@ def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[[A
             return None
         activation, gate_first, (*into, down) = variant
         made = [modules[name](values) for name in into]
-        ours = kernels_take(*made) and made[0].dtype == made[-1].dtype
+        ours = kernels_take(*made) and (made[0].dtype, made[0].shape) == (made[-1].dtype, made[-1].shape)
         result: Tensor
         if len(made) == 1:
+            ours = ours and made[0].shape[-1] % 2 == 0
             result = (gated_halves if ours else gate_torch.gated_halves)(made[0], activation, gate_first)
         else:
             result = (gated if ours else gate_torch.gated)(made[0], made[1], activation)

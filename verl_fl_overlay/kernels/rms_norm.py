@@ -29,11 +29,12 @@ NOT_STATE = state.TORCH_S_OWN | {"weight"}
 
 def recognise(module: Any) -> bool:
     """Whether ``module`` has the structure of a norm: an epsilon, and no parameter but perhaps a weight (size,)."""
+    if module._modules or epsilon(module) is None or isinstance(module, nn.LayerNorm):
+        return False
     weight = getattr(module, "weight", None)  # FSDP1 keeps it as a plain tensor, not as a parameter
     others = [name for name, _ in (*module.named_parameters(), *module.named_buffers()) if name != "weight"]
-    alone = not others and not module._modules and getattr(module, "bias", None) is None
     shaped = weight is None or getattr(weight, "ndim", 0) == 1
-    return alone and shaped and epsilon(module) is not None and not isinstance(module, nn.LayerNorm)
+    return shaped and not others and getattr(module, "bias", None) is None
 
 
 def epsilon(module: Any) -> float | None:
@@ -51,11 +52,12 @@ def in_place_of(native: Callable[..., Any], agreement: Agreement) -> Callable[[A
 
     def run(self: Any, structure: Any, values: Tensor) -> Tensor | None:
         weight, added = getattr(self, "weight", None), epsilon(self)
-        if added is None or not (kernels_take(values) if weight is None else kernels_take(values, weight)):
+        inputs = (values,) if weight is None else (values, weight)
+        if added is None or not kernels_take(*inputs) or (weight is not None and weight.shape != values.shape[-1:]):
             return None
-        size, weighs = values.shape[-1], None if weight is None else (weight.dtype, weight.shape)
-        key = ("rms_norm", type(self), values.dtype, size, weighs, state.of_module(self, NOT_STATE))
-        variant = agreement.variant(key, values.device, _pair, self, native, size, added, values, norm)
+        types = tuple([each.dtype for each in inputs])
+        key = ("rms_norm", type(self), *types, values.shape[-1:], state.of_module(self, NOT_STATE))
+        variant = agreement.variant(key, values.device, _pair, self, native, values, added, norm)
         return None if variant is None else norm(values, weight, added, variant)
 
     return run
@@ -65,9 +67,8 @@ def _pair(
     samples: Samples,
     module: Any,
     forward: Callable[..., Tensor],
-    size: int,
-    added: float,
     like: Tensor,
+    added: float,
     kernel: Callable[..., Tensor],
 ) -> Pair:
     own: Tensor | None = getattr(module, "weight", None)
@@ -83,6 +84,7 @@ def _pair(
 
     # A mean shows a layer norm.  A row so small that epsilon counts shows where epsilon is added.  A large row shows a
     # clamp.  Columns of different magnitudes show a norm of groups or of a part of the columns.
+    size = like.shape[-1]
     columns = torch.logspace(-1, 1, size)
     columns *= size**0.5 / columns.norm()
     values = samples.rows((1, 1, 1, max(math.sqrt(added), 1e-3), 0.1, 30, 1000), size) * columns
