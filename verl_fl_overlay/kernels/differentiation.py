@@ -14,13 +14,13 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def goes_by_torch() -> bool:
-    """Whether a backward has to run on torch's operators.
+def goes_by_torch(upstream: Tensor) -> bool:
+    """Whether the backward of this gradient has to run on torch's operators.
 
-    torch enables gradients in a backward only if its result is to be differentiated (``create_graph=True``), and it
-    runs one backward for several upstream gradients as a transform (``is_grads_batched=True``).
+    torch enables gradients in a backward only if its result is to be differentiated (``create_graph=True``), and runs
+    one backward for several upstream gradients as a transform, an old one (``is_grads_batched=True``) or a new one.
     """
-    return torch.is_grad_enabled() or is_transformed()
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
 def gradients(function: Callable[..., Tensor], upstream: Tensor, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -60,7 +60,7 @@ def _slope(g, ACTIVATION: tl.constexpr):  # noqa: ANN202
     return s, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _gate(gate, up, result, stride, width, blocks, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr) -> None:
     program = tl.program_id(0).to(tl.int64)
     row, columns = program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def _gate(gate, up, result, stride, width, blocks, ACTIVATION: tl.constexpr, BLO
     tl.store(result + row * width + columns, (g * s * u).to(result.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _gate_gradient(
     gate, up, upstream, to_gate, to_up, stride, width, blocks, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
@@ -115,7 +115,7 @@ class _Gated(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        if differentiation.goes_by_torch():
+        if differentiation.goes_by_torch(upstream):
             return *differentiation.gradients(
                 lambda g, u: gate_torch.gated(g, u, ctx.activation), upstream, gate, up
             ), None
@@ -140,7 +140,7 @@ class _GatedHalves(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,), (activation, gate_first) = ctx.saved_tensors, ctx.how
-        if differentiation.goes_by_torch():
+        if differentiation.goes_by_torch(upstream):
             return (
                 *differentiation.gradients(lambda both: gate_torch.gated_halves(both, *ctx.how), upstream, gate_up),
                 None,

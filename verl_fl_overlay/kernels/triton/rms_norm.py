@@ -153,7 +153,7 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (values, weight, inverse), variant = ctx.saved_tensors, ctx.how[1]
-        if differentiation.goes_by_torch():
+        if differentiation.goes_by_torch(upstream):
             found = differentiation.gradients(lambda x, w: norm_torch.norm(x, w, *ctx.how), upstream, values, weight)
             return *found, None, None
         to_values = torch.empty_like(values)
