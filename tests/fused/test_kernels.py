@@ -194,3 +194,41 @@ def test_one_of_several_processes_compiles_and_the_others_load(tmp_path):
     with ThreadPoolExecutor() as pool:
         told = list(pool.map(lambda _: output(COMPILE, env=environment), range(3)))
     assert sorted(told) == ["False", "True", "True"]
+
+
+VARIANTS = """
+import itertools, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from verl_fl_overlay.kernels.gate_torch import ACTIVATIONS
+from verl_fl_overlay.kernels.triton import gate, rms_norm
+
+FP32, COUNTS = ("inverse", "to_weight"), ("stride", "width", "blocks", "rows", "size")
+
+
+def compiled(kernel, **constants):
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name in COUNTS:
+            return "i64" if name == "width" else "i32"
+        return "fp32" if name in ("epsilon", "offset") else "*fp32" if name in FP32 else "*bf16"
+
+    types = {name: type_of(name) for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+told = []
+for activation in ACTIVATIONS:
+    for kernel in (gate._gate, gate._gate_gradient):
+        told.append(compiled(kernel, ACTIVATION=activation, BLOCK=256))
+for weighted, centred in itertools.product((False, True), repeat=2):
+    how = {"WEIGHTED": weighted, "CENTRED": centred, "ROWS": 2, "BLOCK": 128}
+    told += [compiled(rms_norm._norm, ROUNDS=centred, **how), compiled(rms_norm._norm_gradient, **how)]
+print(len(set(told)))
+"""
+
+
+def test_a_compiler_takes_every_variant(tmp_path):
+    assert output(VARIANTS, env={"TRITON_CACHE_DIR": str(tmp_path)}) == "14"

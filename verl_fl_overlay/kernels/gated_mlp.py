@@ -130,7 +130,7 @@ def variant_of(
         results = [(each, native(gate, up, each), gate_torch.gated(gate, up, each.activation)) for each in variants]
     variant: Variant
     variant, off = nearest(results)
-    if off > TOLERANCE[torch.float32]:
+    if not off <= TOLERANCE[torch.float32]:  # NaN is not
         raise DiffersError(f"its gate differs by {off:.2g} from {variant.activation}, the nearest that has a kernel")
     return variant
 
