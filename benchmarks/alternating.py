@@ -129,7 +129,8 @@ def main() -> None:
         from verl_fl_overlay.settings.variables import FUSED
 
         found = {**agreement.checks(), **report()["features"]["logprobs"]["detail"]["kernels"]}
-        used = set(FUSED) <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}
+        kinds = set(FUSED) - {"experts"}  # a Qwen2 has none
+        used = kinds <= {name.split()[0] for name in found} and set(found.values()) == {"same", "triton"}
         assert used, f"not every kernel was used: {found}"
     medians = {row: statistics.median(found) for row, found in times.items()}
     print(f"model {options.model}")

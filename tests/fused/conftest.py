@@ -29,17 +29,17 @@ def agreement():
 
 @pytest.fixture
 def fuse(agreement):
-    """Return a function that fuses a model; everything is taken back after the test."""
+    """Return a function that fuses models, all of a test's as those of one process; it is taken back after the test."""
     from verl_fl_overlay.kernels.model import FusedModules
     from verl_fl_overlay.settings.variables import FUSED
 
-    made = []
+    made = {}
 
     def fuse(model, kinds=FUSED):
-        made.append(FusedModules(kinds, agreement))
-        made[-1].fuse(model)
-        return made[-1]
+        found = made.setdefault(kinds, FusedModules(kinds, agreement))
+        found.fuse(model)
+        return found
 
     yield fuse
-    for each in made:
+    for each in made.values():
         each.remove()

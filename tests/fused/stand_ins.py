@@ -1,4 +1,4 @@
-"""The three fused kernels in plain torch: for the CPU, on which there are none."""
+"""The fused kernels in plain torch: for the CPU, on which there are none."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ from typing import Any
 
 import torch
 
+from verl_fl_overlay.kernels import gate_torch, norm_torch
+
 
 class StandIns:
+    """The kernels, how often each was called, and which variant of a kernel was the last one."""
+
     def __init__(self):
-        self.calls = {"rms_norm": 0, "silu_and_mul": 0, "rotate": 0}
+        self.variant = None
+        self.calls = {"norm": 0, "gated": 0, "gated_halves": 0, "rotate": 0}
 
     def modules(self) -> dict[str, Any]:
         """Return what takes the place of the modules with the kernels in ``sys.modules``."""
         return {
             f"verl_fl_overlay.kernels.triton.{file}": SimpleNamespace(
-                **{name: lambda *inputs, name=name: getattr(self, name)(*inputs)}
+                **{name: lambda *inputs, name=name: getattr(self, name)(*inputs) for name in names}
             )
-            for file, name in (("rms_norm", "rms_norm"), ("gate", "silu_and_mul"), ("rotary", "rotate"))
+            for file, names in (("rms_norm", ["norm"]), ("gate", ["gated", "gated_halves"]), ("rotary", ["rotate"]))
         }
 
-    def rms_norm(self, values, weight, epsilon):
-        self.calls["rms_norm"] += 1
-        exact = values.float()
-        return (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon) * weight.float()).to(values.dtype)
+    def norm(self, values, weight, epsilon, variant):
+        self.calls["norm"] += 1
+        self.variant = variant
+        return norm_torch.norm(values, weight, epsilon, variant)
 
-    def silu_and_mul(self, gate, up):
-        self.calls["silu_and_mul"] += 1
-        return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+    def gated(self, gate, up, activation):
+        self.calls["gated"] += 1
+        self.variant = activation
+        return gate_torch.gated(gate.float(), up.float(), activation).to(gate.dtype)
+
+    def gated_halves(self, gate_up, activation, gate_first):
+        self.calls["gated_halves"] += 1
+        self.variant = activation, gate_first
+        return gate_torch.gated_halves(gate_up.float(), activation, gate_first).to(gate_up.dtype)
 
     def rotate(self, q, k, cos, sin):
         self.calls["rotate"] += 1

@@ -14,13 +14,30 @@ from processes import output
 
 PROGRAM = """
 import json, torch
-from verl_fl_overlay.kernels import logprobs, logprobs_torch
+from triton.runtime import interpreter
+from verl_fl_overlay.kernels import gate_torch, logprobs, logprobs_torch, norm_torch
 from verl_fl_overlay.kernels.triton import gate, rms_norm, rotary
 from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
 
 torch.cpu.current_device = lambda: None  # the interpreter has no device
 rms_norm.PROGRAMS = 3  # so that one program takes several blocks of rows
 torch.manual_seed(0)
+
+
+class Strict(type):
+    def __instancecheck__(cls, value):
+        return isinstance(value, int)
+
+
+class NumpyOf2026(int, metaclass=Strict):
+    # int, as it is from numpy 2.4 on: an array with a dimension is not converted.
+    def __new__(cls, value=0):
+        if getattr(value, "ndim", 0):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+        return int(value)
+
+
+interpreter.int = NumpyOf2026
 
 
 def run(function, inputs):
@@ -42,10 +59,6 @@ def off(function, reference, *inputs):
     return float(torch.stack(differences).max())  # which is NaN if one of them is, unlike Python's max
 
 
-def norm(x, w):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
-
-
 def turned(q, k):
     def turn(x):
         first, second = x.chunk(2, -1)
@@ -54,34 +67,72 @@ def turned(q, k):
     return turn(q), turn(k)
 
 
+def normed(variant):
+    return [lambda x, *w, f=f: f(x, *w or [None], 1e-6, variant) for f in (rms_norm.norm, norm_torch.norm)]
+
+
+def twice(function):  # the gradient of a gradient's norm
+    def gradient(*inputs):
+        grads = torch.autograd.grad(function(*inputs), inputs, torch.ones(()).expand(3, 8), create_graph=True)
+        return sum(each.square().sum() for each in grads) / 1000  # small, as upstream is its cosine
+
+    return gradient
+
+
+def several(function, differentiated=True):  # one backward for several upstream gradients
+    def gradient(*inputs):
+        result = function(*inputs)
+        upstream = torch.linspace(-1, 1, 4 * result.numel()).view(4, *result.shape).to(result)
+        how = {"is_grads_batched": True, "create_graph": differentiated}
+        found = torch.autograd.grad(result, inputs, upstream, **how)
+        return sum(each.sum(0).square().sum() for each in found) / 1000
+
+    return gradient
+
+
 told = {}
-for rows, size in ((1, 7), (37, 96), (5, 2500), (40, 512)):
-    values, weight = torch.randn(rows, size), torch.randn(size)
-    told[f"rms_norm {rows} x {size}"] = off(lambda x, w: rms_norm.rms_norm(x, w, 1e-6), norm, values, weight)
+for variant in norm_torch.VARIANTS[::2] + (norm_torch.Variant(rounds=True),):
+    for rows, size in ((1, 7), (37, 96), (5, 2500), (40, 512)):
+        values, weight = torch.randn(rows, size) + 1, torch.randn(size)
+        told[f"norm {rows} x {size}, {variant}"] = off(*normed(variant), values, weight)
+    told[f"norm without weight, {variant}"] = off(*normed(variant), torch.randn(5, 33) + 1)
+    told[f"several gradients of {variant}"] = off(*map(several, normed(variant)), torch.randn(3, 8), torch.randn(8))
+    told[f"second gradient of {variant}"] = off(*map(twice, normed(variant)), torch.randn(3, 8), torch.randn(8))
+plain = normed(norm_torch.Variant())
 strided = torch.randn(4, 3, 5, 16).transpose(1, 2)
-told["rms_norm of a view"] = off(lambda x, w: rms_norm.rms_norm(x, w, 1e-6), norm, strided, torch.randn(16))
-told["silu_and_mul"] = off(
-    gate.silu_and_mul, lambda g, u: torch.nn.functional.silu(g) * u, torch.randn(3, 700), torch.randn(3, 700)
-)
+x, w = torch.randn(3, 8).requires_grad_(), torch.randn(8).requires_grad_()
+one, other = (several(f, differentiated=False)(x, w) for f in plain)
+told["several gradients that are not differentiated"] = float((one - other) / other)
+told["norm of a view"] = off(*plain, strided, torch.randn(16))
+of_view = [lambda x, w, f=f: f(x, w[::2]) for f in plain]
+told["norm, weight of a view"] = off(*of_view, torch.randn(3, 8), torch.randn(16))
+told["norm, expanded"] = off(*map(expanded, plain), torch.randn(3, 16), torch.randn(16))
+for activation in gate_torch.ACTIVATIONS:
+    both = [lambda g, u, f=f: f(g, u, activation) for f in (gate.gated, gate_torch.gated)]
+    told[activation] = off(*both, torch.randn(3, 700) * 3, torch.randn(3, 700))
+    transposed = [lambda g, u, f=f: f(g.T, u) for f in both]
+    told[f"{activation}, transposed"] = off(*transposed, torch.randn(9, 4), torch.randn(4, 9))
+    told[f"{activation}, expanded"] = off(*map(expanded, both), torch.randn(3, 16), torch.randn(3, 16))
+    told[f"{activation}, several gradients"] = off(*map(several, both), torch.randn(3, 8), torch.randn(3, 8))
+    told[f"{activation}, second gradient"] = off(*map(twice, both), torch.randn(3, 8), torch.randn(3, 8))
+    for first in (True, False):
+        both = [lambda x, f=f: f(x, activation, first) for f in (gate.gated_halves, gate_torch.gated_halves)]
+        name = f"halves of {activation}, gate first {first}"
+        for shape in ((3, 2, 16), (2, 2 * 1500), (20, 2 * 40), (9, 2)):
+            told[f"{name}, {shape}"] = off(*both, torch.randn(shape) * 1.5)
+        told[f"{name}, expanded"] = off(*map(expanded, both), torch.randn(3, 16))
+        told[f"{name}, several gradients"] = off(*map(several, both), torch.randn(3, 16))
+        told[f"{name}, second gradient"] = off(*map(twice, both), torch.randn(3, 16))
 for batch in (1, 2):
     cos, sin = torch.randn(batch, 5, 48)[..., ::2], torch.randn(batch, 5, 30)[..., :24]
     heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 48)
     told[f"rotate, {batch} of angles"] = off(
         lambda q, k: rotary.rotate(q, k[..., ::2], cos, sin), lambda q, k: turned(q, k[..., ::2]), *heads
     )
-told["rms_norm, expanded"] = off(
-    expanded(lambda x, w: rms_norm.rms_norm(x, w, 1e-6)), expanded(norm), torch.randn(3, 16), torch.randn(16)
-)
-told["silu_and_mul, expanded"] = off(
-    expanded(gate.silu_and_mul),
-    expanded(lambda g, u: torch.nn.functional.silu(g) * u),
-    torch.randn(3, 16),
-    torch.randn(3, 16),
-)
-
 poisoned = torch.randn(3, 16)
 poisoned[1, 2] = float("nan")
-told["NaN in a norm"] = torch.isnan(rms_norm.rms_norm(poisoned, torch.ones(16), 1e-6)).any(-1).tolist()
+told["NaN in a norm"] = torch.isnan(plain[0](poisoned, torch.ones(16))).any(-1).tolist()
+interpreter.int = int  # the other kernels still loop with `for`
 
 logits, labels, upstream = torch.randn(3, 5000) * 8, torch.tensor([0, 4999, 17]), torch.tensor([1.0, 0.0, -2.0])
 logits[1, 3] = float("nan")
@@ -116,8 +167,8 @@ def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
     assert told.pop("NaN in a norm") == [False, True, False]
     assert told.pop("NaN") == [[False, True, False], [False, True, False]]
-    assert len(told) == 14
-    assert all(value < 2e-5 for value in told.values()), told
+    assert len(told) == 102
+    assert {name: value for name, value in told.items() if not value < 2e-5} == {}
 
 
 COMPILE = """
@@ -125,12 +176,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from verl_fl_overlay.kernels import turns
-from verl_fl_overlay.kernels.triton.gate import _silu_and_mul
+from verl_fl_overlay.kernels.triton.gate import _gate
 
 hits = []
 triton.knobs.compilation.listener = lambda **told: hits.append(told["cache_hit"])
-types = {"gate": "*bf16", "up": "*bf16", "result": "*bf16", "count": "i32", "BLOCK": "constexpr"}
-source = ASTSource(fn=_silu_and_mul, signature=types, constexprs={"BLOCK": 1024})
+types = {name: "*bf16" for name in ("gate", "up", "result")} | {name: "i32" for name in ("stride", "width", "blocks")}
+constants = {"ACTIVATION": "gelu_tanh", "BLOCK": 1024}
+source = ASTSource(fn=_gate, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
 with turns.first_to_compile("the gate"):
     triton.compile(source, target=GPUTarget("cuda", 90, 32))
 print(*hits)
@@ -142,3 +194,41 @@ def test_one_of_several_processes_compiles_and_the_others_load(tmp_path):
     with ThreadPoolExecutor() as pool:
         told = list(pool.map(lambda _: output(COMPILE, env=environment), range(3)))
     assert sorted(told) == ["False", "True", "True"]
+
+
+VARIANTS = """
+import itertools, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from verl_fl_overlay.kernels.gate_torch import ACTIVATIONS
+from verl_fl_overlay.kernels.triton import gate, rms_norm
+
+FP32, COUNTS = ("inverse", "to_weight"), ("stride", "width", "blocks", "rows", "size")
+
+
+def compiled(kernel, **constants):
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name in COUNTS:
+            return "i64" if name == "width" else "i32"
+        return "fp32" if name in ("epsilon", "offset") else "*fp32" if name in FP32 else "*bf16"
+
+    types = {name: type_of(name) for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+told = []
+for activation in ACTIVATIONS:
+    for kernel in (gate._gate, gate._gate_gradient):
+        told.append(compiled(kernel, ACTIVATION=activation, BLOCK=256))
+for weighted, centred in itertools.product((False, True), repeat=2):
+    how = {"WEIGHTED": weighted, "CENTRED": centred, "ROWS": 2, "BLOCK": 128}
+    told += [compiled(rms_norm._norm, ROUNDS=centred, **how), compiled(rms_norm._norm_gradient, **how)]
+print(len(set(told)))
+"""
+
+
+def test_a_compiler_takes_every_variant(tmp_path):
+    assert output(VARIANTS, env={"TRITON_CACHE_DIR": str(tmp_path)}) == "14"

@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from verl_fl_overlay.kernels import rotary  # noqa: E402
+from verl_fl_overlay.kernels.norm_torch import Variant  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
@@ -30,11 +31,6 @@ class Norm(nn.Module):
 
     def normalised(self, x):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-class WithoutMean(Norm):
-    def normalised(self, x):
-        return super().normalised(x - x.mean(-1, keepdim=True))
 
 
 class OfGroups(Norm):
@@ -73,11 +69,6 @@ class ClampedAfter(Norm):
         return super().normalised(x).clamp(-2, 2)
 
 
-class OnePlusWeight(Norm):
-    def forward(self, x):
-        return (1 + self.weight) * self.normalised(x.float()).to(x.dtype)
-
-
 class MagnitudeOfWeight(Norm):
     def forward(self, x):
         return self.weight.abs() * self.normalised(x.float()).to(x.dtype)
@@ -100,8 +91,6 @@ def verdict(agreement, module, values):
 @pytest.mark.parametrize(
     "kind",
     [
-        transformers.models.cohere.modeling_cohere.CohereLayerNorm,
-        WithoutMean,
         OfGroups,
         OfHalf,
         OfMagnitudes,
@@ -109,7 +98,6 @@ def verdict(agreement, module, values):
         EpsilonForgotten,
         Clamped,
         ClampedAfter,
-        OnePlusWeight,
         MagnitudeOfWeight,
     ],
 )
@@ -120,6 +108,69 @@ def test_norms_that_look_alike(kind, size, dtype, kernels, fuse, agreement):
     fuse(norm)
     assert "differs by" in verdict(agreement, norm, values)
     torch.testing.assert_close(norm(values), expected, rtol=0, atol=0)
+
+
+class OnePlusWeight(Norm):
+    def forward(self, x):
+        return (1 + self.weight.float()).mul(self.normalised(x.float())).to(x.dtype)
+
+
+class WithoutMean(Norm):
+    def normalised(self, x):
+        return super().normalised(x - x.mean(-1, keepdim=True))
+
+
+class RoundedOnce(Norm):
+    def forward(self, x):
+        return (self.weight * self.normalised(x.float())).to(x.dtype)
+
+
+class Weightless(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+VARIANTS = {
+    Norm: Variant(rounds=True),
+    RoundedOnce: Variant(),
+    transformers.models.gpt_oss.modeling_gpt_oss.GptOssRMSNorm: Variant(),
+    transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm: Variant(1.0),
+    OnePlusWeight: Variant(1.0),
+    transformers.models.cohere.modeling_cohere.CohereLayerNorm: Variant(centred=True),
+    WithoutMean: Variant(centred=True, rounds=True),
+    Weightless: Variant(),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [8, 64, 8192])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_variants_of_norms_are_told_apart(kind, size, dtype, kernels, fuse, agreement):
+    norm = kind(size).to(dtype)
+    for weight in norm.parameters():
+        nn.init.normal_(weight)
+    values = (torch.randn(4, size) + 1).to(dtype)
+    expected = norm(values)
+    fuse(norm)
+    assert verdict(agreement, norm, values) == "same"
+    assert kernels.variant == VARIANTS[kind]._replace(**({"rounds": False} if dtype == torch.float32 else {}))
+    torch.testing.assert_close(norm(values), expected)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_weight_in_fp32_beside_values_in_bf16(rounded, kernels, fuse, agreement):
+    """As gpt-oss keeps its norms; Llama's norm gives fp32 then, which the kernel does not."""
+    norm = (RoundedOnce if rounded else Norm)(64)
+    nn.init.normal_(norm.weight)
+    values = torch.randn(4, 64).bfloat16()
+    expected = norm(values)
+    fuse(norm)
+    assert (verdict(agreement, norm, values) == "same") == rounded
+    torch.testing.assert_close(norm(values), expected)
 
 
 def test_a_norm_that_returns_another_type(kernels, fuse, agreement):
@@ -162,19 +213,52 @@ class UpPlusOne(MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
 
 
-class Swapped(MLP):
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
-
-
 class Bilinear(MLP):
     def forward(self, x):
         return self.down_proj(self.gate_proj(x) * self.up_proj(x))
 
 
+class Halves(nn.Module):
+    """Gate and up in one projection, as in Phi-3 and GLM-4."""
+
+    def __init__(self, activation=functional.silu, size=8):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(size, 2 * size, bias=False), nn.Linear(size, size, bias=False)
+        self.activation_fn = activation
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class UpFirst(Halves):
+    def forward(self, x):
+        up, gate = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class Interleaved(Halves):
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+class Thirds(MLP):
+    """Each projection goes into the next."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(self.gate_proj(x))))
+
+
+class AlmostGelu(MLP):
+    """Differs from GELU by less than bf16 shows."""
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        return self.down_proj((functional.gelu(gate) + 1e-3 * functional.sigmoid(gate)) * self.up_proj(x))
+
+
 ACTIVATIONS = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "almost silu": lambda x: x * torch.sigmoid(1.1 * x),
     "relu": functional.relu,
@@ -196,8 +280,10 @@ ACTIVATIONS = {
         ClampedGate,
         ClampedUp,
         UpPlusOne,
-        Swapped,
         Bilinear,
+        AlmostGelu,
+        Interleaved,
+        Thirds,
     ],
 )
 def test_mlps_that_look_alike(make, dtype, kernels, fuse, agreement):
@@ -217,6 +303,89 @@ def test_a_gated_mlp_is_one_in_every_type(activation, dtype, kernels, fuse, agre
     mlp = MLP(activation).to(dtype)
     fuse(mlp)
     assert verdict(agreement, mlp, torch.randn(3, 8).to(dtype)) == "same"
+
+
+class Inline(nn.Module):
+    """As LFM2 and Mixtral name the projections; the activation is no attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w3, self.w2 = (nn.Linear(*sizes) for sizes in ((8, 12), (8, 12), (12, 8)))
+
+    def forward(self, x):
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Swapped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class WithDropout(MLP):
+    """With a dropout that does nothing, as in Seed-OSS."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
+
+
+GATES = {
+    "silu": (lambda: MLP(), "silu"),
+    "silu in place": (lambda: MLP(nn.SiLU(inplace=True)), "silu"),
+    "gelu": (lambda: MLP(nn.GELU()), "gelu"),
+    "tanh": (lambda: MLP(nn.GELU(approximate="tanh")), "gelu_tanh"),
+    "inline": (Inline, "silu"),
+    "names swapped": (Swapped, "silu"),
+    "no dropout": (WithDropout, "silu"),
+    "halves": (Halves, ("silu", True)),
+    "halves with gelu": (lambda: Halves(nn.GELU()), ("gelu", True)),
+    "halves, up first": (UpFirst, ("silu", False)),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", GATES)
+def test_variants_of_gates_are_told_apart(name, dtype, kernels, fuse, agreement):
+    make, variant = GATES[name]
+    mlp, values = make().to(dtype), torch.randn(3, 8).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 8).to(dtype)
+    tensors = [values, *mlp.parameters()]
+
+    def run():
+        result = mlp(values)
+        return result.detach(), *torch.autograd.grad(result, tensors, upstream)
+
+    expected = run()
+    fuse(mlp)
+    assert verdict(agreement, mlp, values) == "same"
+    assert kernels.variant == variant
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_weight_that_is_broadcast_is_not_read_out_of_bounds(kernels, fuse):
+    norm = Norm(1)
+    expected = norm(torch.arange(8.0))
+    fuse(norm)
+    torch.testing.assert_close(norm(torch.arange(8.0)), expected)
+    assert not kernels.calls["norm"]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fuse(wide := Norm(3)) and wide(torch.arange(8.0))
+
+
+def test_projections_that_are_changed_later_are_not_read_out_of_bounds(kernels, fuse):
+    mlp, values = MLP(), torch.randn(3, 8)
+    fuse(mlp)
+    mlp(values)
+    mlp.up_proj = nn.Linear(8, 1)
+    before = kernels.calls["gated"]
+    twin = MLP()
+    twin._modules = mlp._modules
+    torch.testing.assert_close(mlp(values), twin(values))
+    assert kernels.calls["gated"] == before
 
 
 def halves(x):

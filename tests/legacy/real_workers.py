@@ -144,7 +144,7 @@ class FlagOS:
             "theirs after": self.theirs["outside"] - outside,
             "routed": inside,
             "routed after": self.routed.total() - sum(inside.values()),
-            "fused": self.fused.calls["silu_and_mul"],
+            "fused": self.fused.calls["gated"],
             "replaced": self.feature.describe()["replaced"],
         }
 

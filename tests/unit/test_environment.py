@@ -101,7 +101,7 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
         ("TRAINING_FLAGGEMS_PATH", "/", "a file, and this is a directory"),
         ("TRAINING_FL_FLAGOS_WHITELIST", " , ,", "names, comma-separated; there is none between the commas"),
         ("VERL_FL_OPS", "mm,ALL", "ALL alone, or names without it"),
-        ("VERL_FL_FUSED", "rmsnorm", "auto, 0, or some of rms_norm, gated_mlp, rotary, adam, comma-separated"),
+        ("VERL_FL_FUSED", "rmsnorm", "auto, 0, or some of rms_norm, gated_mlp, experts, rotary, adam, comma-separated"),
         ("VERL_FL_RECOMPUTE", "-1", "all, none, auto, or how many layers of a model recompute, such as 12"),
         ("VERL_FL_RECOMPUTE", "³", "all, none, auto, or how many layers of a model recompute, such as 12"),
         ("VERL_FL_PROFILE", "/", "a file, and this is a directory"),

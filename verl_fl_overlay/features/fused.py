@@ -32,11 +32,18 @@ class Fused(Feature):
         self.undo.callback(events.engine_initialized.subscribe(self._fuse))
 
     def describe(self) -> dict[str, Any]:
-        """Return how many modules, model files (rotary) and optimizers may use a kernel, and what each check found."""
+        """Return how many modules, model files (rotary) and optimizers there are that may use a kernel, and that do.
+
+        Also what each check found.  A module is found when its engine is built, and replaced when its check agrees.
+        """
         if self._made is None:
-            return {"replaced": {}, "checks": {}}
+            return {"found": {}, "replaced": {}, "checks": {}}
         agreement, optimizers, modules = self._made
-        return {"replaced": {**optimizers.counts, **modules.counts}, "checks": agreement.checks()}
+        return {
+            "found": {**optimizers.counts, **modules.counts},
+            "replaced": {**optimizers.running, **modules.running},
+            "checks": agreement.checks(),
+        }
 
     def _fuse(self, engine: events.Engine) -> None:
         """Fuse an engine that verl has just built.

@@ -29,16 +29,22 @@ process without the overlay can read.
 
 
 class FusedAdam:
-    """The optimizers of this process that may step with the fused kernel.
-
-    Attributes:
-        counts: {"adam": how many they are}.
-    """
+    """The optimizers of this process that may step with the fused kernel."""
 
     def __init__(self, agreement: Agreement) -> None:
-        self.counts: Counter[str] = Counter()
         self._agreement = agreement
         self._handles: WeakKeyDictionary[Optimizer, tuple[Any, ...]] = WeakKeyDictionary()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many they are, as {"adam": 1}."""
+        return +Counter(adam=len(self._handles))
+
+    @property
+    def running(self) -> Counter[str]:
+        """How many of them have stepped with the kernel."""
+        groups = (optimizer.param_groups for optimizer in self._handles)
+        return +Counter(adam=sum(any(type(each["fused"]) is float for each in group) for group in groups))
 
     def fuse(self, optimizer: Any) -> bool:
         """Let ``optimizer`` take the fused kernel; return False if it has none, or its user chose how it steps."""
@@ -52,7 +58,6 @@ class FusedAdam:
             optimizer.register_step_pre_hook(self._choose),
             optimizer.register_state_dict_post_hook(_show),
         )
-        self.counts["adam"] += 1
         return True
 
     def remove(self) -> None:
@@ -62,7 +67,6 @@ class FusedAdam:
                 handle.remove()
             _unchoose(optimizer.param_groups, optimizer.state)
         self._handles.clear()
-        self.counts.clear()
 
     def _choose(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose for each group, before each step."""

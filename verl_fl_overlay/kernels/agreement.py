@@ -7,14 +7,15 @@ cannot be built on this chip, the native code stays in use; that is logged once 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from verl_fl_overlay.kernels import state, turns
+from verl_fl_overlay.kernels import differentiation, state, turns
 
 logger = logging.getLogger("verl_fl_overlay")
 
@@ -53,8 +54,19 @@ class Samples:
         return torch.tensor(scales).view(per_row) * (self.normal(len(scales), *shape) + means.view(per_row))
 
 
-Pair = tuple[tuple[Tensor, ...], Run, Run]
-"""Inputs, what native computes from them, and the same with the kernel."""
+Pair = tuple[tuple[Tensor, ...], Run, Run] | tuple[tuple[Tensor, ...], Run, Run, Any]
+"""Inputs, what native computes from them, and the same with the kernel; also which variant of the kernel that is."""
+
+
+class DiffersError(Exception):
+    """No variant of the kernel is what native computes; the message says by how much the nearest one differs."""
+
+
+class Found(NamedTuple):
+    """What a check found: why native code stays in use ("" if the kernel may be used), and the kernel's variant."""
+
+    reason: str
+    variant: Any = None
 
 
 def can_be_checked(dtype: torch.dtype, device: torch.device) -> bool:
@@ -63,23 +75,41 @@ def can_be_checked(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def kernels_take(*tensors: Tensor) -> bool:
-    """Whether a kernel may get these: plain tensors, not empty, with a type and a device that have kernels."""
-    return all(
-        type(tensor) in (Tensor, nn.Parameter) and can_be_checked(tensor.dtype, tensor.device) and tensor.numel() > 0
-        for tensor in tensors
+    """Whether a kernel may get these: plain tensors, not empty, with a type and a device that have kernels.
+
+    A kernel has a backward and nothing else, so torch's transforms (vmap, jvp) and forward-mode gradients need native.
+    """
+    return (
+        all(
+            type(tensor) in (Tensor, nn.Parameter)
+            and can_be_checked(tensor.dtype, tensor.device)
+            and tensor.numel() > 0
+            for tensor in tensors
+        )
+        and not differentiation.is_transformed()
     )
+
+
+def nearest(results: Iterable[tuple[Any, Tensor, Tensor]]) -> tuple[Any, float]:
+    """Return the variant whose result is nearest to native's, and by how much its worst row differs.
+
+    Args:
+        results: for each variant, the variant, what native computes, and the variant's result.
+    """
+    found = [(variant, _off(result, native)) for variant, native, result in results]
+    return min(found, key=lambda each: math.inf if math.isnan(each[1]) else each[1])
 
 
 class Agreement:
     """The results of checks.  A feature makes a new object when it starts, so a new start checks again."""
 
     def __init__(self) -> None:
-        self._reasons: dict[Key, str] = {}
+        self._found: dict[Key, Found] = {}
 
     def checks(self) -> dict[str, str]:
         """Return what was checked: "kind in class, type" -> "same", or why one of these stays native."""
         told: dict[str, str] = {}
-        for (kind, where, dtype, *_), reason in self._reasons.items():
+        for (kind, where, dtype, *_), (reason, _) in self._found.items():
             name = f"{kind} in {where.__name__}, {_name(dtype)}"
             told[name] = reason or told.get(name, "same")
         return told
@@ -97,32 +127,47 @@ class Agreement:
             pair: makes what is compared; it is called with ``Samples`` and with ``of``.
             of: what ``pair`` needs to know.
         """
-        reason = self._reasons.get(key)
-        return self._check(key, device, pair, *of) if reason is None else reason
+        return self._of(key, device, pair, of).reason
 
-    def _check(self, key: Key, device: torch.device, pair: Callable[..., Pair], *of: Any) -> str:
+    def variant(self, key: Key, device: torch.device, pair: Callable[..., Pair], *of: Any) -> Any:
+        """Return which variant of the kernel may be used, None if native code stays; arguments as for ``reason``."""
+        return self._of(key, device, pair, of).variant
+
+    def agrees_somewhere(self, kind: str, where: Any) -> bool:
+        """Whether a check of this kind in this class or function found that its kernel may be used."""
+        return any(key[:2] == (kind, where) and not found.reason for key, found in self._found.items())
+
+    def _of(self, key: Key, device: torch.device, pair: Callable[..., Pair], of: tuple[Any, ...]) -> Found:
+        found = self._found.get(key)
+        return self._check(key, device, pair, of) if found is None else found
+
+    def _check(self, key: Key, device: torch.device, pair: Callable[..., Pair], of: tuple[Any, ...]) -> Found:
         """Check, and remember what was found."""
         kind, where, dtype = whole_class = key[:3]
-        if whole_class in self._reasons:
-            return self._reasons[whole_class]
-        before = [reason for other, reason in self._reasons.items() if other[:3] == whole_class]
+        if whole_class in self._found:
+            return self._found[whole_class]
+        before = [found.reason for other, found in self._found.items() if other[:3] == whole_class]
         if len(before) == MOST_CHECKS:
-            key, reason = whole_class, f"its state changes too often, it was checked {MOST_CHECKS} times"
+            key, found = whole_class, Found(f"its state changes too often, it was checked {MOST_CHECKS} times")
         elif hidden := state.unseen(key):
-            reason = f"its state holds a {hidden.type.__name__}, whose changes cannot be seen"
+            found = Found(f"its state holds a {hidden.type.__name__}, {hidden.why}")
         else:
             try:
-                reason = _difference(kind, device, dtype, pair, *of)
+                found = _found(kind, device, dtype, pair, of)
+            except DiffersError as error:
+                found = Found(str(error))
             except Exception as error:  # Triton, if it cannot build a kernel, and torch, if it has none
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if reason and not any(before):
-            logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, dtype, reason)
-        self._reasons[key] = reason
-        return reason
+                found = Found(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if found.reason and not any(before):
+            logger.warning("%s of %s stays native for %s: %s", kind, where.__qualname__, dtype, found.reason)
+        self._found[key] = found
+        return found
 
 
-def _difference(kind: str, device: torch.device, dtype: torch.dtype, pair: Callable[..., Pair], *of: Any) -> str:
-    """Run both on the same samples; return what differs by more than its type allows, "" if nothing does."""
+def _found(
+    kind: str, device: torch.device, dtype: torch.dtype, pair: Callable[..., Pair], of: tuple[Any, ...]
+) -> Found:
+    """Run both on the same samples; the reason is what differs by more than its type allows, "" if nothing does."""
     # Activation checkpointing counts saved tensors; these hooks hide the check's tensors from it.
     with (
         torch.inference_mode(False),
@@ -131,16 +176,16 @@ def _difference(kind: str, device: torch.device, dtype: torch.dtype, pair: Calla
         torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
         _random_numbers_of_its_own(device),
     ):
-        values, native, fused = pair(Samples(), *of)
+        values, native, fused, *variant = pair(Samples(), *of)
         values = tuple(value.to(device, dtype) for value in values)
         shapes = ", ".join("x".join(map(str, value.shape)) for value in values)
-        with turns.first_to_compile(f"{kind} of {shapes} in {dtype}"):
-            found, expected = (_run(each, values) for each in (fused, native))
+        with turns.first_to_compile(f"{kind} {variant} of {shapes} in {dtype}"):
+            results, expected = (_run(each, values) for each in (fused, native))
     for what in expected:
-        for index, (one, other) in enumerate(zip(found[what], expected[what], strict=True)):
+        for index, (one, other) in enumerate(zip(results[what], expected[what], strict=True)):
             if reason := _compare(one, other):
-                return f"{what} {index} {reason}"
-    return ""
+                return Found(f"{what} {index} {reason}")
+    return Found("", *variant)
 
 
 @contextmanager
@@ -170,10 +215,15 @@ def _compare(found: Tensor | None, expected: Tensor | None) -> str:
         return "" if found is expected else "is missing on one side"
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return f"is {tuple(found.shape)} {_name(found.dtype)}, natively {tuple(expected.shape)} {_name(expected.dtype)}"
-    difference, size = ((each.float().norm(dim=-1)) for each in (found.float() - expected.float(), expected))
-    off = float((difference / size).masked_fill(difference == 0, 0).max())  # NaN if there is one
+    off = _off(found, expected)
     tolerance = TOLERANCE[expected.dtype]
     return "" if off <= tolerance else f"differs by {off:.2g}, allowed is {tolerance:g}"
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    """Return the largest relative difference of a row, by 2-norms; NaN if there is one."""
+    difference, size = (each.float().norm(dim=-1) for each in (found.float() - expected.float(), expected))
+    return float((difference / size).masked_fill(difference == 0, 0).max())
 
 
 def _name(dtype: torch.dtype) -> str:

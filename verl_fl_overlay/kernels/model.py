@@ -1,8 +1,10 @@
 """Puts fused kernels into a model, and takes them out again.
 
-A kind of module is a file of its name beside this one, with ``recognise`` and ``forward``.  A module is recognised by
-its structure, and its kernel is checked at its first call.  Parameters and their names do not change.  If other code
-has already replaced a forward, that forward stays.
+A kind of module is a file of its name beside this one, with ``METHOD``, ``recognise`` and ``in_place_of``.  A module is
+recognised by its structure, and its kernel is checked at its first call.  The method is replaced in the class that
+defines it, and runs on the kernel for the modules that were recognised: nothing is written into a module, so that
+pickles and copies hold nothing of the overlay, and run natively.  If other code has already replaced a method, that
+method stays.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
+
+import torch
 
 from verl_fl_overlay.kernels import rotary
 from verl_fl_overlay.kernels.agreement import Agreement
@@ -30,21 +34,33 @@ LIGER = "liger_kernel"
 
 
 class FusedModules:
-    """The modules and files of models of this process that may run on a fused kernel.
-
-    Attributes:
-        counts: how many there are of each kind, {"rms_norm": 57, "gated_mlp": 28, "rotary": 1}.
-    """
+    """The modules and files of models of this process that may run on a fused kernel."""
 
     def __init__(self, kinds: tuple[str, ...], agreement: Agreement) -> None:
-        self.counts: Counter[str] = Counter()
         files = {kind: importlib.import_module(f"{__package__}.{kind}") for kind in kinds}
         self._of_modules = {kind: file for kind, file in files.items() if hasattr(file, "recognise")}
         self._rotates = ROTARY in kinds
         self._agreement = agreement
-        self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
+        self._methods: dict[tuple[type, str], _Method] = {}
         self._files: list[tuple[ModuleType, Any, Any]] = []
         self._left_native: set[str] = set()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many there are of each kind, {"rms_norm": 57, "gated_mlp": 28, "rotary": 1}."""
+        counts = Counter({ROTARY: len(self._files)})
+        for method in self._methods.values():
+            counts[method.kind] += len(method.modules)
+        return +counts
+
+    @property
+    def running(self) -> Counter[str]:
+        """How many of these have run on a kernel."""
+        rotating = (native for _, native, _ in self._files if self._agreement.agrees_somewhere(ROTARY, native))
+        counts = Counter({ROTARY: sum(1 for _ in rotating)})
+        for method in self._methods.values():
+            counts[method.kind] += sum(module.has_run for module in method.modules.values())
+        return +counts
 
     def fuse(self, model: Any) -> None:
         """Replace what is recognised in ``model`` (a torch module) and was not replaced before.
@@ -54,45 +70,110 @@ class FusedModules:
         """
         if not self._of_modules and not self._rotates:
             return
-        before, name = self.counts.total(), type(model).__name__
+        before, name, others = self.counts.total(), type(model).__name__, set()
         for module in model.modules():
-            for kind, forward in self._forwards.items():
-                if _is_untouched(module) and self._of_modules[kind].recognise(module):
-                    module.__dict__["forward"] = MethodType(forward, module)
-                    self._modules.add(module)
-                    self.counts[kind] += 1
+            for kind, file in self._of_modules.items():
+                if structure := file.recognise(module):
+                    if method := self._method_of(module, kind, file):
+                        method.modules.setdefault(module, _Module(structure))
+                    else:
+                        others |= _replaced_by(module, file.METHOD)
         for file in rotary.files(model) if self._rotates else ():
             native = getattr(file, rotary.NAME)
             fused = rotary.in_place_of(native, self._agreement)
             setattr(file, rotary.NAME, fused)
             self._files.append((file, native, fused))
-            self.counts[ROTARY] += 1
-        if self.counts.total() == before and not self._modules and name not in self._left_native:
+        if self.counts.total() == before and name not in self._left_native:
             self._left_native.add(name)
-            logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
+            if others:
+                logger.info("%s runs on what %s put in; nothing is left to fuse", name, ", ".join(sorted(others)))
+            elif not before:
+                logger.warning("no module of %s has a structure with a fused kernel; it runs natively", name)
 
-    @functools.cached_property
-    def _forwards(self) -> dict[str, Callable[..., Any]]:
-        return {kind: file.forward(self._agreement) for kind, file in self._of_modules.items()}
+    def _method_of(self, module: Any, kind: str, file: ModuleType) -> _Method | None:
+        """Return the replaced method that ``module`` runs, replacing it first; None if it is not its class's own."""
+        name = file.METHOD
+        owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
+        if owner is None or name in vars(module):
+            return None
+        if (owner, name) not in self._methods and _is_own(module, owner, name):
+            self._methods[owner, name] = _Method(kind, owner, file, self._agreement)
+        method = self._methods.get((owner, name))
+        return method if method is not None and method.kind == kind else None
 
     def remove(self) -> None:
-        """Restore every module's forward and every file's function, unless other code has replaced ours since."""
-        for module in self._modules:
-            if getattr(vars(module).get("forward"), "__func__", None) in self._forwards.values():
-                del module.__dict__["forward"]
+        """Restore every class's method and every file's function, unless other code has replaced ours since."""
+        for method in self._methods.values():
+            method.remove()
         for file, native, fused in self._files:
             if getattr(file, rotary.NAME, None) is fused:
                 setattr(file, rotary.NAME, native)
-        self._modules.clear()
+        self._methods.clear()
         self._files.clear()
-        self.counts.clear()
 
 
-def _is_untouched(module: Any) -> bool:
-    """Whether the forward is the one that the module's class defines, takes one input, and is not fused already."""
-    forward = type(module).forward
-    home = forward.__module__
-    own = home in {cls.__module__ for cls in type(module).__mro__} and "forward" not in vars(module)
-    parameters = inspect.signature(forward).parameters.values()
+class _Module:
+    """What is known of a module that was recognised.
+
+    Attributes:
+        structure: what ``recognise`` found.
+        has_run: it has run on the kernel.
+    """
+
+    __slots__ = ("has_run", "structure")
+
+    def __init__(self, structure: Any) -> None:
+        self.structure, self.has_run = structure, False
+
+
+class _Method:
+    """A method of a class in whose place the kernel runs, for those of its modules that were recognised.
+
+    A subclass that calls it, a copy of a module, and what was kept of it after ``remove`` run natively.
+
+    Attributes:
+        kind: of module.
+        modules: those that were recognised; a model that verl has dropped is not kept.
+    """
+
+    def __init__(self, kind: str, owner: type, file: ModuleType, agreement: Agreement) -> None:
+        self.kind, self._owner, self._name = kind, owner, file.METHOD
+        self._native = native = vars(owner)[self._name]
+        self.modules = modules = WeakKeyDictionary[Any, _Module]()
+        run = file.in_place_of(native, agreement)
+
+        @functools.wraps(native, assigned=("__name__", "__qualname__", "__doc__"))
+        def method(self: Any, *inputs: Any, **named: Any) -> Any:
+            if not torch.compiler.is_compiling() and len(inputs) == 1 and not named and (module := modules.get(self)):
+                result = run(self, module.structure, inputs[0])
+                if result is not None:
+                    module.has_run = True
+                    return result
+            return native(self, *inputs, **named)
+
+        self._method = method
+        setattr(owner, self._name, method)
+
+    def remove(self) -> None:
+        """Put the native method back."""
+        if vars(self._owner).get(self._name) is self._method:
+            setattr(self._owner, self._name, self._native)
+        self.modules.clear()
+
+
+def _is_own(module: Any, owner: type, name: str) -> bool:
+    """Whether the method comes from a package of the module's classes, not from Liger, and takes one input."""
+    method: Callable[..., Any] = vars(owner)[name]
+    parameters = inspect.signature(method).parameters.values()
     takes_one = len(parameters) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
-    return own and takes_one and home.partition(".")[0] != LIGER
+    return takes_one and _package(method) in {_package(cls) for cls in type(module).__mro__} - {LIGER}
+
+
+def _replaced_by(module: Any, name: str) -> set[str]:
+    """Return the package whose method the module runs, if it is not one of its classes', or if it is Liger."""
+    package = _package(getattr(module, name))
+    return {package} - {_package(cls) for cls in type(module).__mro__ if _package(cls) != LIGER}
+
+
+def _package(of: Any) -> str:
+    return str(of.__module__).partition(".")[0]

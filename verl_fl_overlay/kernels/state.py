@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 VALUES = frozenset(
     {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, torch.Size, torch.memory_format}
@@ -22,14 +23,18 @@ VALUES = frozenset(
 TORCH_S_OWN = frozenset(vars(nn.Module())) - {"training"}
 """What torch keeps in each module: parameters, buffers, children and hooks."""
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what others want to see of its calls; a kernel that takes in its work calls it no more."""
+
 HOLDERS = (Tensor, MethodType)
 """Types of objects that hold more than their attributes show; a bound method holds an object, maybe the model."""
 
 
 class Unseen(NamedTuple):
-    """Stands in a key for an object that may change unseen; a kernel is not used with such a key."""
+    """Stands in a key for an object that may change or act unseen; a kernel is not used with such a key."""
 
     type: type
+    why: str = "whose changes cannot be seen"
 
 
 class _Object:
@@ -73,7 +78,8 @@ def of(value: Any) -> Any:
     """Return ``value`` as a part of a key; two parts are equal only if both values compute the same.
 
     Lists, tuples, dicts, sets and modules without weights are compared by content, other objects with attributes by
-    identity and attributes.  Values that cannot be compared in this way, such as tensors, become ``Unseen``.
+    identity and attributes.  Values that cannot be compared in this way, such as tensors, become ``Unseen``, and so
+    does a module with hooks.
     """
     kind = type(value)
     if kind in VALUES:
@@ -85,8 +91,11 @@ def of(value: Any) -> Any:
     if kind is set or kind is frozenset:
         return kind, frozenset(map(of, value))
     if issubclass(kind, nn.Module):
-        weights = value._parameters or value._buffers
-        return Unseen(kind) if weights else (kind, of_module(value), *map(of, value._modules.values()))
+        if value._parameters or value._buffers:
+            return Unseen(kind)
+        if any(getattr(value, hooks) for hooks in HOOKS) or _has_any_global_hook():
+            return Unseen(kind, "whose hooks a kernel does not call")
+        return kind, of_module(value), *map(of, value._modules.values())
     if issubclass(kind, HOLDERS) or not kind.__dictoffset__:
         return Unseen(kind)
     return _Object(value)

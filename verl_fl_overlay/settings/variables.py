@@ -99,7 +99,7 @@ def profile(text: str) -> str:
     return "" if lowered in ("0", "none") else file(text)
 
 
-FUSED = ("rms_norm", "gated_mlp", "rotary", "adam")
+FUSED = ("rms_norm", "gated_mlp", "experts", "rotary", "adam")
 """The kinds that have a fused kernel: modules and functions of a model, and torch's Adam and AdamW."""
 
 
