@@ -32,7 +32,7 @@ class Fused(Feature):
         self.undo.callback(events.engine_initialized.subscribe(self._fuse))
 
     def describe(self) -> dict[str, Any]:
-        """Return how many modules, model files (rotary) and optimizers may use a kernel, and what each check found."""
+        """Return how many modules, functions (rotary) and optimizers may use a kernel, and what each check found."""
         if self._made is None:
             return {"replaced": {}, "checks": {}}
         agreement, optimizers, modules = self._made

@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -30,7 +30,7 @@ LIGER = "liger_kernel"
 
 
 class FusedModules:
-    """The modules and files of models of this process that may run on a fused kernel.
+    """The modules of models of this process, and the functions in their files, that may run on a fused kernel.
 
     Attributes:
         counts: how many there are of each kind, {"rms_norm": 57, "gated_mlp": 28, "rotary": 1}.
@@ -43,7 +43,7 @@ class FusedModules:
         self._rotates = ROTARY in kinds
         self._agreement = agreement
         self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
-        self._files: list[tuple[ModuleType, Any, Any]] = []
+        self._restore: list[Callable[[], None]] = []
         self._left_native: set[str] = set()
 
     def fuse(self, model: Any) -> None:
@@ -61,11 +61,8 @@ class FusedModules:
                     module.__dict__["forward"] = MethodType(forward, module)
                     self._modules.add(module)
                     self.counts[kind] += 1
-        for file in rotary.files(model) if self._rotates else ():
-            native = getattr(file, rotary.NAME)
-            fused = rotary.in_place_of(native, self._agreement)
-            setattr(file, rotary.NAME, fused)
-            self._files.append((file, native, fused))
+        for function in rotary.functions(model) if self._rotates else ():
+            self._restore.append(rotary.replace(function, self._agreement))
             self.counts[ROTARY] += 1
         if self.counts.total() == before and not self._modules and name not in self._left_native:
             self._left_native.add(name)
@@ -76,15 +73,14 @@ class FusedModules:
         return {kind: file.forward(self._agreement) for kind, file in self._of_modules.items()}
 
     def remove(self) -> None:
-        """Restore every module's forward and every file's function, unless other code has replaced ours since."""
+        """Restore every function, and every module's forward unless other code has replaced ours since."""
         for module in self._modules:
             if getattr(vars(module).get("forward"), "__func__", None) in self._forwards.values():
                 del module.__dict__["forward"]
-        for file, native, fused in self._files:
-            if getattr(file, rotary.NAME, None) is fused:
-                setattr(file, rotary.NAME, native)
+        for restore in self._restore:
+            restore()
         self._modules.clear()
-        self._files.clear()
+        self._restore.clear()
         self.counts.clear()
 
 
