@@ -3,7 +3,7 @@
 Prints RESULT and JSON: family -> kind -> [how many ran on a kernel, how many there are].  The kernels' stand-ins run in
 the kernels' places, so that this needs no accelerator; what is recognised and checked is the same.
 
-What there is, is counted without the overlay: norms by the names of their classes and their weights, MLPs by their names
+What there is, is counted without the overlay: norms by their classes' names and their weights, MLPs by their names
 and their linear layers, experts by their parameters of three dimensions, and rotary embeddings by the modules that call
 a function with such a name.
 """
