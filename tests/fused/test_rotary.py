@@ -102,7 +102,7 @@ def results_and_gradients(function, heads, angles, rest):
 def test_each_way_to_rotate_runs_on_the_kernel(way, dtype, kernels, agreement):
     function, heads, angles, rest = inputs_of(way, dtype)
     expected = results_and_gradients(function, heads, angles, rest)
-    restore = rotary.replace(function, agreement)
+    rotary.replace(function, agreement)
     function(*heads, *angles, **rest)  # this one is checked
     kernels.calls["rotate"] = 0
     found = results_and_gradients(function, heads, angles, rest)
@@ -112,7 +112,7 @@ def test_each_way_to_rotate_runs_on_the_kernel(way, dtype, kernels, agreement):
     for one, other in zip(found, expected, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
         assert float((one - other).detach().float().norm() / other.detach().float().norm()) < bound
-    restore()
+    rotary.restore(function)
     function(*heads, *angles, **rest)
     assert kernels.calls["rotate"] == 1
 
@@ -271,11 +271,11 @@ def test_all_functions_of_a_file_but_those_that_call_one_another(kernels):
     assert names("qwen2_vl") == ["apply_multimodal_rotary_pos_emb", "apply_rotary_pos_emb_vision"]
     assert names("gpt_oss") == ["_apply_rotary_emb"]
     source = importlib.import_module("transformers.models.gpt_oss.modeling_gpt_oss")
-    restore = rotary.replace(source._apply_rotary_emb, Agreement())
+    rotary.replace(source._apply_rotary_emb, Agreement())
     try:
         assert names("gpt_oss") == [], "a second model finds that all is done"
     finally:
-        restore()
+        rotary.restore(source._apply_rotary_emb)
     assert names("gpt_oss") == ["_apply_rotary_emb"]
 
 

@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -43,7 +43,7 @@ class FusedModules:
         self._rotates = ROTARY in kinds
         self._agreement = agreement
         self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
-        self._restore: list[Callable[[], None]] = []
+        self._functions: list[FunctionType] = []
         self._left_native: set[str] = set()
 
     def fuse(self, model: Any) -> None:
@@ -62,7 +62,8 @@ class FusedModules:
                     self._modules.add(module)
                     self.counts[kind] += 1
         for function in rotary.functions(model) if self._rotates else ():
-            self._restore.append(rotary.replace(function, self._agreement))
+            rotary.replace(function, self._agreement)
+            self._functions.append(function)
             self.counts[ROTARY] += 1
         if self.counts.total() == before and not self._modules and name not in self._left_native:
             self._left_native.add(name)
@@ -77,10 +78,10 @@ class FusedModules:
         for module in self._modules:
             if getattr(vars(module).get("forward"), "__func__", None) in self._forwards.values():
                 del module.__dict__["forward"]
-        for restore in self._restore:
-            restore()
+        for function in self._functions:
+            rotary.restore(function)
         self._modules.clear()
-        self._restore.clear()
+        self._functions.clear()
         self.counts.clear()
 
 

@@ -50,20 +50,21 @@ def functions(model: Any) -> Iterator[FunctionType]:
                 yield function
 
 
-def replace(function: FunctionType, agreement: Agreement) -> Callable[[], None]:
-    """Let ``function`` run the kernel where it agrees; return what takes the kernel out again."""
-    code, defaults, named = function.__code__, function.__defaults__, function.__kwdefaults__
-    native = FunctionType(code, function.__globals__, function.__name__, defaults)
-    native.__qualname__, native.__kwdefaults__ = function.__qualname__, named
-
-    def restore() -> None:
-        function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, named
-        del function.__wrapped__  # type: ignore[attr-defined]
-
-    function.__wrapped__ = native  # type: ignore[attr-defined]
+def replace(function: Any, agreement: Agreement) -> None:
+    """Let ``function`` run the kernel where it agrees; its ``__wrapped__`` is the native function then."""
+    native = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    native.__qualname__, native.__kwdefaults__ = function.__qualname__, function.__kwdefaults__
+    function.__wrapped__ = native
     function.__kwdefaults__ = {"_run": in_place_of(native, agreement)}
     function.__code__, function.__defaults__ = _call.__code__, None
-    return restore
+
+
+def restore(function: Any) -> None:
+    """Take the kernel out of a function that was replaced."""
+    native = function.__wrapped__
+    function.__code__, function.__defaults__ = native.__code__, native.__defaults__
+    function.__kwdefaults__ = native.__kwdefaults__
+    del function.__wrapped__
 
 
 def _call(*inputs: Any, _run: Callable[..., Any], **named: Any) -> Any:
