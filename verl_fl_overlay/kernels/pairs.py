@@ -64,14 +64,15 @@ def layouts(size: int, width: int, sections: Sequence[int] | None) -> Iterator[L
                 yield Layout(start, number, source, result, ONE_ANGLE, ends)
 
 
-def rotated(heads: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-    """Return what the kernel computes, by torch's operators.
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor, layout: Layout, back: bool = False) -> Tensor:
+    """Return what the kernel computes, by torch's operators, in the type of heads.
 
     Args:
         heads: (batch, heads, length, size).
         cos: (batch or 1, length, width); (3, batch or 1, length, width) where a token has three positions.
         sin: like ``cos``.
         layout: what is rotated.
+        back: heads are gradients of rotated heads; return those of the heads.
     """
     pair = torch.arange(layout.number, device=heads.device)
     position = sum((pair >= end).long() for end in layout.sections)
@@ -83,9 +84,12 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         [of.reshape(-1, *of.shape[-3:])[position, :, :, at].movedim(0, -1)[:, None] for at in elements(layout.angles)]
         for of in (cos, sin)
     )
-    x1, x2 = (heads[..., layout.start + at] for at in elements(layout.source))
+    source, result_pairs = layout.source, layout.result
+    if back:
+        (s1, s2), (source, result_pairs) = (-s2, -s1), (result_pairs, source)
+    x1, x2 = (heads[..., layout.start + at] for at in elements(source))
     result = heads.clone()
-    first, second = elements(layout.result)
-    result[..., layout.start + first] = x1 * c1 - x2 * s1
-    result[..., layout.start + second] = x2 * c2 + x1 * s2
+    first, second = elements(result_pairs)
+    result[..., layout.start + first] = (x1 * c1 - x2 * s1).to(heads.dtype)
+    result[..., layout.start + second] = (x2 * c2 + x1 * s2).to(heads.dtype)
     return result

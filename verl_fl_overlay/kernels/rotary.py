@@ -225,7 +225,7 @@ def _kernel_takes(heads: tuple[Any, ...], cos: Any, sin: Any) -> bool:
     """Whether the kernel takes these types, and computes all derivatives that are needed."""
     if not kernels_take(*heads, cos, sin) or cos.requires_grad or sin.requires_grad:
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     first, last = heads[0], heads[-1]
     alike: bool = first.dtype == last.dtype and cos.dtype == sin.dtype and first.shape[-1] == last.shape[-1]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from verl_fl_overlay.kernels.launch import launch
-from verl_fl_overlay.kernels.pairs import Layout
+from verl_fl_overlay.kernels.pairs import Layout, rotated
 
 
 def rotate(heads: tuple[Tensor, ...], cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, ...]:
@@ -187,7 +187,11 @@ class _Rotate(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, None, None, None, *_Rotate.apply(cos, sin, ctx.layout, not ctx.back, *upstream)
+        back = not ctx.back
+        # torch.autograd.grad(is_grads_batched=True) runs one backward for several gradients at once.
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, upstream)):
+            return None, None, None, None, *(rotated(each, cos, sin, ctx.layout, back) for each in upstream)
+        return None, None, None, None, *_Rotate.apply(cos, sin, ctx.layout, back, *upstream)
 
 
 def _rotated(cos: Tensor, sin: Tensor, layout: Layout, back: bool, heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
