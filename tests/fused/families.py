@@ -157,8 +157,8 @@ class Trace:
         self._at_work: list[nn.Module] = []
 
     def follow(self, model: nn.Module) -> None:
-        """Follow the calls of the model's modules."""
-        for module in model.modules():
+        """Follow the calls of the modules that have weights; an activation that has a hook must run its own code."""
+        for module in (each for each in model.modules() if any(True for _ in each.parameters())):
             module.register_forward_pre_hook(lambda module, inputs: self._at_work.append(module))
             module.register_forward_hook(lambda module, inputs, outputs: self._left())
 
