@@ -219,7 +219,9 @@ def test_a_gated_mlp_is_one_in_every_type(activation, dtype, kernels, fuse, agre
     assert verdict(agreement, mlp, torch.randn(3, 8).to(dtype)) == "same"
 
 
-def rotated(q, k, cos, sin):
+def rotated(q, k, *angles):  # not with the names of a rotation's parameters: models of this file would use it
+    cos, sin = angles
+
     def turned(x):
         first, second = x.chunk(2, -1)
         return torch.cat([-second, first], -1)
