@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
@@ -43,7 +43,7 @@ class FusedModules:
         self._rotates = ROTARY in kinds
         self._agreement = agreement
         self._modules: WeakSet[Any] = WeakSet()  # a model that verl has dropped is not kept
-        self._functions: list[FunctionType] = []
+        self._functions: list[Any] = []
         self._left_native: set[str] = set()
 
     def fuse(self, model: Any) -> None:
