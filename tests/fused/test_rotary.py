@@ -225,6 +225,22 @@ def test_an_argument_that_holds_a_tensor_is_left_to_native_code(kernels, agreeme
     assert "whose changes cannot be seen" in next(iter(agreement.checks().values()))
 
 
+def test_a_function_whose_arguments_change_at_each_call_is_not_tried_for_ever(kernels, agreement, monkeypatch):
+    monkeypatch.setattr(rotary, "MOST_CHECKS", 3)
+    tried = []
+
+    def at(q, k, cos, sin, place):
+        tried.append(place)
+        return native(q, k, cos, sin)
+
+    native, inputs = plain()
+    run, expected = rotary.in_place_of(at, agreement), native(*inputs)
+    for place in range(5):
+        torch.testing.assert_close(run(*inputs, place), expected)
+    assert tried[-2:] == [3, 4], "native code runs once for each of these"
+    assert kernels.calls["rotate"] == 2 * 3
+
+
 TRANSFORMS = {
     "vmap": lambda f, q: torch.func.vmap(f)(torch.stack([q, 2 * q])),
     "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
