@@ -41,12 +41,20 @@ class StandIns:
         self.variant = activation, gate_first
         return gate_torch.gated_halves(gate_up.float(), activation, gate_first).to(gate_up.dtype)
 
-    def rotate(self, q, k, cos, sin):
+    def rotate(self, heads, cos, sin, layout):
         self.calls["rotate"] += 1
+        return tuple(self._turn(each, cos.float(), sin.float(), layout) for each in heads)
 
-        def turn(heads):
-            first, second = heads.float().chunk(2, -1)
-            turned = torch.cat([-second, first], -1)
-            return (heads.float() * cos.float()[:, None] + turned * sin.float()[:, None]).to(heads.dtype)
-
-        return turn(q), turn(k)
+    def _turn(self, heads, cos, sin, layout):
+        result = list(heads.float().unbind(-1))
+        for pair in range(layout.number):
+            (x1, x2), (y1, y2), (a1, a2) = (
+                (place.step * pair + start, place.step * pair + place.apart + start)
+                for place, start in ((layout.source, layout.start), (layout.result, layout.start), (layout.angles, 0))
+            )
+            position = sum(pair >= end for end in layout.sections)
+            c, s = (angles[position] if angles.dim() == 4 else angles for angles in (cos, sin))
+            c, s = c[:, None], s[:, None]
+            result[y1] = heads[..., x1].float() * c[..., a1] - heads[..., x2].float() * s[..., a1]
+            result[y2] = heads[..., x2].float() * c[..., a2] + heads[..., x1].float() * s[..., a2]
+        return torch.stack(result, -1).to(heads.dtype)

@@ -15,9 +15,8 @@ from processes import output
 PROGRAM = """
 import json, torch
 from triton.runtime import interpreter
-from verl_fl_overlay.kernels import gate_torch, logprobs, logprobs_torch, norm_torch
-from verl_fl_overlay.kernels.triton import gate, rms_norm, rotary
-from verl_fl_overlay.kernels.triton import logprobs as logprobs_triton
+from verl_fl_overlay.kernels import gate_torch, norm_torch
+from verl_fl_overlay.kernels.triton import gate, rms_norm
 
 torch.cpu.current_device = lambda: None  # the interpreter has no device
 rms_norm.PROGRAMS = 3  # so that one program takes several blocks of rows
@@ -49,7 +48,7 @@ def run(function, inputs):
 
 
 def expanded(function):  # whose upstream gradient is one number, repeated by strides of zero
-    return lambda *inputs: function(*inputs).sum()
+    return lambda *inputs: function(*inputs).mean()
 
 
 def off(function, reference, *inputs):
@@ -57,14 +56,6 @@ def off(function, reference, *inputs):
     # The upstream gradient is taken from each side's own result, so that it differs by rounding alone.
     differences = [(one.double() - other).norm() / other.norm() for one, other in zip(found, exact, strict=True)]
     return float(torch.stack(differences).max())  # which is NaN if one of them is, unlike Python's max
-
-
-def turned(q, k):
-    def turn(x):
-        first, second = x.chunk(2, -1)
-        return x * cos.to(x.dtype)[:, None] + torch.cat([-second, first], -1) * sin.to(x.dtype)[:, None]
-
-    return turn(q), turn(k)
 
 
 def normed(variant):
@@ -123,42 +114,9 @@ for activation in gate_torch.ACTIVATIONS:
         told[f"{name}, expanded"] = off(*map(expanded, both), torch.randn(3, 16))
         told[f"{name}, several gradients"] = off(*map(several, both), torch.randn(3, 16))
         told[f"{name}, second gradient"] = off(*map(twice, both), torch.randn(3, 16))
-for batch in (1, 2):
-    cos, sin = torch.randn(batch, 5, 48)[..., ::2], torch.randn(batch, 5, 30)[..., :24]
-    heads = torch.randn(2, 5, 4, 24).transpose(1, 2), torch.randn(2, 3, 5, 48)
-    told[f"rotate, {batch} of angles"] = off(
-        lambda q, k: rotary.rotate(q, k[..., ::2], cos, sin), lambda q, k: turned(q, k[..., ::2]), *heads
-    )
 poisoned = torch.randn(3, 16)
 poisoned[1, 2] = float("nan")
 told["NaN in a norm"] = torch.isnan(plain[0](poisoned, torch.ones(16))).any(-1).tolist()
-interpreter.int = int  # the other kernels still loop with `for`
-
-logits, labels, upstream = torch.randn(3, 5000) * 8, torch.tensor([0, 4999, 17]), torch.tensor([1.0, 0.0, -2.0])
-logits[1, 3] = float("nan")
-sides = []
-for each, dtype in ((logprobs_triton, torch.float32), (logprobs_torch, torch.float64)):
-    values = logits.to(dtype)
-    result, normalizer, gradient = torch.empty(3, dtype=dtype), torch.empty(3, dtype=dtype), torch.empty_like(values)
-    each.forward(values, labels, result, normalizer)
-    each.backward(values, labels, normalizer, upstream.to(dtype), gradient)
-    sides.append((result, gradient))
-(result, gradient), (exact, exact_gradient) = sides
-told["NaN"] = [torch.isnan(result).tolist(), torch.isnan(gradient).any(-1).tolist()]
-good = [0, 2]
-told["log-probs"] = float((result - exact)[good].norm() / exact[good].norm())
-told["gradient"] = float((gradient - exact_gradient)[good].norm() / exact_gradient[good].norm())
-
-def log_probs(values):
-    return logprobs._apply(values, labels, False, logprobs_triton if values.dtype == torch.float32 else logprobs_torch)
-
-
-for name, labels in (("a column", torch.randint(0, 50, (4, 6))[:, -1:]), ("every third", torch.arange(12)[::3])):
-    told[f"log-probs of {name} of labels"] = off(
-        log_probs,
-        lambda values: values.log_softmax(-1).gather(-1, labels.reshape(-1, 1))[:, 0],
-        torch.randn(4, 50) * 4,
-    )
 print(json.dumps(told))
 """
 
@@ -166,8 +124,7 @@ print(json.dumps(told))
 def test_kernels_match_float64_forward_and_backward(tmp_path):
     told = json.loads(output(PROGRAM, env={"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}))
     assert told.pop("NaN in a norm") == [False, True, False]
-    assert told.pop("NaN") == [[False, True, False], [False, True, False]]
-    assert len(told) == 102
+    assert len(told) == 96
     assert {name: value for name, value in told.items() if not value < 2e-5} == {}
 
 

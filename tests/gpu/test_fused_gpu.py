@@ -108,32 +108,6 @@ def test_a_norm_that_rounds_first_gives_the_bits_of_the_model(size):
     assert differ[0] < 1e-3 < differ[1]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 4e-3), (torch.float32, 2e-6)], ids=str)
-@pytest.mark.parametrize("heads", [(4, 2), (14, 2), (3, 3)], ids=str)
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-def test_rotation_matches_float64(heads, dtype, bound, transposed, shared):
-    torch.manual_seed(1)
-    batch, length, size = 3, 11, 24
-
-    def make_heads(count):
-        if transposed:
-            return torch.randn(batch, length, count, size, device="cuda", dtype=dtype).transpose(1, 2)
-        return torch.randn(batch, count, length, size, device="cuda", dtype=dtype)
-
-    cos, sin = (torch.randn(1 if shared else batch, length, size, device="cuda", dtype=dtype) for _ in range(2))
-
-    def reference(q, k):
-        def turn(x):
-            first, second = x.chunk(2, -1)
-            return x * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
-
-        return turn(q), turn(k)
-
-    inputs = [make_heads(count) for count in heads]
-    assert_close(lambda q, k: rotary.rotate(q, k, cos, sin), reference, inputs, bound)
-
-
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_on_real_kernels_is_as_near_to_fp32_as_native_is(name, checkpointing):

@@ -59,7 +59,14 @@ def main() -> None:
             exact, gradient = expected_statistics(logits, labels, temperature, upstream)
             asked = [each for each, above in zip(exact, upstream, strict=True) if above is not None]
             told[name] += [relative_error(one, other) for one, other in zip(ours, [*asked, gradient], strict=True)]
-    print(json.dumps(told))
+    logits, labels, _ = random_case((3, 150), torch.float32)
+    logits[1, 3] = float("nan")
+    column = torch.stack([labels, labels + 1000], -1)[:, 0]  # with a stride, and others between that are none
+    found = run(logprobs, logits, column, None, [torch.tensor([1.0, 0.0, -2.0])] * 3)
+    exact = run(logprobs_torch, logits, labels, None, [torch.tensor([1.0, 0.0, -2.0])] * 3)
+    poisoned = [torch.isnan(each).reshape(3, -1).any(-1).tolist() for each in found]
+    errors = [relative_error(one[[0, 2]], other[[0, 2]]) for one, other in zip(found, exact, strict=True)]
+    print(json.dumps({"cases": told, "poisoned": poisoned, "labels with a stride": errors}))
 
 
 if __name__ == "__main__":

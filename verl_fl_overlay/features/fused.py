@@ -32,7 +32,7 @@ class Fused(Feature):
         self.undo.callback(events.engine_initialized.subscribe(self._fuse))
 
     def describe(self) -> dict[str, Any]:
-        """Return how many modules, model files (rotary) and optimizers there are that may use a kernel, and that do.
+        """Return how many modules, functions (rotary) and optimizers there are that may use a kernel, and that do.
 
         Also what each check found.  A module is found when its engine is built, and replaced when its check agrees.
         """

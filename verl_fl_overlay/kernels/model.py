@@ -34,7 +34,7 @@ LIGER = "liger_kernel"
 
 
 class FusedModules:
-    """The modules and files of models of this process that may run on a fused kernel."""
+    """The modules of models of this process, and the functions in their files, that may run on a fused kernel."""
 
     def __init__(self, kinds: tuple[str, ...], agreement: Agreement) -> None:
         files = {kind: importlib.import_module(f"{__package__}.{kind}") for kind in kinds}
@@ -42,13 +42,13 @@ class FusedModules:
         self._rotates = ROTARY in kinds
         self._agreement = agreement
         self._methods: dict[tuple[type, str], _Method] = {}
-        self._files: list[tuple[ModuleType, Any, Any]] = []
+        self._functions: list[Any] = []
         self._left_native: set[str] = set()
 
     @property
     def counts(self) -> Counter[str]:
         """How many there are of each kind, {"rms_norm": 57, "gated_mlp": 28, "rotary": 1}."""
-        counts = Counter({ROTARY: len(self._files)})
+        counts = Counter({ROTARY: len(self._functions)})
         for method in self._methods.values():
             counts[method.kind] += len(method.modules)
         return +counts
@@ -56,8 +56,8 @@ class FusedModules:
     @property
     def running(self) -> Counter[str]:
         """How many of these have run on a kernel."""
-        rotating = (native for _, native, _ in self._files if self._agreement.agrees_somewhere(ROTARY, native))
-        counts = Counter({ROTARY: sum(1 for _ in rotating)})
+        rotating = (self._agreement.agrees_somewhere(ROTARY, each.__wrapped__) for each in self._functions)
+        counts = Counter({ROTARY: sum(rotating)})
         for method in self._methods.values():
             counts[method.kind] += sum(module.has_run for module in method.modules.values())
         return +counts
@@ -78,11 +78,9 @@ class FusedModules:
                         method.modules.setdefault(module, _Module(structure))
                     else:
                         others |= _replaced_by(module, file.METHOD)
-        for file in rotary.files(model) if self._rotates else ():
-            native = getattr(file, rotary.NAME)
-            fused = rotary.in_place_of(native, self._agreement)
-            setattr(file, rotary.NAME, fused)
-            self._files.append((file, native, fused))
+        for function in rotary.functions(model) if self._rotates else ():
+            rotary.replace(function, self._agreement)
+            self._functions.append(function)
         if self.counts.total() == before and name not in self._left_native:
             self._left_native.add(name)
             if others:
@@ -102,14 +100,13 @@ class FusedModules:
         return method if method is not None and method.kind == kind else None
 
     def remove(self) -> None:
-        """Restore every class's method and every file's function, unless other code has replaced ours since."""
+        """Restore every function, and every class's method unless other code has replaced ours since."""
         for method in self._methods.values():
             method.remove()
-        for file, native, fused in self._files:
-            if getattr(file, rotary.NAME, None) is fused:
-                setattr(file, rotary.NAME, native)
+        for function in self._functions:
+            rotary.restore(function)
         self._methods.clear()
-        self._files.clear()
+        self._functions.clear()
 
 
 class _Module:

@@ -55,7 +55,8 @@ def _forward(
         scale = 1.0
         if SCALED:
             scale = tl.load(inverse + row)
-        for first in range(0, vocabulary, BLOCK):
+        first = 0
+        while first < vocabulary:
             inside = first + columns < vocabulary
             values = tl.load(logits + first + columns, mask=inside, other=float("-inf")).to(tl.float32)
             if SCALED:
@@ -72,6 +73,7 @@ def _forward(
                 doubled = doubled * decay * decay + exponentials * exponentials
             total = total * decay + exponentials
             most = larger
+            first += BLOCK
         whole = tl.sum(total, axis=0)
         log_sum = tl.log(whole)
         picked = tl.load(logits + label).to(tl.float32)
