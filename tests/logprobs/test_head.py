@@ -46,7 +46,8 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     """Have so few logits at a time that tokens and vocabulary are in several parts, the last one not full."""
-    monkeypatch.setattr(head_module, "AT_ONCE", 7 * VOCABULARY)
+    for name in ("AT_ONCE", "AT_ONCE_FORWARD"):
+        monkeypatch.setattr(head_module, name, 7 * VOCABULARY)
 
 
 def model_of(family, dtype=torch.float32):

@@ -31,8 +31,8 @@ from verl_fl_overlay.errors import HeadError
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs, empty_statistics, inverse, refuse_misfits
 from verl_fl_overlay.kernels.tokens import HEAD, Statistics, TokenAnswer, TokenQuestion, Upstream
 
-AT_ONCE = 1 << 28
-"""Most logits that exist at a time: 512 MiB in 16 bits."""
+AT_ONCE, AT_ONCE_FORWARD = 1 << 28, 1 << 29
+"""Most logits that exist at a time: 512 MiB in 16 bits; twice as many in forward, which holds no gradients."""
 
 WORTH = 0.9
 """Rows with a gradient, as a part of all, from which on those without one are not taken out."""
@@ -270,7 +270,7 @@ class _FromHidden(torch.autograd.Function):  # type: ignore[misc]
         rows, vocabulary = hidden.shape[0], work.head.out_features
         kept = empty_statistics(rows, torch.float32, hidden.device, work.entropy, work.squares)
         with work.running(hidden.device.type):
-            for part in _slices(rows, AT_ONCE // vocabulary):
+            for part in _slices(rows, AT_ONCE_FORWARD // vocabulary):
                 logits = work.transformed(work.raw(hidden[part]))
                 scale = None if work.inverse is None else work.inverse[part]
                 work.kernels.forward(logits, work.labels[part], scale, kept.part(part))
@@ -324,8 +324,14 @@ def _columns_at_a_time(
             (gradient,) = torch.autograd.grad(logits, raw, gradient)
         _add_product(to_hidden, gradient, weight)
         for to, left in zip(to_weights, (states, None), strict=False):
-            if to is not None:
-                to[part] = gradient.sum(0) if left is None else gradient.T @ left
+            if to is None:
+                continue
+            if left is None:
+                to[part] = gradient.sum(0)
+            elif to.dtype == dtype:
+                torch.mm(gradient.T, left, out=to[part])
+            else:
+                to[part] = gradient.T @ left
         del raw, logits, gradient  # else they are still there when the next ones are made
     yield to_hidden.to(hidden.dtype)
     yield from to_weights
