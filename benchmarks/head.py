@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from verl_fl_overlay.kernels.agreement import Agreement
 from verl_fl_overlay.kernels.head import ChunkedHead
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs
-from verl_fl_overlay.kernels.tokens import HEAD, TokenQuestion
+from verl_fl_overlay.kernels.tokens import HEAD, Sealed, TokenQuestion
 
 ROWS = ("logits", "chunked")
 TURNS = 5
@@ -72,7 +72,7 @@ class Pass:
         asked = TokenQuestion(None, self.labels, 0.9, entropy=True, in_place=True)
         if row == "chunked":
             self.heads.prepare(self.model)
-            found = self.model(self.hidden, **{HEAD: asked})
+            found = self.model(self.hidden, **{HEAD: Sealed(asked)})
             log_probs, entropy = found["log_probs"], found["entropy"]
         else:
             logits = self.model(self.hidden).logits.squeeze(0)

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from verl_fl_overlay.compat import packing
 from verl_fl_overlay.compat.token_logprobs import SOURCE, idle, verl_has_a_kernel
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.events import failures, head, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook
-from verl_fl_overlay.kernels.tokens import HEAD, TokenAnswer, TokenQuestion
+from verl_fl_overlay.kernels.tokens import HEAD, Sealed, TokenAnswer, TokenQuestion
+
+T = TypeVar("T")
 
 ENGINES = {
     "fsdp": ("FSDPEngineWithLMHead", ""),
@@ -104,8 +106,8 @@ def _or_none(engine: Any, logits: Any, call: _Call) -> TokenAnswer | None:
     return token_logprobs.ask(replace(asked, logits=logits if asked.rows is not None else logits.squeeze(0)))
 
 
-def _told(find: Callable[[], TokenQuestion | None]) -> TokenQuestion | None:
-    """Return the question; None if a changed verl does not tell what it wants, which is recorded."""
+def _told(find: Callable[[], T]) -> T | None:
+    """Return what is found; None if a changed verl, or an unusual model, does not tell it, which is recorded."""
     try:
         return find()
     except OverlayError:
@@ -155,9 +157,9 @@ def _inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str,
     model = packing.place_of(engine).model
     computes_in = getattr(engine, "_autocast_dtype", None)  # verl computes in bf16 where it does not say
     size = 2 if computes_in is None else computes_in.itemsize
-    if asked is None or model is None or not head.ask(model, asked, rows * length, size):
+    if asked is None or model is None or not _told(lambda: head.ask(model, asked, rows * length, size)):
         return given, told
-    return {**given, HEAD: asked}, told
+    return {**given, HEAD: Sealed(asked)}, told
 
 
 def _rows(ids: Any, length: int, tokens: int) -> Any:

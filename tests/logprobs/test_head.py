@@ -18,7 +18,7 @@ from verl_fl_overlay.kernels import head as head_module  # noqa: E402
 from verl_fl_overlay.kernels.agreement import Agreement  # noqa: E402
 from verl_fl_overlay.kernels.head import ChunkedHead  # noqa: E402
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs  # noqa: E402
-from verl_fl_overlay.kernels.tokens import HEAD, TokenQuestion  # noqa: E402
+from verl_fl_overlay.kernels.tokens import HEAD, Sealed, TokenQuestion  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 
 VOCABULARY = 120
@@ -74,7 +74,7 @@ def run(model, chunked, *, rows=None, temperature=0.8, entropy=True, autocast=No
             heads = ChunkedHead(computer)
             assert heads.fault(model) == ""
             heads.prepare(model)
-            found = model(input_ids=ids, use_cache=False, **{HEAD: asked})
+            found = model(input_ids=ids, use_cache=False, **{HEAD: Sealed(asked)})
             assert not heads.faults, dict(heads.faults)
             found = found["log_probs"], found.get("entropy")
         else:
@@ -219,8 +219,60 @@ def test_a_model_that_needs_all_logits_computes_them_and_tells(monkeypatch):
     heads.prepare(model)
     ids = torch.randint(1, VOCABULARY, (1, 5))
     asked = TokenQuestion(None, ids.flatten())
-    assert model(input_ids=ids, **{HEAD: asked}).logits.shape == (1, 5, VOCABULARY)
+    assert model(input_ids=ids, **{HEAD: Sealed(asked)}).logits.shape == (1, 5, VOCABULARY)
     assert "element by element" in heads.fault(model)
+
+
+class InPlace(transformers.Qwen2ForCausalLM):
+    """Scales its logits in place."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits.mul_(0.5)
+        return found
+
+
+class Looking(transformers.Qwen2ForCausalLM):
+    """Needs a largest logit, which there is not where there are none."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits.argmax(-1)
+        return found
+
+
+class Parted(transformers.Qwen2ForCausalLM):
+    """Calls what is in its body, and not the body, as OPT does."""
+
+    def forward(self, input_ids, **kwargs):
+        self.runs = getattr(self, "runs", 0) + 1
+        hidden = self.model.norm(self.model.embed_tokens(input_ids))
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(InPlace, "in-place"), (Looking, "non-zero size"), (Parted, "only a part of its model")]
+)
+def test_a_model_that_cannot_run_so_makes_its_logits_and_tells(kind, why):
+    model, heads = kind(model_of("qwen2").config), ChunkedHead(TokenLogprobs(Agreement()))
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    heads.prepare(model)
+    found = model(input_ids=ids, **{HEAD: Sealed(TokenQuestion(None, ids.flatten()))})
+    found.logits.sum().backward()
+    assert found.logits.shape == (1, 5, VOCABULARY)
+    assert why in heads.fault(model)
+    assert getattr(model, "runs", 2) == 2, "once to find out, once for the logits"
+    assert not {"forward", "model", "lm_head"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("how", ["another tensor beside its weight", "a weight of several parts"])
+def test_a_head_that_computes_with_its_weight_alone(how):
+    model = model_of("qwen2")
+    if how == "a weight of several parts":
+        nn.utils.parametrizations.weight_norm(model.lm_head)
+    else:
+        model.lm_head.seen = torch.randn(VOCABULARY)
+    compare(run(model, True), run(model, False), 3e-5)
 
 
 def test_what_cannot_run_so_is_told_before():
@@ -284,3 +336,38 @@ def test_a_model_that_cannot_is_told_under_auto_and_refused_under_chunked(monkey
     model.forward = print
     with pytest.raises(HeadError, match="VERL_FL_HEAD=chunked: Qwen2ForCausalLM cannot: other code has replaced"):
         chosen(monkeypatch, "chunked", model, 0)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    import torch.distributed as distributed
+
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_fsdp1_does_not_round_the_temperature(one_rank):
+    """It casts what it finds in the inputs of a model; 0.7 would become 0.69921875 in bf16."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+
+    model, heads = model_of("qwen2"), ChunkedHead(computer := TokenLogprobs(Agreement()))
+    types = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded = FullyShardedDataParallel(model, mixed_precision=types, device_id=torch.device("cpu"))
+    ids = torch.randint(1, VOCABULARY, (1, 11))
+    asked = TokenQuestion(None, ids.flatten(), torch.full((1, 11), 0.7))
+    heads.prepare(model)
+    with torch.no_grad():
+        ours = sharded(input_ids=ids, **{HEAD: Sealed(asked)})["log_probs"]
+        native = computer(replace(asked, logits=sharded(input_ids=ids).logits)).log_probs
+    assert float((ours - native.flatten()).abs().max()) < 1e-5
+
+
+def test_a_head_that_fsdp1_shards_by_itself_makes_its_logits(one_rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, heads = model_of("qwen2"), ChunkedHead(TokenLogprobs(Agreement()))
+    model.lm_head = FullyShardedDataParallel(model.lm_head, device_id=torch.device("cpu"))
+    assert heads.fault(model) == "FSDP1 shards its lm_head by itself"

@@ -79,3 +79,44 @@ def test_an_engine_that_makes_logits_is_refused_by_name(tmp_path):
     first, second = done.stdout.strip().splitlines()[-2:]
     assert first.startswith("SettingsError VERL_FL_HEAD=chunked: verl's megatron engine makes all logits")
     assert "legacy fsdp worker" in second
+
+
+def test_a_model_that_does_not_tell_its_size_makes_its_logits(monkeypatch):
+    """auto asks about every model; one that cannot answer trains as before."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from verl.utils import tensordict_utils
+
+    from verl_fl_overlay import events
+    from verl_fl_overlay.compat.model_outputs import inputs_hook
+    from verl_fl_overlay.kernels.tokens import HEAD
+
+    class FSDPEngineWithLMHead:
+        engine_config, ulysses_sequence_parallel_size = None, 1
+        module = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("qwen2", vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        )
+
+        def prepare_model_inputs(self, micro_batch):
+            ids = micro_batch["input_ids"].values()
+            return {"input_ids": ids[None]}, {"input_ids_rmpad_rolled": ids.roll(-1)}
+
+        def prepare_model_outputs(self):
+            pass
+
+    def unusual(*asked):
+        raise AttributeError("no vocab_size")
+
+    monkeypatch.setattr(events, "failures", failures := events.Failures())
+    monkeypatch.setattr("verl_fl_overlay.compat.model_outputs.failures", failures)
+    ids = torch.nested.as_nested_tensor([torch.arange(3), torch.arange(2)], layout=torch.jagged)
+    batch = tensordict_utils.get_tensordict({"input_ids": ids}, {"temperature": 1.0})
+    engine, answers = FSDPEngineWithLMHead(), []
+    for answer in (lambda *asked: True, unusual):
+        end = events.head.answer(answer)
+        try:
+            answers.append(inputs_hook().wrapper(engine.prepare_model_inputs, engine, (batch,), {})[0])
+        finally:
+            end()
+    assert [HEAD in given for given in answers] == [True, False]
+    assert list(failures.told().values()) == ["AttributeError: no vocab_size"]

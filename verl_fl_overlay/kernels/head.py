@@ -37,6 +37,9 @@ AT_ONCE, AT_ONCE_FORWARD = 1 << 28, 1 << 29
 WORTH = 0.9
 """Rows with a gradient, as a part of all, from which on those without one are not taken out."""
 
+FSDP1_HOLDS = "_fsdp_wrapped_module"
+"""The attribute of torch's FSDP1 for the module that it wraps."""
+
 Transform = Callable[[Tensor], Tensor]
 
 
@@ -54,12 +57,12 @@ class ChunkedHead:
 
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
             del model.__dict__["forward"]  # a model is pickled, and called by others, as it is
-            asked = kwargs.pop(HEAD, None)
+            sealed = kwargs.pop(HEAD, None)
             native = partial(type(model).forward, model, *args, **kwargs)
-            if asked is None:
+            if sealed is None:
                 return native()
             try:
-                return _Call(model, native).answer(asked, tokens)
+                return _Call(model, native).answer(sealed.question, tokens)
             except HeadError as error:
                 if required:
                     raise
@@ -83,6 +86,8 @@ class ChunkedHead:
             return f"its {name} has a dropout"
         if any(part is not head and _is_sharded(part) for part in head.modules()):
             return f"FSDP shards parts of its {name} by themselves"
+        if isinstance(getattr(head, FSDP1_HOLDS, None), nn.Module):  # its weights are there only while FSDP1 calls it
+            return f"FSDP1 shards its {name} by itself"
         if any(not _of_torch(hook) for hook in _hooks(head)) or "forward" in vars(head):
             return f"other code has a hook on its {name}"
         if "forward" in vars(model) and getattr(vars(model)["forward"], "__func__", None) is not self._forward:
@@ -90,7 +95,7 @@ class ChunkedHead:
         return ""
 
     def prepare(self, model: Any) -> None:
-        """Let the next call of ``model`` that gets a ``TokenQuestion`` under the name ``HEAD`` answer it.
+        """Let the next call of ``model`` that gets a ``Sealed`` question under the name ``HEAD`` answer it.
 
         That call returns {"log_probs": ..., "entropy": ..., "squares": ...}, those that are asked for, of the labels'
         shape.  If the model turns out not to be able to, it returns what it always does, and ``faults`` has it.
@@ -121,8 +126,18 @@ def _is_sharded(module: Any) -> bool:
     return any(base.__module__.startswith("torch.distributed") for base in type(module).__mro__)
 
 
+def _is_linear(head: Any) -> bool:
+    """Whether a head computes with ``weight`` and ``bias`` alone."""
+    return type(head).forward is nn.Linear.forward
+
+
 def _tensors(head: Any) -> list[Tensor]:
-    """Return all weights of a head; FSDP1 keeps them as plain attributes, not as parameters."""
+    """Return all weights of a head; FSDP1 keeps them as plain attributes, not as parameters.
+
+    Of a linear head these are ``weight`` and ``bias``, whatever else others keep there.
+    """
+    if _is_linear(head):
+        return [head.weight] if head.bias is None else [head.weight, head.bias]
     held = [
         value
         for module in head.modules()
@@ -153,6 +168,7 @@ class _Call:
         self._body_name = model.base_model_prefix
         self._head, self._head_name = _head(model)
         self._body = getattr(model, self._body_name)
+        self._outputs: Any = None
 
     def answer(self, asked: TokenQuestion, tokens: TokenLogprobs) -> dict[str, Tensor]:
         """Return what is asked, by its name in ``TokenAnswer``, with gradients to the model's weights."""
@@ -178,6 +194,8 @@ class _Call:
         return found[0]
 
     def _from(self, hidden: Tensor, asked: TokenQuestion, tokens: TokenLogprobs) -> dict[str, Tensor]:
+        if self._outputs is None:  # else what comes after the head could not run without what comes before
+            raise HeadError(f"{type(self._model).__name__} calls only a part of its {self._body_name}")
         weights = _tensors(self._head)
         if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
             raise HeadError(f"the weight of {self._head_name} is a part of a larger one ({type(weights[0]).__name__})")
@@ -204,17 +222,20 @@ class _Call:
         """Return what the model does to a part of its logits, (tokens, columns), None if nothing; and their type.
 
         Raises:
-            HeadError: it does not do it element by element.
+            HeadError: it does not do it element by element, or in place, where a gradient needs the logits.
         """
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         probe = torch.linspace(-30, 30, 24, dtype=dtype, device=hidden.device).view(1, 4, 6)
         try:
+            # In training as in backward, where what is done in place is an error.
+            whole = self._after_head(probe.clone().requires_grad_(torch.is_grad_enabled())).detach()
             with torch.no_grad():
-                whole, part = (self._after_head(each.clone()) for each in (probe, probe[:, 1:3, 2:5]))
+                part, _ = (self._after_head(each.clone()) for each in (probe[:, 1:3, 2:5], probe[..., :0]))
             apart = torch.equal(whole[:, 1:3, 2:5], part)
         except Exception as error:  # whatever a model raises on logits of another size
-            raise HeadError(f"what {type(self._model).__name__} does to its logits needs all: {error}") from error
+            name = type(self._model).__name__
+            raise HeadError(f"what {name} does to its logits cannot be done to a part of them: {error}") from error
         if not apart:
             raise HeadError(f"{type(self._model).__name__} does not change its logits element by element")
         if whole.dtype == probe.dtype and torch.equal(whole, probe):
@@ -298,8 +319,7 @@ class _FromHidden(torch.autograd.Function):  # type: ignore[misc]
             states = states.index_select(0, rows)
             kept, above = kept.part(rows), above.part(rows)
             work = replace(work, labels=work.labels[rows], inverse=None if work.inverse is None else work.inverse[rows])
-        linear = type(work.head).forward is nn.Linear.forward
-        backward = _columns_at_a_time if linear else _tokens_at_a_time
+        backward = _columns_at_a_time if _is_linear(work.head) else _tokens_at_a_time
         with work.running(hidden.device.type):
             to_states, *to_weights = backward(work, states, weights, kept, above, ctx.needs_input_grad[2:])
         to_hidden = to_states if every else torch.zeros_like(hidden).index_copy_(0, rows, to_states)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 HEAD = "verl_fl_head"
-"""The name of the input with which a model is asked a ``TokenQuestion`` in the place of its logits."""
+"""The name of the input with which a model is asked a ``Sealed`` question in the place of its logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,15 @@ class TokenQuestion:
     in_place: bool = False
     verl_computes: Callable[[], bool] = lambda: False
     idle: tuple[str, ...] = ()
+
+
+class Sealed:
+    """Carries a question among a model's inputs; in a dataclass FSDP1 would cast the temperature to its 16-bit type."""
+
+    __slots__ = ("question",)
+
+    def __init__(self, question: TokenQuestion) -> None:
+        self.question = question
 
 
 class TokenAnswer(NamedTuple):
