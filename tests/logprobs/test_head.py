@@ -309,7 +309,8 @@ def chosen(monkeypatch, setting, model, free):
     feature = feature_module.Head(Settings.of(head=setting))
     feature.start()
     try:
-        return events.head.ask(model, TokenQuestion(None, torch.zeros(1000)), 1000, 2), feature.describe()["models"]
+        asked = TokenQuestion(None, torch.zeros(1000, device="meta"))
+        return events.head.ask(model, asked, 1000, 2), feature.describe()["models"]
     finally:
         feature.stop()
         vars(model).pop("forward", None)
@@ -325,6 +326,13 @@ def test_auto_goes_without_logits_only_where_they_would_not_fit(monkeypatch, cap
     )
     assert len(caplog.records) == 1
     assert chosen(monkeypatch, "chunked", model, 2 * size)[0]
+
+
+def test_auto_asks_nothing_that_a_model_may_not_tell(monkeypatch):
+    """Omni models have several embeddings, and raise where they are asked for theirs."""
+    model = model_of("qwen2").to("meta")
+    model.get_input_embeddings = lambda: 1 / 0
+    assert chosen(monkeypatch, "auto", model, 1_000_000) == (False, {})
 
 
 def test_a_model_that_cannot_is_told_under_auto_and_refused_under_chunked(monkeypatch):

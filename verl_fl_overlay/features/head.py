@@ -52,7 +52,7 @@ class Head(Feature):
             HeadError: VERL_FL_HEAD=chunked, and this model cannot.
         """
         always, name = self.settings.head == "chunked", type(model).__name__.removeprefix("FSDP")
-        size = 0 if always else _too_large(model, rows, bytes_of_one)
+        size = 0 if always else _too_large(model, asked, rows, bytes_of_one)
         if not always and not size:
             return False
         _, heads = self._heads()
@@ -97,10 +97,10 @@ def _refuse(engine: events.Engine) -> None:
         )
 
 
-def _too_large(model: Any, rows: int, bytes_of_one: int) -> float:
+def _too_large(model: Any, asked: TokenQuestion, rows: int, bytes_of_one: int) -> float:
     """Return the bytes of the logits of so many rows if they may not fit on the device, else 0."""
-    weight, memory = model.get_input_embeddings().weight, device_memory()
-    if memory is None or weight.device.type == "cpu":
+    memory = device_memory()
+    if memory is None or asked.labels.device.type == "cpu":
         return 0
     size = float(rows * model.config.get_text_config().vocab_size * bytes_of_one)
     return size if ROOM * size > memory.available() else 0
