@@ -265,6 +265,24 @@ def test_a_model_that_cannot_run_so_makes_its_logits_and_tells(kind, why):
     assert not {"forward", "model", "lm_head"} & vars(model).keys()
 
 
+class Full(transformers.Qwen2ForCausalLM):
+    """Runs out of memory after its head."""
+
+    def forward(self, *args, **kwargs):
+        super().forward(*args, **kwargs)
+        raise torch.OutOfMemoryError
+
+
+def test_out_of_memory_is_no_fault_of_the_model():
+    model, heads = Full(model_of("qwen2").config), ChunkedHead(TokenLogprobs(Agreement()))
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    heads.prepare(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(input_ids=ids, **{HEAD: Sealed(TokenQuestion(None, ids.flatten()))})
+    assert heads.fault(model) == ""
+    assert not {"forward", "model", "lm_head"} & vars(model).keys()
+
+
 @pytest.mark.parametrize("how", ["another tensor beside its weight", "a weight of several parts"])
 def test_a_head_that_computes_with_its_weight_alone(how):
     model = model_of("qwen2")

@@ -233,6 +233,8 @@ class _Call:
             with torch.no_grad():
                 part, _ = (self._after_head(each.clone()) for each in (probe[:, 1:3, 2:5], probe[..., :0]))
             apart = torch.equal(whole[:, 1:3, 2:5], part)
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
         except Exception as error:  # whatever a model raises on logits of another size
             name = type(self._model).__name__
             raise HeadError(f"what {name} does to its logits cannot be done to a part of them: {error}") from error
