@@ -194,6 +194,16 @@ def test_no_more_logits_than_a_part_exist_at_a_time(monkeypatch):
     assert 0 < largest[0] <= head_module.AT_ONCE
 
 
+def test_a_model_that_computes_a_loss_of_its_own_makes_its_logits():
+    model, heads = model_of("qwen2"), ChunkedHead(TokenLogprobs(Agreement()))
+    ids = torch.randint(1, VOCABULARY, (1, 5))
+    expected = model(input_ids=ids, labels=ids)
+    heads.prepare(model)
+    found = model(input_ids=ids, labels=ids, **{HEAD: Sealed(TokenQuestion(None, ids.flatten()))})
+    assert torch.equal(found.logits, expected.logits)
+    assert found.loss == expected.loss
+
+
 def test_a_call_that_asks_nothing_is_the_model_s_own():
     model, heads = model_of("qwen2"), ChunkedHead(TokenLogprobs(Agreement()))
     ids = torch.randint(1, VOCABULARY, (1, 5))
