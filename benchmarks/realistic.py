@@ -50,8 +50,8 @@ LOG_PROBS = "logprobs.fsdp,entropy.fsdp"
 SECONDS = 9
 """A measure takes no further step once its steps after the first have taken so long: steps of padded rows are slow."""
 
-UPDATES = 7
-"""Updates that VERL_FL_RECOMPUTE=auto takes until it has found how many layers keep their activations."""
+AUTO, UPDATES = "VERL_FL_RECOMPUTE=auto", 7
+"""The setting, and the updates that it takes until it has found how many layers keep their activations."""
 
 TOLERANCE = 1e-3
 """How far the first step's loss may be from the first row's on a CPU, relative to it."""
@@ -67,7 +67,7 @@ class Row:
     overlay: bool = False
     liger: bool = False
     disabled: str = ""
-    recompute: str = "all"
+    variable: str = ""
 
 
 ROWS = {
@@ -81,8 +81,14 @@ ROWS = {
         "verl's defaults, flash-attn there, overlay on", packed=True, flash_attn=True, overlay=True
     ),
     "packed overlay": Row("verl's defaults, no flash-attn, overlay on", packed=True, overlay=True),
-    "packed overlay recompute none": Row("the same, VERL_FL_RECOMPUTE=none", True, overlay=True, recompute="none"),
-    "packed overlay recompute auto": Row("the same, VERL_FL_RECOMPUTE=auto", True, overlay=True, recompute="auto"),
+    **{
+        f"packed overlay {name}": Row(f"the same, {variable}", packed=True, overlay=True, variable=variable)
+        for name, variable in {
+            "recompute none": "VERL_FL_RECOMPUTE=none",
+            "recompute auto": AUTO,
+            "head chunked": "VERL_FL_HEAD=chunked",
+        }.items()
+    },
     "packed overlay lengths not passed": Row(
         f"the same, VERL_FL_DISABLE={LENGTHS}", packed=True, overlay=True, disabled=LENGTHS
     ),
@@ -95,6 +101,7 @@ COMPARED = {
     ("packed overlay", "packed overlay lengths not passed"): "",
     ("packed overlay recompute none", "packed overlay"): "",
     ("packed overlay recompute auto", "packed overlay"): "",
+    ("packed overlay head chunked", "packed overlay"): "",
     ("packed overlay recompute none", "packed flash-attn"): "",
     ("packed overlay recompute none", "packed flash-attn liger"): "",
     ("packed flash-attn overlay", "packed flash-attn"): "",
@@ -149,8 +156,8 @@ def environment(name: str, tiny: bool) -> dict[str, str]:
     made |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
     if tiny:
         made |= {"VERL_FL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    if row.recompute != "all":
-        made["VERL_FL_RECOMPUTE"] = row.recompute
+    if row.variable:
+        made |= dict([row.variable.split("=")])
     disabled = row.disabled if row.overlay else LOG_PROBS
     return {**made, **({"VERL_FL_DISABLE": disabled} if disabled else {})}
 
@@ -296,7 +303,7 @@ def run_row(name: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
         with made.eval_mode():
             made.infer_batch(data, loss_function=None)
 
-    if row.recompute == "auto":
+    if row.variable == AUTO:
         for _ in range(UPDATES):
             train(batch(size, packed=row.packed, entropy=False))
     # What may not fit comes after what does.
