@@ -32,6 +32,8 @@ def rows(engine: Any, agreement: Any) -> dict[str, Callable[[], Any]]:
     from verl_fl_overlay.settings.variables import FUSED
 
     model, ours = engine.module, transformer_impl.logprobs_from_logits
+    actor = transformer_impl.FSDPEngineWithLMHead
+    outputs = vars(actor)["prepare_model_outputs"]
     # Liger replaces these in the file too, so they are kept here, and given back, by name.
     replaced = {name: getattr(modeling_qwen2, name) for name in ("Qwen2RMSNorm", "Qwen2MLP", "apply_rotary_pos_emb")}
     modules = [module for module in model.modules() if type(module) in replaced.values()]
@@ -45,6 +47,7 @@ def rows(engine: Any, agreement: Any) -> dict[str, Callable[[], Any]]:
         for name, native in replaced.items():
             setattr(modeling_qwen2, name, native)
         transformer_impl.logprobs_from_logits = logprobs
+        actor.prepare_model_outputs = outputs if logprobs is ours else outputs.__wrapped__
         expect("transformers")
 
     def expect(package: str) -> None:

@@ -248,7 +248,7 @@ def child(model: Path, folder: Path, routed: bool) -> None:
         "HF_HUB_OFFLINE": "1",
         # Triton kernels of the overlay's own would be counted as FlagGems'.
         "VERL_FL_FUSED": "0",
-        "VERL_FL_DISABLE": "logprobs.fsdp",
+        "VERL_FL_DISABLE": "logprobs.fsdp,entropy.fsdp",
         "USE_FLAGGEMS": "1" if routed else "0",
         "FLAGGEMS_CACHE_DIR": str(folder / "flaggems"),
     }

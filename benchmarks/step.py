@@ -66,7 +66,7 @@ def environment(row: str, tiny: bool) -> dict[str, str]:
     overlay = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
     if tiny:
         on_cpu = {"VERL_FL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        return {**kept, **overlay, **on_cpu, **({"VERL_FL_DISABLE": "logprobs.fsdp"} if without else {})}
+        return {**kept, **overlay, **on_cpu, **({"VERL_FL_DISABLE": "logprobs.fsdp,entropy.fsdp"} if without else {})}
     if without:
         return {**kept, "VERL_USE_EXTERNAL_PLUGINS": "none"}
     more = {"log-probs only": {"VERL_FL_FUSED": "0"}, "all ops": {"USE_FLAGGEMS": "1", "VERL_FL_OPS": "all"}}

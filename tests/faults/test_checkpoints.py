@@ -12,7 +12,7 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 PROGRAM = Path(__file__).with_name("faulty_engine.py")
 # With verl's own log-probs: the overlay's are fp32 where verl rounds to bf16, which trains to other weights.
-WITH, WITHOUT = ({**OVERLAY, "VERL_FL_DISABLE": "logprobs.fsdp"},), (PLAIN, "--plain")
+WITH, WITHOUT = ({**OVERLAY, "VERL_FL_DISABLE": "logprobs.fsdp,entropy.fsdp"},), (PLAIN, "--plain")
 
 
 def result(model, what, folder, side):

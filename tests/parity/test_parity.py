@@ -135,7 +135,7 @@ def test_the_command_runs_what_verl_runs_by_default(tmp_path):
 
     write_model(tmp_path)
     result, lines = told(tmp_path)
-    assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16": "torch"}
+    assert result["overlay"]["logprobs"]["kernels"] == {"cpu, bfloat16, entropy": "torch"}
     assert list(result["overlay"]["attention"]["backends"]) == ["cpu, bfloat16, heads of 16, causal"]
     assert result["native"] == {"attention": "eager", "padding": True}
     assert LARGEST not in lines

@@ -225,8 +225,8 @@ def as_text(result: dict[str, Any]) -> str:
     rows.append(
         "same: every difference is within its bound, or near that of two native runs or of a native run from fp32"
         if result["same"]
-        else "NOT the same: --attention sdpa --padding, VERL_FL_DISABLE=logprobs.fsdp or VERL_FL_FUSED=0 tell which "
-        "part it is"
+        else "NOT the same: --attention sdpa --padding, VERL_FL_DISABLE=logprobs.fsdp,entropy.fsdp or VERL_FL_FUSED=0 "
+        "tell which part it is"
     )
     return "\n".join(rows)
 
