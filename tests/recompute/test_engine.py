@@ -110,10 +110,9 @@ def test_where_it_cannot_be_repeated_verl_gets_the_error(model, case, where):
     assert found["flags"] == [True] * 4
 
 
-@pytest.mark.parametrize("case", ["lm:fsdp2", "lm:fsdp"])
-def test_two_ranks_agree_on_what_fits_both(model, case):
+def test_two_ranks_agree_on_what_fits_both(model):
     """The second rank has half of the memory: two layers fit there, and all four on the first one."""
-    every = steps(model, "all", "--updates", 4, case=case, ranks=2)
-    found = steps(model, "auto", "--updates", 4, "--memory", 2 * TWO_FIT * 15 // 14, case=case, ranks=2)
+    every = steps(model, "all", "--updates", 4, ranks=2)
+    found = steps(model, "auto", "--updates", 4, "--memory", 2 * TWO_FIT * 15 // 14, ranks=2)
     assert forwards(found) == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1], [2, 2, 1, 1]]
     assert numbers(found) == numbers(every)
