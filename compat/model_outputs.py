@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from verl_fl_overlay.compat import packing
-from verl_fl_overlay.compat.token_logprobs import SOURCE, idle, verl_has_a_kernel
-from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.events import failures, head, token_logprobs
+from verl_fl_overlay.compat.packing import SOURCE
+from verl_fl_overlay.compat.token_logprobs import idle, verl_has_a_kernel
+from verl_fl_overlay.events import head, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook
 from verl_fl_overlay.kernels.tokens import HEAD, Sealed, TokenAnswer, TokenQuestion
-
-T = TypeVar("T")
 
 ENGINES = {
     "fsdp": ("FSDPEngineWithLMHead", ""),
@@ -27,6 +24,7 @@ ENGINES = {
 NEED_LOGITS = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
 """verl's flags of a micro-batch with which there are no logits, or which read all of them."""
 
+WANTED = "log-probs and entropy of a micro-batch"
 TENSORDICT = "verl.utils.tensordict_utils"
 
 
@@ -51,7 +49,7 @@ def _outputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str
     if type(call.output) is dict:  # the model was asked and has answered
         found: TokenAnswer | None = TokenAnswer(**call.output)
     else:
-        found = _or_none(engine, getattr(call.output, "logits", call.output), call)
+        found = _answer(engine, getattr(call.output, "logits", call.output), call)
     if found is None:
         return wrapped(*args, **kwargs)
     batch = call.micro_batch.copy()
@@ -78,7 +76,7 @@ def _torchtitan_outputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwarg
     import torch
 
     call = _Call.of(args, kwargs)
-    found = _or_none(engine, call.output, call)
+    found = _answer(engine, call.output, call)
     if found is None:
         return wrapped(*args, **kwargs)
     ends = call.micro_batch["input_ids"].offsets()
@@ -90,7 +88,7 @@ def _torchtitan_outputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwarg
     }
 
 
-def _or_none(engine: Any, logits: Any, call: _Call) -> TokenAnswer | None:
+def _answer(engine: Any, logits: Any, call: _Call) -> TokenAnswer | None:
     """Return what verl wants to know of the tokens; None where verl computes it, or if a changed verl does not tell.
 
     Raises:
@@ -100,21 +98,15 @@ def _or_none(engine: Any, logits: Any, call: _Call) -> TokenAnswer | None:
 
     if type(logits) is not Tensor:  # verl gathers a DTensor
         return None
-    asked = _told(lambda: question(engine, call.output_args, call.micro_batch, logits.shape[1]))
+    told = call.output_args
+    asked = (
+        told[HEAD]
+        if HEAD in told
+        else packing.or_none(WANTED, lambda: question(engine, told, call.micro_batch, logits.shape[1]))
+    )
     if asked is None:
         return None
     return token_logprobs.ask(replace(asked, logits=logits if asked.rows is not None else logits.squeeze(0)))
-
-
-def _told(find: Callable[[], T]) -> T | None:
-    """Return what is found; None if a changed verl, or an unusual model, does not tell it, which is recorded."""
-    try:
-        return find()
-    except OverlayError:
-        raise
-    except Exception as error:
-        failures.record("log-probs and entropy of a micro-batch", error)
-        return None
 
 
 def question(engine: Any, told: Any, batch: Any, length: int) -> TokenQuestion | None:
@@ -148,16 +140,21 @@ def question(engine: Any, told: Any, batch: Any, length: int) -> TokenQuestion |
 
 
 def _inputs(wrapped: Call, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Give the model the question that verl will ask of its logits, if it is to answer without making them."""
+    """Give the model the question that verl will ask of its logits, if it is to answer without making them.
+
+    The question is kept for ``_outputs``, which asks it of the logits otherwise.
+    """
     given, told = wrapped(*args, **kwargs)
     if not (packing.is_own(engine) and packing.is_own(engine, "prepare_model_outputs")):
         return given, told
     batch, (rows, length) = packing.first("micro_batch", args, kwargs), given["input_ids"].shape
-    asked = _told(lambda: question(engine, told, batch, length))
+    asked = packing.or_none(WANTED, lambda: question(engine, told, batch, length))
+    told = {**told, HEAD: asked}
     model = packing.place_of(engine).model
     computes_in = getattr(engine, "_autocast_dtype", None)  # verl computes in bf16 where it does not say
     size = 2 if computes_in is None else computes_in.itemsize
-    if asked is None or model is None or not _told(lambda: head.ask(model, asked, rows * length, size)):
+    rows *= length
+    if asked is None or model is None or not packing.or_none(WANTED, lambda: head.ask(model, asked, rows, size)):
         return given, told
     return {**given, HEAD: Sealed(asked)}, told
 

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from verl_fl_overlay.compat import transformers_attention
 from verl_fl_overlay.errors import OverlayError, PackingError
@@ -22,8 +22,11 @@ from verl_fl_overlay.events import failures, packed_model
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.kernels.sequences import PackedModel
 
+T = TypeVar("T")
+
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 OWNER = "FSDPEngineWithLMHead"
+LENGTHS = "the lengths of packed sequences"
 PATCH = "verl.models.transformers.monkey_patch"
 SOURCE = "https://github.com/volcengine/verl/blob"
 QWEN_2 = {
@@ -169,7 +172,7 @@ def engine_hooks() -> list[Hook]:
             ends = _with(ends, tokens + padding) if padding else ends
             return place.lengths(ends, max(*lengths, padding)) if is_own(engine) else {}
 
-        return {**given, **_or_none(lambda: lengths_of(place_of(engine)))}, about
+        return {**given, **(or_none(LENGTHS, lambda: lengths_of(place_of(engine))) or {})}, about
 
     hook = partial(Hook, module=ENGINE, feature="attention", required=False)
     return [
@@ -197,19 +200,19 @@ def engine_hooks() -> list[Hook]:
     ]
 
 
-def _or_none(lengths: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the lengths to give to a model; none if a changed verl does not tell them, which is recorded.
+def or_none(what: str, find: Callable[[], T]) -> T | None:
+    """Return what is found; None if a changed verl, or an unusual model, does not tell it, which is recorded.
 
     Raises:
-        OverlayError: the model does not keep packed sequences apart, or cannot run on them.
+        OverlayError: the overlay itself refuses; its text says what.
     """
     try:
-        return lengths()
+        return find()
     except OverlayError:
         raise
     except Exception as error:
-        failures.record("the lengths of packed sequences", error)
-        return {}
+        failures.record(what, error)
+        return None
 
 
 def is_own(engine: Any, method: str = "prepare_model_inputs") -> bool:
@@ -267,7 +270,8 @@ def _worker(module: str) -> Wrapper:
 
         model = getattr(worker, module)
         autocast = partial(_autocast, getattr(worker, "param_dtype", None))
-        with _given(model, _or_none(lambda: lengths_of(Place(model, *_ulysses(worker), autocast)))):
+        found = or_none(LENGTHS, lambda: lengths_of(Place(model, *_ulysses(worker), autocast)))
+        with _given(model, found or {}):
             return wrapped(*args, **kwargs)
 
     return forward

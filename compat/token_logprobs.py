@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from verl_fl_overlay.compat.packing import SOURCE
 from verl_fl_overlay.errors import HookError
 from verl_fl_overlay.events import failures, token_logprobs
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 from verl_fl_overlay.kernels.tokens import TokenQuestion
 
-SOURCE = "https://github.com/volcengine/verl/blob"
 LEGACY = "verl.workers.actor.dp_actor"
 
 FLAGS = ("FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", "NPU_CROSS_ENTROPY_LOSS_AVAILABLE")
@@ -169,7 +169,7 @@ def logprobs_hook(consumer: str, pairs: Pairs | None = None) -> Hook:
         required=False,
         why="without flash-attn and torch_npu, verl computes log-probs one row at a time, rounded to the logits' type; "
         "they are computed all at once, in fp32.",
-        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/torch_functional.py#L73",
+        upstream=f"{SOURCE}/v0.9.1/verl/utils/torch_functional.py#L73",
         until="verl computes log-probs in fp32 without a loop where flash-attn is missing",
         needs=needs,
         relies_on=tuple(f"verl.utils.torch_functional:{flag}" for flag in FLAGS),

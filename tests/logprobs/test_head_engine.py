@@ -109,7 +109,7 @@ def test_a_model_that_does_not_tell_its_size_makes_its_logits(monkeypatch):
         raise AttributeError("no vocab_size")
 
     monkeypatch.setattr(events, "failures", failures := events.Failures())
-    monkeypatch.setattr("verl_fl_overlay.compat.model_outputs.failures", failures)
+    monkeypatch.setattr("verl_fl_overlay.compat.packing.failures", failures)
     ids = torch.nested.as_nested_tensor([torch.arange(3), torch.arange(2)], layout=torch.jagged)
     batch = tensordict_utils.get_tensordict({"input_ids": ids}, {"temperature": 1.0})
     engine, answers = FSDPEngineWithLMHead(), []

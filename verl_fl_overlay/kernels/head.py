@@ -199,7 +199,9 @@ class _Call:
         weights = _tensors(self._head)
         if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
             raise HeadError(f"the weight of {self._head_name} is a part of a larger one ({type(weights[0]).__name__})")
-        transform, logits_type = self._transform(hidden)
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        transform, logits_type = self._transform(autocast or hidden.dtype, hidden.device)
         refuse_misfits(asked, torch.Size((*hidden.shape[:-1], self._head.out_features)), logits_type)
         scale = inverse(asked, hidden.shape[:-1], hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -207,8 +209,7 @@ class _Call:
             flat = flat.index_select(0, asked.rows)
             scale = None if scale is None else scale.index_select(0, asked.rows)
         kernels = tokens.kernels(flat.device, logits_type, asked)
-        labels, kind = asked.labels.reshape(-1).contiguous(), flat.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        labels = asked.labels.reshape(-1).contiguous()
         work = _Work(self._head, transform, labels, scale, asked.entropy, asked.squares, kernels, autocast)
         found = TokenAnswer(*_FromHidden.apply(work, flat, *weights))._asdict()
         return {name: each.view(asked.labels.shape) for name, each in found.items() if each is not None}
@@ -218,15 +219,15 @@ class _Call:
         with self._shadowed(lambda *args, **kwargs: self._outputs, lambda hidden: raw):
             return self._run().logits
 
-    def _transform(self, hidden: Tensor) -> tuple[Transform | None, torch.dtype]:
-        """Return what the model does to a part of its logits, (tokens, columns), None if nothing; and their type.
+    def _transform(self, dtype: torch.dtype, device: torch.device) -> tuple[Transform | None, torch.dtype]:
+        """Return what the model does to a part of its logits, (tokens, columns), None if nothing; and their type then.
+
+        ``dtype`` is that of what its head gives.
 
         Raises:
             HeadError: it does not do it element by element, or in place, where a gradient needs the logits.
         """
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        probe = torch.linspace(-30, 30, 24, dtype=dtype, device=hidden.device).view(1, 4, 6)
+        probe = torch.linspace(-30, 30, 24, dtype=dtype, device=device).view(1, 4, 6)
         try:
             # In training as in backward, where what is done in place is an error.
             whole = self._after_head(probe.clone().requires_grad_(torch.is_grad_enabled())).detach()
@@ -315,9 +316,8 @@ class _FromHidden(torch.autograd.Function):  # type: ignore[misc]
         # What no loss uses, such as a prompt's tokens, has no gradient and is not computed again.
         used = torch.stack([each != 0 for each in above if each is not None]).any(0) | ~normalizer.isfinite()
         rows = used.nonzero().squeeze(-1)
-        if every := rows.numel() > WORTH * used.numel():
-            rows = torch.arange(0)
-        else:
+        every = rows.numel() > WORTH * used.numel()
+        if not every:
             states = states.index_select(0, rows)
             kept, above = kept.part(rows), above.part(rows)
             work = replace(work, labels=work.labels[rows], inverse=None if work.inverse is None else work.inverse[rows])

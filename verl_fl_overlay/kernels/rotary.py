@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from verl_fl_overlay.kernels import pairs, state
 from verl_fl_overlay.kernels.agreement import MOST_CHECKS, Agreement, Pair, Samples, kernels_take
@@ -226,8 +225,6 @@ def _real(*angles: Any) -> tuple[Any, Any]:
 def _kernel_takes(heads: tuple[Any, ...], cos: Any, sin: Any) -> bool:
     """Whether the kernel takes these types, and computes all derivatives that are needed."""
     if not kernels_take(*heads, cos, sin) or cos.requires_grad or sin.requires_grad:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     first, last = heads[0], heads[-1]
     alike: bool = first.dtype == last.dtype and cos.dtype == sin.dtype and first.shape[-1] == last.shape[-1]
