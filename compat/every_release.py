@@ -15,6 +15,7 @@ from verl_fl_overlay.compat import (
     process_group,
     ray_env,
     rollout,
+    te_fl,
     token_logprobs,
     transformers_attention,
 )
@@ -37,6 +38,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         micro_batch.engine_hook(),
         megatron_attention.packed_hook(),
         *megatron_layers.own_layers_hooks(),
+        *te_fl.hooks(),
         *token_logprobs.hooks(consumers),
         model_outputs.inputs_hook(),
         *(model_outputs.outputs_hook(name) for name in consumers if name in model_outputs.ENGINES),

@@ -6,6 +6,7 @@ objects is the same from megatron-core 0.12 to 0.16; what one of them lacks is a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from verl_fl_overlay.errors import MegatronError
@@ -36,51 +37,80 @@ def _attend(
     packed_seq_params: Any = None,
     **more: Any,
 ) -> Any:
-    """Have packed sequences attended to by whoever answers, with TransformerEngine's meaning of Megatron's objects.
-
-    TransformerEngine looks at a mask only if its type is padding or arbitrary, and not at all for packed sequences.
-    """
+    """Have packed sequences attended to by whoever answers, with TransformerEngine's meaning of Megatron's objects."""
     kind = attn_mask_type or _of(core, "attn_mask_type")
-    causal = kind.name in CAUSAL
     if packed_seq_params is None:
-        # Megatron's own mask has four dimensions; verl's tells tokens from padding at the end, which causal hides.
-        if causal and attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = None
-        return original(query, key, value, attention_mask, attn_mask_type, attention_bias, **more)
+        mask = seen_mask(kind, attention_mask)
+        return original(query, key, value, mask, attn_mask_type, attention_bias, **more)
     if packed_seq_params.qkv_format == "thd":
-        _refuse_what_is_more(core, kind, attention_bias, packed_seq_params, more)
-        q, k, v = (tensor.squeeze(1) if tensor.dim() == 4 else tensor for tensor in (query, key, value))
-        if any(tensor.dim() != 3 for tensor in (q, k, v)):
-            _refuse(f"a query of shape {tuple(query.shape)}", "(tokens, heads, size) is expected")
-        sequences = _sequences(packed_seq_params, causal)
         sinks = None if getattr(core.config, "softmax_type", "vanilla") == "vanilla" else _of(core, "softmax_offset")
-        answer = packed_attention.ask(q, k, v, sequences, _form(core, causal), sinks)
+        layer = Layer(
+            _form(core, kind.name in CAUSAL),
+            _of(core, "attention_dropout").p if core.training else 0.0,
+            _of(core.config, "context_parallel_size"),
+            sinks,
+        )
+        answer = attend_packed(layer, query, key, value, kind, attention_bias, packed_seq_params, more)
         if answer is not None:
-            return answer.reshape(*query.shape[:-2], -1)
+            return answer
     return original(
         query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params=packed_seq_params, **more
     )
 
 
-def _refuse_what_is_more(core: Any, kind: Any, bias: Any, params: Any, more: dict[str, Any]) -> None:
-    ranks = getattr(params, "local_cp_size", None) or _of(core.config, "context_parallel_size")
-    dropout = _of(core, "attention_dropout").p if core.training else 0.0
+def seen_mask(kind: Any, mask: Any) -> Any:
+    """Return the mask that a layer is to see; None for verl's own of a padded batch under a causal mask.
+
+    That has two dimensions, where Megatron's and TransformerEngine's have four and mean the opposite.  It tells tokens
+    from padding at the end, which a causal mask hides; TransformerEngine does not look at it either.
+    """
+    return None if mask is not None and kind.name in CAUSAL and mask.dim() == 2 else mask
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a layer attends: its form, the part of the weights that is dropped, over how many ranks a sequence lies."""
+
+    form: Form
+    dropout: float
+    ranks: int
+    sinks: Any = None
+    whose: str = "Without TransformerEngine"
+
+
+def attend_packed(
+    layer: Layer, query: Any, key: Any, value: Any, kind: Any, bias: Any, params: Any, more: dict[str, Any]
+) -> Any:
+    """Return what each token of packed sequences sees, (tokens, [1,] heads * size); None if nobody answers.
+
+    Raises:
+        MegatronError: the layer asks for what the overlay's attention does not compute.
+    """
+    ranks = getattr(params, "local_cp_size", None) or layer.ranks
+    more = {name: given for name, given in more.items() if given is not None}
     if kind.name not in CAUSAL | OPEN:
-        _refuse(f"a mask of type {kind.name}", f"one of {', '.join(sorted(CAUSAL | OPEN))} is expected")
+        _refuse(f"a mask of type {kind.name}", f"one of {', '.join(sorted(CAUSAL | OPEN))} is expected", layer.whose)
     if bias is not None:
-        _refuse("an attention bias", "leave it out")
+        _refuse("an attention bias", "leave it out", layer.whose)
     if ranks > 1:
-        _refuse(f"context_parallel_size={ranks}", "set context_parallel_size=1")
-    if dropout:
-        _refuse(f"attention_dropout={dropout} in training", "set override_transformer_config.attention_dropout=0.0")
+        _refuse(f"context_parallel_size={ranks}", "set context_parallel_size=1", layer.whose)
+    if layer.dropout:
+        found = f"attention_dropout={layer.dropout} in training"
+        _refuse(found, "set override_transformer_config.attention_dropout=0.0", layer.whose)
     if more:
-        _refuse(f"{', '.join(more)}, which only a newer megatron-core has", "install megatron-core 0.12 to 0.16")
+        found = f"{', '.join(more)}, which only a newer megatron-core has"
+        _refuse(found, "install megatron-core 0.12 to 0.16", layer.whose)
+    q, k, v = (tensor.squeeze(1) if tensor.dim() == 4 else tensor for tensor in (query, key, value))
+    if any(tensor.dim() != 3 for tensor in (q, k, v)):
+        _refuse(f"a query of shape {tuple(query.shape)}", "(tokens, heads, size) is expected", layer.whose)
+    answer = packed_attention.ask(q, k, v, _sequences(params, kind.name in CAUSAL), layer.form, layer.sinks)
+    return None if answer is None else answer.reshape(*query.shape[:-2], -1)
 
 
-def _refuse(found: str, instead: str) -> NoReturn:
+def _refuse(found: str, instead: str, whose: str = Layer.whose) -> NoReturn:
     raise MegatronError(
-        f"attention over packed sequences was asked for {found}. Without TransformerEngine that cannot be computed: "
-        f"{instead}, or install TransformerEngine"
+        f"attention over packed sequences was asked for {found}. {whose} that cannot be computed: "
+        f"{instead}, or install NVIDIA's TransformerEngine"
     )
 
 

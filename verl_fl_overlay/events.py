@@ -134,6 +134,9 @@ engine_initialized = Event("engine initialized")
 rollout_plugin_found = Event("rollout plugin found")
 """Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""
 
+te_operator_ran = Event("TransformerEngine-FL operator ran")
+"""Emitted with TransformerEngine-FL's manager and an operator's name, after the operator was called."""
+
 chip: Question[[], Chip] = Question()
 """Which chip this process trains on, if verl has no platform for it."""
 

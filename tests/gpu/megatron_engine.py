@@ -21,6 +21,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import real_engine
 
+from verl_fl_overlay.packages import flagos_builds
+
 
 def use_local_layers() -> None:
     """Have mbridge build megatron-core's own layers, know the names of their norms, and mask as verl expects."""
@@ -100,7 +102,9 @@ def make_engine(options: argparse.Namespace) -> Any:
     if options.strategy != "megatron":
         return real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
     engine, transformer = dict(options.engine), dict(options.transformer)
-    if find_spec("transformer_engine"):  # without flash-attn it has no attention over packed sequences
+    if flagos_builds()["TransformerEngine-FL"]:
+        pass  # the overlay gives it what it lacks for verl's defaults
+    elif find_spec("transformer_engine"):  # without flash-attn it has no attention over packed sequences
         engine, transformer = {"use_remove_padding": False, **engine}, {"attention_backend": "unfused", **transformer}
     elif "verl_fl_overlay" not in sys.modules:
         use_local_layers()
@@ -164,8 +168,11 @@ def main() -> None:
     parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
     parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
     parser.add_argument("--export", action="store_true", help="tell the sums of the weights that rollout would get")
+    parser.add_argument("--without", help="a package that is not to be there")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
     options = parser.parse_args()
+    if options.without:
+        sys.modules[options.without] = None  # by which Python says that it is not installed
 
     import torch
     import verl  # noqa: F401

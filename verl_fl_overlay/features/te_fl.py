@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from verl_fl_overlay.events import Engine, engine_built
+from verl_fl_overlay.events import Engine, engine_built, te_operator_ran
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
@@ -27,10 +27,31 @@ class TransformerEngineFL(Feature):
         super().__init__(settings)
         self._told: dict[str, Any] = {}
         self._warned = False
+        self._ran: dict[str, Counter[str]] = {}
 
     def start(self) -> None:
-        """Listen for engines."""
+        """Listen for engines and operators."""
         self.undo.callback(engine_built.subscribe(self.built))
+        self.undo.callback(te_operator_ran.subscribe(self.ran))
+
+    def ran(self, manager: Any, operator: str) -> None:
+        """Count the implementation that ran; warn once for each operator if it is not the one that goes first."""
+        ran = getattr(manager, "_called_ops", {}).get(operator, "one that TransformerEngine-FL does not tell")
+        counts = self._ran.setdefault(operator, Counter())
+        counts[ran] += 1
+        if counts[ran] > 1:
+            return
+        first = manager.get_selected_impl_id(operator)
+        if ran != first:
+            logger.warning(
+                "%s of TransformerEngine-FL ran as %s: %s goes first and failed, for the reason that "
+                "TransformerEngine-FL logs; TE_FL_PER_OP=%s=%s asks for what runs, TE_FL_STRICT=0 raises instead",
+                operator,
+                ran,
+                first,
+                operator,
+                f"impl:{ran}",
+            )
 
     def built(self, engine: Engine) -> None:
         """Let TransformerEngine-FL read its policy again, note the result, and warn once if that is not FlagOS.
@@ -79,7 +100,8 @@ class TransformerEngineFL(Feature):
         """Return what is installed, and the policy of the last Megatron engine that was built."""
         module = sys.modules.get("transformer_engine_torch")
         backend = {} if module is None else {"backend": type(module).__name__}
-        return {**flagos_builds(), **self._told, **backend}
+        ran = {"operators that ran": {name: dict(counts) for name, counts in sorted(self._ran.items())}}
+        return {**flagos_builds(), **self._told, **backend, **(ran if self._ran else {})}
 
 
 def _policy(policy: Any) -> dict[str, Any]:
