@@ -41,7 +41,7 @@ class HeadError(OverlayError):
 
 
 class MegatronError(OverlayError):
-    """Megatron was asked for what only TransformerEngine computes, and that is not installed."""
+    """Megatron was asked for what only NVIDIA's TransformerEngine computes, and that is not what is installed."""
 
 
 def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from processes import output
 
-from verl_fl_overlay.events import Engine, engine_built
+from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.events import Engine, engine_built, failures
 from verl_fl_overlay.features import reason_off
 from verl_fl_overlay.features.te_fl import TransformerEngineFL
 from verl_fl_overlay.flaggems import database
@@ -38,6 +39,7 @@ def built(settings):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
+    failures.begin(strict=False)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("transformer_engine", "megatron"):
         (tmp_path / name).mkdir()
@@ -50,6 +52,8 @@ def packages(tmp_path, monkeypatch):
 
 def make_fl(folder):
     (folder / "transformer_engine/plugin/core").mkdir(parents=True)
+    (folder / "transformer_engine/pytorch").mkdir()
+    (folder / "transformer_engine/pytorch/__init__.py").write_text("")
     (folder / "transformer_engine/plugin/__init__.py").write_text("")
     (folder / "transformer_engine/__init__.py").write_text("")
     (folder / "transformer_engine/plugin/core/__init__.py").write_text(STAND_IN.read_text())
@@ -93,8 +97,44 @@ def test_a_megatron_engine_makes_the_policy_what_the_environment_says(packages, 
         te_fl.stop()
     assert core.get_policy().prefer == "reference"
     assert [record.getMessage() for record in caplog.records] == [
+        "TransformerEngine-FL failed and is skipped (VERL_FL_STRICT=1 raises it): OverlayError: it was imported before "
+        "verl, so the overlay cannot mend its operators: import verl first",
         "a Megatron engine starts with TE_FL_PREFER=reference, and TransformerEngine-FL takes reference "
-        "implementations first; export TE_FL_PREFER=flagos to be sure of those of FlagOS"
+        "implementations first; export TE_FL_PREFER=flagos to be sure of those of FlagOS",
+    ]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_one_whose_layers_cannot_be_imported_does_not_leave_the_field_in_silence(packages, caplog, asked):
+    """``import transformer_engine`` swallows the error, and Megatron takes layers of its own."""
+    make_fl(packages)
+    (packages / "transformer_engine/pytorch/__init__.py").write_text("import onnxscript_that_is_missing")
+    settings = Settings.from_environment({"TE_FL_PREFER": "flagos"} if asked else {})
+    reason = "No module named 'onnxscript_that_is_missing'"
+    if asked:
+        with pytest.raises(SettingsError, match=reason):
+            built(settings)
+    else:
+        built(settings)
+        assert reason in caplog.records[0].getMessage()
+
+
+def test_which_implementations_ran_is_counted_and_another_than_the_first_is_told(packages, caplog):
+    make_fl(packages)
+    import transformer_engine.plugin.core as core
+
+    manager = core.get_default_manager()
+    register(core, core.BackendImplKind.DEFAULT, core.BackendImplKind.REFERENCE)
+    manager._called_ops, manager.get_selected_impl_id = {"probe": "flagos.probe"}, lambda operator: "flagos.probe"
+    te_fl = TransformerEngineFL(Settings())
+    for ran in ("flagos.probe", "reference.probe", "reference.probe"):
+        manager._called_ops["probe"] = ran
+        te_fl.ran(manager, "probe")
+    assert te_fl.describe()["operators that ran"] == {"probe": {"flagos.probe": 1, "reference.probe": 2}}
+    assert [record.getMessage() for record in caplog.records] == [
+        "probe of TransformerEngine-FL ran as reference.probe: flagos.probe goes first and failed, for the reason that "
+        "TransformerEngine-FL logs; TE_FL_PER_OP=probe=impl:reference.probe asks for what runs, TE_FL_STRICT=0 raises "
+        "instead"
     ]
 
 

@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from verl_fl_overlay.cli import te_fl
 from verl_fl_overlay.cli.trial import kernels_of, native_environment, run_trial, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.packages import flash_attn_imports
 
 NOISE = 3.0
@@ -33,7 +35,9 @@ AS_NATIVE = 1.5
 def add(commands: Any) -> None:
     """Add the command."""
     parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
-    parity.add_argument("model", help="a model's folder, Hugging Face format")
+    parity.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
+    te_fl_help = "compare TransformerEngine-FL's implementations with fp32 instead; needs no model"
+    parity.add_argument("--te-fl", action="store_true", help=te_fl_help)
     parity.add_argument("--rows", type=int, default=4, help="sequences in the batch (default: %(default)s)")
     parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
     micro_batch = "sequences computed at a time (default: %(default)s)"
@@ -47,7 +51,17 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the comparison; return 1 if a difference is too large."""
+    """Print the comparison; return 1 if a difference is too large.
+
+    Raises:
+        OverlayError: no model was given, or TransformerEngine-FL is asked for and cannot be used.
+    """
+    if options.te_fl:
+        rows = te_fl.examine()
+        print(json.dumps(rows, indent=1) if options.json else te_fl.as_text(rows))
+        return 0 if te_fl.usable(rows) else 1
+    if not options.model:
+        raise OverlayError("the folder of a model is missing: verl-fl parity MODEL")
     shape = options.rows, options.length, options.micro_batch, options.seed
     result = examine(Trial(options.model, *shape, options.attention, options.padding))
     print(json.dumps(result, indent=1) if options.json else as_text(result))

@@ -10,7 +10,8 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from verl_fl_overlay.events import Engine, engine_built, te_operator_ran
+from verl_fl_overlay.errors import OverlayError, SettingsError
+from verl_fl_overlay.events import Engine, engine_built, failures, te_operator_ran
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
@@ -30,7 +31,14 @@ class TransformerEngineFL(Feature):
         self._ran: dict[str, Counter[str]] = {}
 
     def start(self) -> None:
-        """Listen for engines and operators."""
+        """Listen for engines and operators.
+
+        Raises:
+            OverlayError: VERL_FL_STRICT=1, and TransformerEngine-FL was imported before verl.
+        """
+        if CORE in sys.modules:
+            late = "it was imported before verl, so the overlay cannot mend its operators: import verl first"
+            failures.record("TransformerEngine-FL", OverlayError(late))
         self.undo.callback(engine_built.subscribe(self.built))
         self.undo.callback(te_operator_ran.subscribe(self.ran))
 
@@ -64,6 +72,7 @@ class TransformerEngineFL(Feature):
         if here["Megatron-LM-FL"]:
             self._told["MG_FL_PREFER"] = self.settings["MG_FL_PREFER"] or "the device's vendor"
         if here["TransformerEngine-FL"]:
+            self._import()
             core = importlib.import_module(CORE)
             core.reset_global_policy()
             self._told["policy"] = _policy(core.get_policy())
@@ -71,6 +80,22 @@ class TransformerEngineFL(Feature):
                 self._told["implementations"] = _implementations(core)
             finally:
                 self._warn()
+
+    def _import(self) -> None:
+        """Import TransformerEngine's layers: Megatron takes its own without a word where that fails.
+
+        Raises:
+            SettingsError: it fails, and a variable of TransformerEngine-FL asks for it.
+        """
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # whatever a component raises while it is imported
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            told = f"TransformerEngine-FL is installed and cannot be imported ({said}): Megatron would go on without it"
+            asked = [name for name in self.settings.given if name.startswith("TE_FL_") and name != "TE_FL_SKIP_CUDA"]
+            if asked:
+                raise SettingsError(f"{told}; install what is missing, or unset {', '.join(asked)}") from error
+            logger.warning("%s", told)
 
     def _warn(self) -> None:
         prefer = self._told["policy"]["prefer"]
