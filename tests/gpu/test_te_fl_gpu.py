@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, result
+from processes import result
 
 from verl_fl_overlay.packages import flagos_builds, installed
 
@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 PROGRAM = Path(__file__).with_name("megatron_engine.py")
+WITH = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1", "TE_FL_SKIP_CUDA": "1"}
 STEPS = 6
 PADDED = ("--engine", json.dumps({"use_remove_padding": False}))
 UNFUSED = ("--transformer", json.dumps({"attention_backend": "unfused"}))
@@ -47,11 +48,7 @@ RAN = {
         "generic_gemm": {"default.flagos"},
     },
     "reference": {key: {"reference.torch"} for key in ("rmsnorm_fwd", "rmsnorm_bwd", "generic_gemm")},
-    "mixed": {
-        "rmsnorm_fwd": {"reference.torch"},
-        "rmsnorm_bwd": {"reference.torch"},
-        "generic_gemm": {"default.flagos"},
-    },
+    "mixed": {"rmsnorm_fwd": {"reference.torch"}, "rmsnorm_bwd": {"reference.torch"}},
 }
 
 
@@ -61,7 +58,7 @@ def runs(request: pytest.FixtureRequest, tiny_model: Path) -> Any:
 
     def run(side: str) -> dict[str, Any]:
         options, environment = SIDES[side]
-        env = {**OVERLAY, "VERL_FL_STRICT": "1", "TE_FL_SKIP_CUDA": "1", **environment}
+        env = {**WITH, **environment}
         return result(PROGRAM, tiny_model, "--head", request.param, "--steps", STEPS, *options, env=env, timeout=500)
 
     with ThreadPoolExecutor() as pool:
@@ -80,7 +77,7 @@ def test_numbers_are_those_of_megatrons_own_layers(runs: Any, side: str, record_
         apart = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
         record_property(f"largest relative difference of {name}", apart)
         print(side, name, [round(value, 5) for value in ours], f"{apart:.2e}")
-        assert apart < 2e-2, name  # bf16
+        assert apart < 3e-2, name  # bf16; a value's loss is a difference of near numbers
     assert floats(runs(side), "loss")[-1] < floats(runs(side), "loss")[0]
 
 
