@@ -124,7 +124,7 @@ def _adam(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
         found = "weight_decay as an L2 term (decoupled_weight_decay=False), which it does not compute"
     if found:
         raise MegatronError(
-            f"TransformerEngine-FL's {wrapped.__name__} was asked for {found}; the steps would be wrong. Leave that "
+            f"TransformerEngine-FL's own Adam was asked for {found}; the steps would be wrong. Leave that "
             "setting at its default, or write TE_FL_PER_OP=multi_tensor_adam=vendor"
         )
     return wrapped(*args, **kwargs)
