@@ -26,9 +26,12 @@ EVERYTHING = (None, (-1, -1), (-1, 0))
 
 
 def _forward(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not type(instance.flash_attention).__module__.startswith(PYTHON):
-        return wrapped(*args, **kwargs)
-    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    return _attend(wrapped, instance, inspect.signature(wrapped).bind(*args, **kwargs))
+
+
+def _attend(wrapped: Call, core: Any, given: inspect.BoundArguments) -> Any:
+    if not type(core.flash_attention).__module__.startswith(PYTHON):
+        return wrapped(*given.args, **given.kwargs)
     asked = dict(given.arguments)
     query, key, value = (asked.pop(name) for name in ("query", "key", "value"))
     mask, kind, bias, params = (
@@ -37,7 +40,7 @@ def _forward(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[s
     if params is None:
         given.arguments["attention_mask"] = seen_mask(kind, mask)
     elif params.qkv_format == "thd":
-        answer = attend_packed(_layer(instance, kind.name in CAUSAL), query, key, value, kind, bias, params, asked)
+        answer = attend_packed(_layer(core, kind.name in CAUSAL), query, key, value, kind, bias, params, asked)
         if answer is not None:
             return answer
     return wrapped(*given.args, **given.kwargs)
