@@ -99,7 +99,7 @@ def test_what_is_left_out_really_cuts_the_gradient(router, key):
 
 
 def test_layer_norms_backward_is_really_wrong_for_three_dimensions(router):
-    """When this fails, FlagGems has repaired it: take the key out of ``safety.FAULTY`` for that version."""
+    """When this fails, FlagGems has repaired it: give the row in ``faults.FAULTS`` that version as its ``until``."""
 
     def layer_norm(x, w, b):
         return torch.nn.functional.layer_norm(x, (64,), w, b)

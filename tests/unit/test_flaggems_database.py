@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
 
 from verl_fl_overlay.flaggems import database
 
@@ -49,15 +52,27 @@ def test_a_file_system_without_locks_gets_a_file_by_process(tmp_path, monkeypatc
     assert database._claim(tmp_path).name == f"rank2-{database.os.getpid()}.db"
 
 
-def test_the_variable_is_there_for_the_import_only_and_a_users_own_stays(monkeypatch, tmp_path):
+def test_a_forked_child_does_not_share_its_parents_file(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "folder", lambda: tmp_path)
-    monkeypatch.delenv(database.VARIABLE, raising=False)
-    with database.own_database() as ours:
-        assert ours
-        assert database.os.environ[database.VARIABLE].startswith(f"sqlite:///{tmp_path}")
-    assert database.VARIABLE not in database.os.environ
-    monkeypatch.setenv(database.VARIABLE, "sqlite:///mine.db")
-    with database.own_database() as ours:
-        assert not ours
-        assert database.os.environ[database.VARIABLE] == "sqlite:///mine.db"
-    assert database.os.environ[database.VARIABLE] == "sqlite:///mine.db"
+    monkeypatch.delenv("RANK", raising=False)
+    database._file_of.cache_clear()
+    arguments, of_the_child = ["/theirs.db"], ["/theirs.db"]
+    database._connect(None, None, arguments, {})
+    database._connect(None, None, arguments, {})
+    monkeypatch.setattr(database.os, "getpid", lambda: -1)
+    database._connect(None, None, of_the_child, {})
+    assert (arguments, of_the_child) == ([str(tmp_path / "rank0.db")], [str(tmp_path / "rank0.1.db")])
+    database._file_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "libentry",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(libcache=SimpleNamespace(model=None)),
+        SimpleNamespace(FLAGGEMS_DB_URL="sqlite:///mine.db", libcache=SimpleNamespace(model=SimpleNamespace(engine=1))),
+        SimpleNamespace(libcache=SimpleNamespace(model=SimpleNamespace(engine=1, sql_model_pool={"tuned": 1}))),
+    ],
+)
+def test_a_flaggems_without_a_database_a_users_own_and_one_in_use_are_left_alone(libentry):
+    database._exchange(libentry)

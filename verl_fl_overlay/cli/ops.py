@@ -8,7 +8,7 @@ import sys
 from fnmatch import fnmatchcase
 from typing import Any
 
-from verl_fl_overlay.flaggems import library, safety
+from verl_fl_overlay.flaggems import faults, library, safety
 
 
 def add(commands: Any) -> None:
@@ -17,15 +17,18 @@ def add(commands: Any) -> None:
     ops.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name, or with * and ?")
     ops.add_argument("--json", action="store_true", help="print JSON")
     ops.add_argument("--unsafe", action="store_true", help="only those that training must not use")
+    ops.add_argument("--faults", action="store_true", help="what is known to be wrong in the version here, else newest")
     ops.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the operators; return 1 if there are none.
+    """Print the operators, or the faults; return 1 if there are none.
 
     Raises:
-        FlagGemsError: there is no FlagGems that can be used here.
+        FlagGemsError: there is no FlagGems that can be used here; the faults are printed without one.
     """
+    if options.faults:
+        return print_faults(options.pattern)
     found = operators(options.pattern, options.unsafe)
     if options.json:
         print(json.dumps(found, indent=1))
@@ -53,6 +56,21 @@ def operators(pattern: str = "", only_unsafe: bool = False) -> list[dict[str, An
         for name, keys in sorted(functions.items())
         if any(_matches(text, pattern) for text in (name, *keys)) and (not only_unsafe or any(keys.values()))
     ]
+
+
+def print_faults(pattern: str) -> int:
+    """Print what is known to be wrong with FlagGems' kernels, on any chip; return 1 if nothing is.
+
+    The installed version decides, whether FlagGems can be imported here or not; the newest if none is installed.
+    """
+    version = library.installed_version()
+    found = faults.of_version(library.release(version) if version else faults.NEWEST)
+    found = [fault for fault in found if _matches(fault.key, pattern)]
+    for fault in found:
+        where = f" [{fault.vendor} alone]" if fault.vendor else ""
+        print(f"aten::{fault.key}{where}, {fault.versions}: {fault}")
+    print(f"{len(found)} faults are known of flag_gems {version or 'in its newest version (none is installed)'}")
+    return 0 if found else 1
 
 
 def _matches(text: str, pattern: str) -> bool:

@@ -74,7 +74,9 @@ class Routing(Feature):
         self._gems = library.load()
         self._selection = selection = select(self.settings, self._gems)
         kernels = self._counts.counting(selection.kernels) if self._counts else selection.kernels
-        self._router = Router(kernels)
+        self._router = Router(kernels, self._gems.registrar)
+        for note in (*self._gems.notes, *selection.notes):
+            logger.warning(note)
         logger.info(
             "FlagGems %s: %d operators in training (%s), %d left out as unsafe",
             self._gems.version,
@@ -94,18 +96,20 @@ class Routing(Feature):
         told: dict[str, Any] = {"version": self._gems.version, "vendor": self._gems.vendor, "scope": scope}
         if self._selection is None or self._router is None:
             return {**told, "state": str(self._fault)}
-        out = self._router.held.keys() | self._router.failed.keys()
+        held = self._router.held
+        out = held.keys() | self._router.failed.keys()
         routed = [kernel.key for kernel in self._selection.kernels if kernel.key not in out]
+        state = "routed now" if self._router.active else "native now"
         return {
             **told,
-            "state": "routed now" if self._router.active else "native now",
+            "state": f"{state}, but {len(held)} of the chosen operators are held by others" if held else state,
             "operators": len(routed),
             "source": self._selection.source,
             "routed": routed,
             "unsafe": len(self._selection.left_out),
             "left out": dict(self._selection.left_out),
             "failed": dict(self._router.failed),
-            "enabled before us": self._gems.enabled_before,
-            "held by others": dict(self._router.held),
+            "notes": [*self._gems.notes, *self._selection.notes],
+            "held by others": dict(held),
             "record": str(self._counts.file) if self._counts else "",
         }

@@ -7,13 +7,12 @@ import logging
 import os
 import sys
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from verl_fl_overlay.errors import OverlayError, SettingsError
 from verl_fl_overlay.events import Engine, engine_built, failures, te_operator_ran
 from verl_fl_overlay.features.feature import Feature
-from verl_fl_overlay.packages import flagos_builds, installed
+from verl_fl_overlay.packages import flagos_builds
 from verl_fl_overlay.settings import Settings
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -148,19 +147,9 @@ def _implementations(core: Any) -> dict[str, int] | None:
     snapshot = getattr(getattr(manager, "registry", None), "snapshot", None)
     if manager is None or snapshot is None:
         return None
-    with _own_database():
-        manager.ensure_initialized()
+    manager.ensure_initialized()
     counted: Counter[str] = Counter()
     for implementations in snapshot().impls_by_op.values():
         kinds = {f"{i.kind.value}:{i.vendor}" if i.kind.value == "vendor" else i.kind.value for i in implementations}
         counted.update(kinds)
     return dict(counted)
-
-
-def _own_database() -> AbstractContextManager[object]:
-    """Return a context for TransformerEngine-FL's import of FlagGems: FlagGems reads its database's path only then."""
-    if "flag_gems" in sys.modules or not installed("flag_gems"):
-        return nullcontext()
-    from verl_fl_overlay.flaggems.database import own_database
-
-    return own_database()

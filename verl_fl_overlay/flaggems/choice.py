@@ -19,6 +19,8 @@ class Choice:
     source: str
     may_be_empty: bool = False
     """Whether an empty choice is valid, and not a mistake."""
+    notes: tuple[str, ...] = ()
+    """What a list names in vain, though it does no harm."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Selection:
     kernels: tuple[Kernel, ...]
     source: str
     left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 Source = Callable[[Settings, FlagGems], Choice | None]
@@ -40,9 +43,10 @@ def by_list(settings: Settings, gems: FlagGems) -> Choice | None:
         names.check(settings.flagos_whitelist, "TRAINING_FL_FLAGOS_WHITELIST", gems)
         return Choice(settings.flagos_whitelist, "TRAINING_FL_FLAGOS_WHITELIST")
     if settings.flagos_blacklist:
-        names.check(settings.flagos_blacklist, "TRAINING_FL_FLAGOS_BLACKLIST", gems)
         rest = tuple(name for name in gems.names if name not in settings.flagos_blacklist)
-        return Choice(rest, "TRAINING_FL_FLAGOS_BLACKLIST")
+        unknown = names.unknown_in(settings.flagos_blacklist, gems)  # to exclude what is not there does no harm
+        notes = tuple(f"TRAINING_FL_FLAGOS_BLACKLIST excludes nothing by {text}" for text in unknown)
+        return Choice(rest, "TRAINING_FL_FLAGOS_BLACKLIST", notes=notes)
     if settings.ops == ("all",):
         return Choice(gems.names, "VERL_FL_OPS=all")
     if settings.ops != ("auto",):
@@ -75,7 +79,7 @@ def select(settings: Settings, gems: FlagGems) -> Selection:
     VERL_FL_UNSAFE_OPS lets single aten keys through.
 
     Raises:
-        SettingsError: a list names what FlagGems does not have, or nothing is left of it.
+        SettingsError: a list of what to route names what FlagGems does not have, or nothing is left of it.
     """
     choice = next(found for source in SOURCES if (found := source(settings, gems)) is not None)
     allowed = names.check_keys(settings.unsafe_ops, "VERL_FL_UNSAFE_OPS", gems)
@@ -96,4 +100,4 @@ def select(settings: Settings, gems: FlagGems) -> Selection:
             + "".join(f"  {key}: {reason}\n" for key, reason in left_out.items())
             + "  VERL_FL_UNSAFE_OPS lets an unsafe aten key through; VERL_FL_OPS=none switches routing off."
         )
-    return Selection(tuple(kernels), choice.source, left_out)
+    return Selection(tuple(kernels), choice.source, left_out, choice.notes)

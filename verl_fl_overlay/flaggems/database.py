@@ -6,12 +6,15 @@ The next run uses the same file again, so the tuning results are kept.
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import wrapt
 
 from verl_fl_overlay.devices.accelerator import chip_name
 
@@ -21,21 +24,36 @@ _seats: list[int] = []
 """Descriptors of the lock files this process holds; the system releases them when the process ends."""
 
 
-@contextmanager
-def own_database() -> Iterator[bool]:
-    """Name a database of this process's own while FlagGems is imported, unless the user has named one.
+def give_each_process_its_own() -> None:
+    """Give FlagGems a database of this process's own, whoever imports it and when, unless the user has named one.
 
-    FlagGems reads the variable once, at its import.  Afterwards the variable is unset, because a child process would
-    inherit it.  Yields whether the database is ours.
+    FlagGems prepares its database while it is imported, and connects when it tunes for the first time.  The file is
+    exchanged at that connection: only then is it certain that the process has chosen its device, whose name decides.
     """
-    if os.environ.get(VARIABLE):
-        yield False
+    wrapt.when_imported("flag_gems.utils.libentry")(_exchange)
+
+
+def _exchange(libentry: ModuleType) -> None:
+    model: Any = getattr(getattr(libentry, "libcache", None), "model", None)
+    engine = getattr(model, "engine", None)
+    users_own = getattr(libentry, VARIABLE, None)  # as FlagGems read it
+    if engine is None or users_own or model.sql_model_pool:  # or it has results of this process already
         return
-    os.environ[VARIABLE] = f"sqlite:///{_claim(folder())}"
-    try:
-        yield True
-    finally:
-        os.environ.pop(VARIABLE, None)
+    from sqlalchemy import event
+
+    if not event.contains(engine, "do_connect", _connect):
+        event.listen(engine, "do_connect", _connect)
+        engine.dispose()
+
+
+def _connect(dialect: Any, record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
+    arguments[0] = str(_file_of(os.getpid()))
+
+
+@functools.cache
+def _file_of(process: int) -> Path:
+    """Return the file of this process; a forked child needs another one than its parent."""
+    return _claim(folder())
 
 
 def folder() -> Path:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay.errors import OverlayError
-from verl_fl_overlay.flaggems import tuner
-from verl_fl_overlay.flaggems.database import own_database
+from verl_fl_overlay.flaggems import database, faults, tuner
 
 OLDEST = Version("5.0.0")
 INSTALL = "pip install 'flag-gems>=5.0.0'"
@@ -32,11 +32,15 @@ class FlagGemsError(OverlayError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One aten key ("add.Tensor"), FlagGems' function for it, and the dispatch keys it goes to ("CUDA", ...)."""
+    """One aten key ("add.Tensor"), FlagGems' function for it, and the dispatch keys it goes to ("CUDA", ...).
+
+    ``fault`` is what is known to be wrong with it in this version, "" if nothing.
+    """
 
     key: str
     function: Callable[..., Any]
     dispatch_keys: tuple[str, ...]
+    fault: str = ""
 
     @property
     def name(self) -> str:
@@ -46,19 +50,31 @@ class Kernel:
 
 @dataclass(frozen=True)
 class FlagGems:
-    """An installed FlagGems: the kernels it offers here, and the functions it has but not for this chip or torch."""
+    """An installed FlagGems: the kernels it offers here, and the functions it has but not for this chip or torch.
+
+    ``registrar`` is FlagGems' own object for what it registers; it has registered nothing.
+    """
 
     version: str
     vendor: str
     kernels: tuple[Kernel, ...]
     not_here: frozenset[str] = frozenset()
-    enabled_before: str = ""
-    """What was enabled in this process before the overlay loaded FlagGems, "" if nothing."""
+    registrar: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the functions offered here, sorted."""
         return tuple(sorted({kernel.name for kernel in self.kernels}))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of it, in words."""
+        if release(self.version) is not None:
+            return ()
+        return (
+            f"flag_gems says that it is version {self.version or 'none'}, and it can do what only {OLDEST} and newer "
+            "can: it is used, and counts as having every fault that is known of any version",
+        )
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -77,53 +93,40 @@ def installed_version() -> str:
         return ""
 
 
+def release(version: str) -> Version | None:
+    """Return the ``version`` that FlagGems says it is; None if that cannot be.
+
+    A build of a copy without its tags, as vendors' images have, says 0.1.0, "unknown" or a name of the vendor's own.
+    """
+    try:
+        said = Version(version)
+    except InvalidVersion:
+        return None
+    return said if Version(said.base_version) >= OLDEST else None
+
+
 def load() -> FlagGems:
     """Import FlagGems and ask it what it would register here; nothing is registered.
 
     Raises:
         FlagGemsError: it is missing, older than 5.0, lacks triton, or does not know this chip.
     """
-    version = installed_version()
-    if _older(version):
-        raise FlagGemsError(
-            f"flag_gems {version} is here; routing needs flag_gems >= {OLDEST} (the older ones cannot be asked for "
-            f"single operators): {INSTALL}"
-        )
-    before = _enabled_before()
     module = _import()
-    kernels = _offered(module)
+    version, vendor = installed_version(), str(getattr(module, "vendor_name", "not known"))
+    offered, registrar = _offered(module)
+    kernels = tuple(replace(k, fault=faults.known(k.key, release(version), vendor)) for k in offered)
     by_function = getattr(module, "FULL_CONFIG_BY_FUNC", {})
-    return FlagGems(
-        version=str(getattr(module, "__version__", version)),
-        vendor=str(getattr(module, "vendor_name", "not known")),
-        kernels=kernels,
-        not_here=frozenset(by_function) - {kernel.name for kernel in kernels},
-        enabled_before=before,
-    )
-
-
-def _older(version: str) -> bool:
-    try:
-        return bool(version) and Version(Version(version).base_version) < OLDEST
-    except InvalidVersion:
-        return False  # a vendor's own version name: what that build can do shows when it is used
-
-
-def _enabled_before() -> str:
-    module = sys.modules.get("flag_gems")
-    registrar = getattr(module, "current_work_registrar", None)
-    if registrar is None:
-        return ""
-    return f"{len(registrar.get_all_keys())} operators, by a call of flag_gems.enable() or only_enable()"
+    not_here = frozenset(by_function) - {kernel.name for kernel in kernels}
+    return FlagGems(version, vendor, kernels, not_here, registrar)
 
 
 def _import() -> ModuleType:
     try:
-        with own_database() as ours:
-            module = importlib.import_module("flag_gems")
-            if ours:  # if the database is the user's, the user decides who shares it
-                tuner.take_turns()
-            return module
+        database.give_each_process_its_own()
+        module = importlib.import_module("flag_gems")
+        if not os.environ.get(database.VARIABLE):  # if the database is the user's, the user decides who shares it
+            tuner.take_turns()
+        return module
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
             raise FlagGemsError(f"FlagGems is not installed: {INSTALL}") from error
@@ -136,18 +139,26 @@ def _import() -> ModuleType:
         ) from error
 
 
-def _offered(module: ModuleType) -> tuple[Kernel, ...]:
-    """Run FlagGems' own registration with a registrar that only records.
+def _offered(module: ModuleType) -> tuple[tuple[Kernel, ...], Any]:
+    """Run FlagGems' own registration with a registrar that only records; return the kernels and the registrar.
 
     So FlagGems itself applies its conditions on torch and its vendors' replacements and exclusions, in every version.
-    The registrar's module moved between versions, so it is found as a default argument of ``enable``.
+    The registrar's module moved between versions, so it is found as a default argument of ``enable``.  That ``enable``
+    takes one which can be asked for single operators tells FlagGems 5 from older ones; a version's name may be wrong.
+
+    Raises:
+        FlagGemsError: it takes none, or an older one.
     """
-    parameters = inspect.signature(module.enable).parameters
-    if "registrar" not in parameters:
-        raise FlagGemsError(f"flag_gems.enable() takes no registrar: this is not flag_gems >= {OLDEST}: {INSTALL}")
+    parameter = inspect.signature(module.enable).parameters.get("registrar")
+    theirs: Any = parameter.default if parameter else None
+    if theirs is None or "user_include_ops" not in inspect.signature(theirs).parameters:
+        raise FlagGemsError(
+            f"flag_gems {installed_version()} is here, whose enable() takes no registrar that can be asked for single "
+            f"operators; routing needs flag_gems >= {OLDEST}: {INSTALL}"
+        )
     kernels: list[Kernel] = []
 
-    class Notes(parameters["registrar"].default):  # type: ignore[misc]
+    class Notes(theirs):  # type: ignore[misc]
         def register_impl(
             self, key: str, fn: Callable[..., Any], extra_dispatch_keys: tuple[str, ...] = (), *rest: Any
         ) -> None:
@@ -155,8 +166,9 @@ def _offered(module: ModuleType) -> tuple[Kernel, ...]:
 
     with _registrar_kept(module):
         module.enable(lib=None, unused=[], registrar=Notes)
+        registrar = module.current_work_registrar
     by_key = {kernel.key: kernel for kernel in kernels if _torch_has(kernel.key)}
-    return tuple(by_key.values())
+    return tuple(by_key.values()), registrar
 
 
 def _torch_has(key: str) -> bool:

@@ -10,12 +10,15 @@ from verl_fl_overlay.flaggems.library import FlagGems
 ALIASES = {
     "rmsnorm": ("rms_norm",),
     "layernorm": ("layer_norm", "native_layer_norm"),
+    "layer_norm": ("native_layer_norm",),
+    "native_layer_norm": ("layer_norm",),
     "groupnorm": ("group_norm",),
     "batchnorm": ("batch_norm",),
     "logsoftmax": ("log_softmax",),
-    "flash_attention": ("flash_attention_forward",),
+    "flash_attention": ("flash_attention_forward", "_flash_attention_forward"),
+    "flash_attention_forward": ("_flash_attention_forward",),
     "matmul": ("mm", "bmm"),
-    "div": ("true_divide",),
+    "div": ("true_divide", "true_divide_tensor"),
     "pow": ("pow_tensor_scalar", "pow_tensor_tensor", "pow_scalar"),
     "where": ("where_self",),
 }
@@ -39,14 +42,19 @@ def check(names: Iterable[str], variable: str, gems: FlagGems) -> None:
     Raises:
         SettingsError: lists every such name, each with what is known about it or the nearest real names.
     """
-    known = set(gems.names)
-    unknown = [name for name in names if name not in known]
+    unknown = unknown_in(names, gems)
     if unknown:
         raise SettingsError(
             f"{variable} names operators that FlagGems {gems.version} does not offer here:\n"
-            + "\n".join(f"  {name!r}: {_explain(name, gems)}" for name in unknown)
-            + f"\n  A name is that of a FlagGems function; `verl-fl ops` lists all {len(known)}."
+            + "\n".join(f"  {line}" for line in unknown)
+            + f"\n  A name is that of a FlagGems function; `verl-fl ops` lists all {len(gems.names)}."
         )
+
+
+def unknown_in(names: Iterable[str], gems: FlagGems) -> list[str]:
+    """Return those of ``names`` that are no function of the installed FlagGems, each with what is known about it."""
+    known = set(gems.names)
+    return [f"{name!r}: {_explain(name, gems)}" for name in names if name not in known]
 
 
 def check_keys(keys: Iterable[str], variable: str, gems: FlagGems) -> tuple[str, ...]:

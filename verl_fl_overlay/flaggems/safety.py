@@ -16,23 +16,14 @@ from typing import Any
 
 from verl_fl_overlay.flaggems.library import Kernel
 
-_LAYER_NORM = "https://github.com/flagos-ai/FlagGems/issues/5392"
-FAULTY = {
-    "native_layer_norm": "FlagGems keeps mean and deviation in the input's precision, which torch's own backward does "
-    f"not take for bf16, and its backward must not be used either ({_LAYER_NORM})",
-    "native_layer_norm_backward": "FlagGems takes the first dimension alone for the rows, so the gradient of an input "
-    f"of three or more dimensions is wrong ({_LAYER_NORM})",
-}
-"""Aten key -> what is known to be wrong with FlagGems' kernel for it, in every version so far."""
-
 _ENDS_GRADIENT = {"detach", "detach_", "no_grad", "inference_mode", "data_ptr"}
 """Names in a function's code which show that its result is not differentiated."""
 
 
 def why_unsafe(kernel: Kernel) -> str:
     """Return why training must not use ``kernel``, "" if it may.  Call this before anything is registered."""
-    if kernel.key in FAULTY:
-        return FAULTY[kernel.key]
+    if kernel.fault:
+        return kernel.fault
     takes_autograds_place = any(key.startswith("Autograd") for key in kernel.dispatch_keys)
     if takes_autograds_place or differentiated_by_decomposition(kernel.key):
         cut = where_gradient_ends(kernel.function)
