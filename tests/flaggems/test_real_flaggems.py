@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 from verl_fl_overlay.errors import SettingsError  # noqa: E402
 from verl_fl_overlay.flaggems import names, safety  # noqa: E402
 from verl_fl_overlay.flaggems.choice import select  # noqa: E402
-from verl_fl_overlay.flaggems.routing import Router, registered_in  # noqa: E402
+from verl_fl_overlay.flaggems.dispatcher import registered_in  # noqa: E402
+from verl_fl_overlay.flaggems.routing import Router  # noqa: E402
 from verl_fl_overlay.settings import Settings  # noqa: E402
 
 FOLDER = Path(__file__).parent
@@ -148,44 +149,82 @@ with device_probes():
     import flag_gems
     flag_gems.only_enable(include=["mm", "mul"])
     from verl_fl_overlay import phase
+    from verl_fl_overlay.features.enablers import Enablers
     from verl_fl_overlay.features.flaggems import Routing
-    from verl_fl_overlay.flaggems.routing import registered_in
+    from verl_fl_overlay.flaggems.dispatcher import registered_in
     from verl_fl_overlay.settings import Settings
-    routing = Routing(Settings.of(ops=("mm", "mul", "add"), strict=True))
+    settings = Settings.of(ops=("mm", "mul", "add"))
+    routing, enablers = Routing(settings), Enablers(settings)
     routing.start()
+    enablers.start()
     with phase.training.inside("train"):
         inside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
     outside = {key: registered_in(key, "CUDA") for key in ("mm", "mul.Tensor", "add.Tensor")}
-print(json.dumps([routing.describe(), inside, outside, len(flag_gems.all_registered_keys())]))
+print(json.dumps([routing.describe(), enablers.describe(), inside, outside, flag_gems.all_registered_keys()]))
 """,
         tmp_path,
     )
-    described, inside, outside, theirs = json.loads(said)
-    assert described["enabled before us"].startswith("2 operators")
+    described, enablers, inside, outside, theirs = json.loads(said)
+    assert set(enablers["held"]) == {"mm", "mul.Tensor"}
+    assert not enablers["harmful"]
     assert set(described["held by others"]) == {"mm", "mul.Tensor"}
     assert described["routed"] == ["add.Tensor"]
     assert inside["add.Tensor"].endswith(ROUTING)
     for place in (inside, outside):
         assert all("flag_gems" in place[key] and not place[key].endswith(ROUTING) for key in ("mm", "mul.Tensor"))
     assert not outside["add.Tensor"].endswith(ROUTING)
-    assert theirs == 2
+    assert len(theirs) == 2
 
 
-def test_each_process_has_a_tuning_database_of_its_own_unless_the_user_names_one(real_gems, tmp_path):
-    code = """
-import os, sys
+def test_all_of_it_enabled_inside_the_phase_is_told_with_what_it_cuts(real_gems, tmp_path):
+    said = run_with_probes(
+        """
+import json
 with device_probes():
-    from verl_fl_overlay.flaggems import library
-    library.load()
+    from verl_fl_overlay import phase
+    from verl_fl_overlay.features.enablers import Enablers
+    from verl_fl_overlay.features.flaggems import Routing
+    from verl_fl_overlay.settings import Settings
+    settings = Settings.of(ops=("mm", "mul"))
+    routing, enablers = Routing(settings), Enablers(settings)
+    routing.start()
+    enablers.start()
+    with phase.training.inside("train"):
+        import flag_gems
+        flag_gems.enable(unused=[])
+print(json.dumps([routing.describe(), enablers.describe()]))
+""",
+        tmp_path,
+    )
+    described, enablers = json.loads(said)
+    assert len(enablers["held"]) > 300
+    assert {"true_divide.Tensor", "hstack", "native_layer_norm_backward"} <= enablers["harmful"].keys()
+    assert f"{len(enablers['harmful'])} of them cut or falsify gradients" in enablers["state"]
+    assert ("held by others" in described["state"]) is ("mm" in enablers["held"])
+
+
+OURS = "from verl_fl_overlay.flaggems import library\n    library.load()"
+SOMEBODY_FIRST = f"import flag_gems\n    {OURS}"
+SOMEBODY_ALONE = """from verl_fl_overlay.features.enablers import Enablers
+    from verl_fl_overlay.settings import Settings
+    Enablers(Settings()).start()
+    import flag_gems"""
+
+
+@pytest.mark.parametrize("imports", [OURS, SOMEBODY_FIRST, SOMEBODY_ALONE])
+def test_each_process_has_a_tuning_database_of_its_own_unless_the_user_names_one(real_gems, tmp_path, imports):
+    code = f"""
+import os
+with device_probes():
+    {imports}
     from flag_gems.utils.libentry import libcache
-assert os.environ.get("FLAGGEMS_DB_URL", "") == os.environ.get("GIVEN", "")
-print(libcache.db_url)
+    from sqlalchemy import text
+    with libcache.model.engine.connect() as connection:
+        print(connection.execute(text("PRAGMA database_list")).fetchone()[2])
 """
-    own = run_with_probes(code, tmp_path, RANK="3")
-    assert own.startswith(f"sqlite:///{tmp_path}")
-    assert own.endswith("rank3.db")
+    assert run_with_probes(code, tmp_path, RANK="3").endswith("rank3.db")
     given = f"sqlite:///{tmp_path}/mine.db"
-    assert run_with_probes(code, tmp_path, FLAGGEMS_DB_URL=given, GIVEN=given) == given
+    assert run_with_probes(code, tmp_path, FLAGGEMS_DB_URL=given) == f"{tmp_path}/mine.db"
 
 
 def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypatch, capsys):
@@ -203,6 +242,11 @@ def test_the_command_lists_what_training_may_use_and_why_not(real_gems, monkeypa
     assert "conv3d" in unsafe
     assert "conv2d" not in unsafe
     assert main(["ops", "nothing*like*it"]) == 1
+    capsys.readouterr()
+    assert main(["ops", "--faults"]) == 0
+    told = capsys.readouterr().out
+    assert "aten::nll_loss_backward, first to newest: for a label" in told
+    assert "mse_loss_backward" not in told, "it came with 5.3.1"
 
 
 def test_the_dispatch_file_that_is_written_passes_its_own_check(real_gems, tmp_path, capsys):

@@ -128,6 +128,12 @@ FEATURES = {
             fed_by="phase",
         ),
         Entry(
+            "enablers",
+            "FlagGems where others enable it: a tuning database per process, and told what it does to training",
+            "enablers:Enablers",
+            fed_by="phase",
+        ),
+        Entry(
             "fused",
             "the model's RMS norms, gated MLPs and rotary embeddings, and its Adam, on fused kernels",
             "fused:Fused",

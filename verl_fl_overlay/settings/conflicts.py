@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from verl_fl_overlay.errors import nearest
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings.loading import LOADED_BY, modules
 from verl_fl_overlay.settings.stack import PREFER, REPLACED_LISTS
 from verl_fl_overlay.settings.table import EXCLUSIVE, TABLE, Settings
@@ -57,6 +58,16 @@ def _training_lists(settings: Settings) -> Iterator[str]:
                 f"{name} has no effect: training uses FlagGems only with TRAINING_FL_FLAGGEMS_ENABLE=1 or "
                 "USE_FLAGGEMS=1"
             )
+
+
+def _two_enablers(settings: Settings) -> Iterator[str]:
+    asked = settings.given.get("TRAINING_FL_FLAGGEMS_ENABLE", "").lower() in ("1", "true")
+    if asked and settings["VERL_ENGINE_VENDOR"] == "flagos" and installed("verl_hardware_plugin"):
+        yield (
+            "VERL_ENGINE_VENDOR=flagos with TRAINING_FL_FLAGGEMS_ENABLE=1: the engines of verl-hardware-plugin enable "
+            "FlagGems for the whole process, also the operators that cut gradients, and nobody can take them back; "
+            "unset VERL_ENGINE_VENDOR, and the overlay alone routes FlagGems"
+        )
 
 
 def _flagcx(settings: Settings) -> Iterator[str]:
@@ -197,6 +208,7 @@ RULES: tuple[Rule, ...] = (
     _spelling,
     _rollout_without_flaggems,
     _training_lists,
+    _two_enablers,
     _flagcx,
     _te_fl_vendors,
     _te_fl_tokens,
