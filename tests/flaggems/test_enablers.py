@@ -256,7 +256,7 @@ def test_kernels_of_cambricon_find_torchs_own_where_they_look_for_it(tmp_path):
     assert said["after"]
 
 
-@pytest.mark.parametrize("version", ["5.0.0", "5.0.2", "5.3.0", "5.3.4", "5.4.0.dev20260810+g7fb49bad4"])
+@pytest.mark.parametrize("version", ["5.0.0", "5.4.0.dev20260810+g7fb49bad4"])
 def test_the_note_of_what_is_registered_fits_every_version(tmp_path, version):
     fabricated.flag_gems(tmp_path, version)
     said = told(tmp_path, READ)
@@ -272,15 +272,13 @@ with phase.training.inside("train"):
 """
 
 
-@pytest.mark.parametrize("version", ["0.1.0", "unknown", "0.1.dev1+g7fb49bad4"])
-def test_a_version_that_cannot_be_is_told_and_used(tmp_path, version):
-    fabricated.flag_gems(tmp_path, version)
-    said = told(
-        tmp_path, 'routing, _ = start()\nwith phase.training.inside("train"):\n    pass\ntell(**routing.describe())'
-    )
+def test_a_version_that_cannot_be_is_told_and_used(tmp_path):
+    """A vendor's image carries a FlagGems of September 2026 that says so of itself."""
+    fabricated.flag_gems(tmp_path, "0.1.0")
+    said = told(tmp_path, ONE_STEP + "tell(**routing.describe())")
     assert said["operators"] == 6
-    assert said["version"] == version
-    assert f"says that it is version {version}" in said["notes"][0]
+    assert said["version"] == "0.1.0"
+    assert "says that it is version 0.1.0" in said["notes"][0]
 
 
 def test_an_older_one_is_refused_whatever_version_it_names(tmp_path):
