@@ -116,6 +116,97 @@ def test_layer_norms_backward_is_really_wrong_for_three_dimensions(router):
     assert not torch.allclose(found[0], expected[0], rtol=0.1, atol=0.1)
 
 
+def drawn():
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.empty(64, device="cuda").normal_(generator=generator)
+
+
+def square():
+    return torch.rand(32, 32, generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def of_a_loss():
+    x = square().requires_grad_()
+    torch.nn.functional.mse_loss(x, torch.zeros_like(x)).backward()
+    return x.grad
+
+
+def of_a_softmax(operator, output):
+    return operator(square() * 3, output(square().t(), 1).t().contiguous().t(), 1, torch.float32)
+
+
+WRONG = {
+    "_softmax": lambda: square().t().softmax(1),
+    "_softmax_backward_data": lambda: of_a_softmax(torch.ops.aten._softmax_backward_data, torch.softmax),
+    "_log_softmax_backward_data": lambda: of_a_softmax(torch.ops.aten._log_softmax_backward_data, torch.log_softmax),
+    "topk": lambda: square().t().topk(4).values,
+    "normal_": lambda: drawn() - drawn(),
+    "mse_loss_backward": of_a_loss,
+}
+"""Those of the table's faults that show without writing outside of a tensor."""
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_what_the_table_calls_wrong_is_really_wrong(gems, key):
+    """When this fails, FlagGems has mended it: give the row in ``faults.FAULTS`` that version as its ``until``."""
+    from verl_fl_overlay.flaggems.routing import Router
+
+    faulty = [kernel for kernel in gems.kernels if kernel.key == key and kernel.fault]
+    if not faulty:
+        pytest.skip(f"FlagGems {gems.version} has no fault in {key}")
+    expected = WRONG[key]()
+    routed = Router(faulty)
+    routed.enter()
+    try:
+        found = WRONG[key]()
+    finally:
+        routed.leave()
+    assert not routed.failed
+    assert not torch.allclose(found, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(WRONG[key](), expected)
+
+
+ENABLED_INSIDE = """
+import json
+import torch
+from verl_fl_overlay import phase
+from verl_fl_overlay.features.enablers import Enablers
+from verl_fl_overlay.features.flaggems import Routing
+from verl_fl_overlay.flaggems.dispatcher import registered_in
+from verl_fl_overlay.settings import Settings
+
+settings = Settings.of(ops=("mm", "mul"))
+features = [Routing(settings), Enablers(settings)]
+for feature in features:
+    feature.start()
+a = torch.rand(64, 64, device="cuda", requires_grad=True)
+with phase.training.inside("train"):
+    import flag_gems
+    flag_gems.enable(unused=[])
+    out = a.tile((2, 2))
+    if out.requires_grad:
+        out.sum().backward()
+routing, enablers = (feature.describe() for feature in features)
+places = {key: "flag_gems" in registered_in(key, "CUDA") for key in ("mm", "add.Tensor", "tile")}
+print(json.dumps([routing, enablers, places, a.grad is None]))
+"""
+
+
+def test_all_of_it_enabled_by_somebody_inside_the_phase_is_told_with_what_it_cuts():
+    pytest.importorskip("flag_gems")
+    done = subprocess.run(
+        [sys.executable, "-c", ENABLED_INSIDE], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    routing, enablers, places, cut = json.loads(done.stdout.strip().splitlines()[-1])
+    assert cut
+    assert "tile" in enablers["harmful"]
+    assert f"{len(enablers['held'])} operators are FlagGems' in training and between" in enablers["state"]
+    assert places["add.Tensor"]
+    assert places["tile"]
+    assert ("mm" in enablers["held"]) is places["mm"] is ("held by others" in routing["state"])
+
+
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     pytest.importorskip("verl", exc_type=ImportError)

@@ -29,6 +29,12 @@ CASES = {
         "TRAINING_FL_FLAGOS_WHITELIST has no effect: training uses FlagGems only with TRAINING_FL_FLAGGEMS_ENABLE=1 or "
         "USE_FLAGGEMS=1",
     ),
+    "_two_enablers": (
+        {"TRAINING_FL_FLAGGEMS_ENABLE": "1", "VERL_ENGINE_VENDOR": "flagos"},
+        "VERL_ENGINE_VENDOR=flagos with TRAINING_FL_FLAGGEMS_ENABLE=1: the engines of verl-hardware-plugin enable "
+        "FlagGems for the whole process, also the operators that cut gradients, and nobody can take them back; unset "
+        "VERL_ENGINE_VENDOR, and the overlay alone routes FlagGems",
+    ),
     "_flagcx asked": (
         {"USE_FLAGCX": "1"},
         "USE_FLAGCX is on without FLAGCX_PATH: training uses FlagCX if its torch plugin is installed, rollout "
@@ -139,13 +145,15 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def built(tmp_path, monkeypatch):
-    """A build of FlagCX, as the folder BUILT, and the home it lies in beside a configuration of the plugin."""
+    """A build of FlagCX, as the folder BUILT, the home it lies in, a configuration and a plugin beside it."""
     library = tmp_path / "BUILT/build/lib/libflagcx.so"
     library.parent.mkdir(parents=True)
     library.write_text("")
     (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "verl_hardware_plugin.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,6 +172,7 @@ def test_every_rule_has_a_case():
         {},
         {"USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "softmax"},
         {"USE_FLAGGEMS": "TRUE"},
+        {"USE_FLAGGEMS": "1", "VERL_ENGINE_VENDOR": "flagos"},  # which verl-hardware-plugin does not read
         {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init"},
         {"VERL_FL_DISABLE": "*"},
         {"TE_FL_PREFER": "", "TE_FL_PREFER_VENDOR": "1"},

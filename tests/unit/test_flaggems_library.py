@@ -28,10 +28,18 @@ def a_module(tmp_path, monkeypatch, text: str) -> None:
     monkeypatch.setattr(library, "installed_version", lambda: "")
 
 
-def test_a_release_before_5_is_refused_without_importing_it(monkeypatch):
-    monkeypatch.setattr(library, "installed_version", lambda: "4.2.0")
-    monkeypatch.setattr(library, "_import", lambda: pytest.fail("imported"))
-    with pytest.raises(FlagGemsError, match=r"4\.2\.0 is here.*>= 5\.0\.0.*pip install"):
+FOUR = """
+class Register:
+    def __init__(self, config, user_unused_ops_list=None, cpp_patched_ops_list=None, lib=None): pass
+
+def enable(lib=None, unused=None, registrar=Register, record=False, once=False, path=None): pass
+"""
+
+
+@pytest.mark.parametrize("text", [FOUR, "def enable(lib=None): pass"])
+def test_one_before_5_is_refused_by_what_its_enable_takes(monkeypatch, tmp_path, no_database, text):
+    a_module(tmp_path, monkeypatch, text)
+    with pytest.raises(FlagGemsError, match=r"takes no registrar that can be asked.*>= 5\.0\.0.*pip install"):
         library.load()
 
 
@@ -53,12 +61,6 @@ class _Nothing:
     def find_spec(name, path=None, target=None):
         if name == "flag_gems":
             raise ModuleNotFoundError("No module named 'flag_gems'", name=name)
-
-
-def test_one_that_takes_no_registrar_is_refused(monkeypatch, tmp_path, no_database):
-    a_module(tmp_path, monkeypatch, "def enable(lib=None): pass")
-    with pytest.raises(FlagGemsError, match="takes no registrar"):
-        library.load()
 
 
 def test_training_goes_on_natively_after_one_warning_or_stops_when_strict(monkeypatch, caplog):

@@ -5,7 +5,6 @@ The real one answers the same questions in ``test_the_policy_is_what_the_environ
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.events import Engine, engine_built, failures
 from verl_fl_overlay.features import reason_off
 from verl_fl_overlay.features.te_fl import TransformerEngineFL
-from verl_fl_overlay.flaggems import database
 from verl_fl_overlay.packages import flagos_builds
 from verl_fl_overlay.settings import Settings
 
@@ -187,24 +185,6 @@ def test_one_that_cannot_register_its_implementations_still_tells_its_policy(pac
     with pytest.raises(RuntimeError, match="no chip"):
         built(Settings())
     assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("users", ["", "sqlite:///mine.db"])
-def test_a_flaggems_that_it_imports_gets_a_database_of_this_process(packages, monkeypatch, users):
-    make_fl(packages)
-    (packages / "flag_gems.py").write_text("import os; URL = os.environ.get('FLAGGEMS_DB_URL')")
-    monkeypatch.setitem(sys.modules, "flag_gems", None)  # put back as it was when the test is over
-    del sys.modules["flag_gems"]
-    monkeypatch.setattr(database, "folder", lambda: packages)
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv(database.VARIABLE, users)
-    import transformer_engine.plugin.core as core
-
-    monkeypatch.setattr(core.Manager, "ensure_initialized", lambda manager: importlib.import_module("flag_gems"))
-    built(Settings())
-    read = sys.modules["flag_gems"].URL
-    assert read == (users or f"sqlite:///{packages}/rank3.db")
-    assert os.environ.get(database.VARIABLE, "") == users
 
 
 PROBE = """
