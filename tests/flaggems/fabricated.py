@@ -83,8 +83,27 @@ class {registrar}:
 """
 
 
-def flag_gems(folder: Path, version: str = "5.3.4", vendor: str = "nvidia", *, before_five: bool = False) -> None:
-    """Write the package ``flag_gems``; one ``before_five`` has a registrar that takes other arguments."""
+VENDORS_OWN = """
+import stand_ins
+import torch
+
+_mm_aten_lib = torch.library.Library("aten", "IMPL")
+_mm_aten_lib.impl("mm", stand_ins.mm, "CPU")
+"""
+
+
+def flag_gems(
+    folder: Path,
+    version: str = "5.3.4",
+    vendor: str = "nvidia",
+    *,
+    before_five: bool = False,
+    at_import: bool = False,
+) -> None:
+    """Write the package ``flag_gems``; one ``before_five`` has a registrar that takes other arguments.
+
+    ``at_import``: the vendor's part registers a kernel by itself, as those of arm and thead do.
+    """
     old = version in ("5.0.0", "5.0.2", "5.3.0")
     names = {"module": "register" if old else "op_registrar", "registrar": "Register" if old else "GeneralOpRegistrar"}
     runtime = folder / "flag_gems" / "runtime"
@@ -98,6 +117,9 @@ def flag_gems(folder: Path, version: str = "5.3.4", vendor: str = "nvidia", *, b
     (runtime / f"{names['module']}.py").write_text(text)
     here = str(Path(__file__).parent)
     init = GEMS.format(**names, version=version, vendor=vendor, here=here)
+    if at_import:
+        (runtime / "vendor.py").write_text(VENDORS_OWN)
+        init += "\nfrom flag_gems.runtime import vendor\n"
     (folder / "flag_gems" / "__init__.py").write_text(init)
 
 

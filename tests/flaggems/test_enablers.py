@@ -157,7 +157,7 @@ flag_gems.only_enable(include=["mm"])
 with phase.training.inside("train"):
     pass
 harmless = enablers.describe()
-flag_gems.only_enable(include=["where_scalar_other"])
+flag_gems.only_enable(include=["where_scalar_other"], lib=torch.library.Library("aten", "IMPL"))
 with phase.training.inside("train"):
     pass
 tell(before=before, imported=imported, harmless=harmless["state"], harmful=enablers.describe()["harmful"],
@@ -189,6 +189,42 @@ tell(after=holder("mm"), enablers=enablers.describe(), note="current_work_regist
     )
     assert said["after"] == "torch"
     assert said["enablers"]["state"] == "nobody but the overlay has enabled FlagGems"
+
+
+def test_what_flaggems_registers_when_it_is_imported_is_nobodys_enabling(tmp_path):
+    fabricated.flag_gems(tmp_path, vendor="thead", at_import=True)
+    said = told(
+        tmp_path,
+        """
+routing, enablers = start(ops=("mul", "mm"), strict=True)
+with phase.training.inside("train"):
+    pass
+tell(routing=routing.describe(), enablers=enablers.describe())
+""",
+    )
+    assert said["enablers"]["state"] == "nobody but the overlay has enabled FlagGems"
+    (file,) = said["routing"]["held by others"].values()
+    assert file.endswith("runtime/vendor.py")
+
+
+def test_enabled_is_seen_where_torchs_own_note_of_it_is_lost(gems):
+    """A use inside of an enabling takes torch's notes of both with it when it ends, and leaves the kernels."""
+    said = told(
+        gems,
+        """
+(enablers,) = start(route=False)
+import flag_gems
+flag_gems.only_enable(include=["mm"])
+with flag_gems.use_gems():
+    pass
+with phase.training.inside("train"):
+    pass
+newer = (torch.library.Library.impl.__kwdefaults__ or {}).get("allow_override", False)
+tell(held=enablers.describe()["held"], noted="aten/mm/CPU" in torch.library._impls, newer=newer)
+""",
+    )
+    assert said["noted"] is not said["newer"], "torch <= 2.11 does not let the use register a second time"
+    assert list(said["held"]) == ["mm"]
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])

@@ -12,13 +12,15 @@ from collections.abc import Collection
 from typing import Any
 
 from verl_fl_overlay.flaggems import library, registrar, routing, safety
-from verl_fl_overlay.flaggems.dispatcher import registered_in
+from verl_fl_overlay.flaggems.dispatcher import part_of_torch, registered_in
 from verl_fl_overlay.flaggems.library import FlagGems
 
 ENABLERS = ("verl_hardware_plugin", "vllm_fl", "sglang_fl", "transformer_engine.plugin")
 """Packages that enable FlagGems when they are asked to."""
 
-_FOLDER = f"{os.sep}flag_gems{os.sep}"
+_HOME = os.path.join("flag_gems", "__init__.py")
+"""Where ``enable`` has its library; what a vendor's part registers when FlagGems is imported lies elsewhere."""
+
 SHOWN = 20
 
 
@@ -30,6 +32,7 @@ class Others:
         self._allowed = frozenset(key.removeprefix("aten::").removeprefix("aten.") for key in allowed)
         self._gems: FlagGems | None = None
         self._noted: dict[bool, object] = {}
+        self._registered: set[str] = set()  # by FlagGems' registrars of others, in whatever library
         self.held: dict[str, str] = {}
         """Aten key -> the file that registered FlagGems' kernel which holds it."""
         self.harmful: dict[str, str] = {}
@@ -46,7 +49,9 @@ class Others:
             return False
         import torch
 
-        noted = id(getattr(module, registrar.NAME, None)), frozenset(torch.library._impls)
+        claims = torch.library._impls
+        current: Any = getattr(module, registrar.NAME, None)
+        noted = id(current), frozenset(claims)
         if self._noted.get(training) == noted:
             return False
         self._noted[training] = noted
@@ -54,16 +59,17 @@ class Others:
         try:
             self._gems = self._gems or library.load()
         except library.FlagGemsError:
-            if noted[0] == id(None):
-                return False  # it was imported and not enabled
+            if current is None:
+                return False  # it was imported, and not enabled
             raise
-        claimed = _claimed(module)
+        if current is not None and type(current).__module__ != library.__name__:  # not the overlay's own
+            self._registered.update(current.get_all_keys())
         self.held = {
             kernel.key: file
             for kernel in self._gems.kernels
             for dispatch_key in kernel.dispatch_keys
-            if (file := registered_in(kernel.key, dispatch_key)) != routing.__file__
-            and (_FOLDER in file or (kernel.key in claimed and file.endswith(".py")))
+            if (file := registered_in(kernel.key, dispatch_key)).endswith(_HOME)
+            or (kernel.key in self._registered and f"aten/{kernel.key}/{dispatch_key}" in claims and _foreign(file))
         }
         self.harmful = {
             kernel.key: why
@@ -89,7 +95,5 @@ class Others:
         )
 
 
-def _claimed(module: object) -> frozenset[str]:
-    """Return the aten keys that FlagGems' own registrar says it registered last, in whatever library."""
-    current: Any = getattr(module, registrar.NAME, None)
-    return frozenset(current.get_all_keys()) if hasattr(current, "get_all_keys") else frozenset()
+def _foreign(file: str) -> bool:
+    return file != routing.__file__ and not part_of_torch(file)
