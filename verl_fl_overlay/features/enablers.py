@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 from verl_fl_overlay import phase
 from verl_fl_overlay.errors import OverlayError
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
     from verl_fl_overlay.flaggems.others import Others
 
 
+def _own_database(flag_gems: ModuleType) -> None:
+    from verl_fl_overlay.flaggems import database
+
+    database.give_each_process_its_own()
+
+
 class Enablers(Feature):
     """Looks when the training phase is entered and left, so an enabling before, inside and between phases is seen."""
 
@@ -21,9 +30,7 @@ class Enablers(Feature):
 
     def start(self) -> None:
         """Watch the phase, and give FlagGems a database of this process's own when it is imported."""
-        from verl_fl_overlay.flaggems import database
-
-        database.give_each_process_its_own()
+        wrapt.when_imported("flag_gems")(_own_database)
         self.undo.callback(phase.training.entered.subscribe(self.entered))
         self.undo.callback(phase.training.left.subscribe(self.left))
 
