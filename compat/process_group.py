@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from verl_fl_overlay import events
-from verl_fl_overlay.hooks import Call, Hook
+from verl_fl_overlay.hooks import Call, Hook, Wrapper
 
 SOURCE = "https://github.com/volcengine/verl/blob"
+FLAGCX = "https://github.com/flagos-ai/FlagCX/blob/0c721293a79348323afc874d7067b4fce0b06643"
 
 
 NATIVE_ONLY = {
@@ -58,6 +59,27 @@ def _checkpoint_engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwar
     return wrapped(*args, **kwargs)
 
 
+GUARDS = {
+    "memory": "gives back the memory of an asynchronous collective's tensors while it runs, so that other numbers "
+    "travel; the allocator is told to keep it until then.",
+    "contiguous": "sends the memory behind a tensor that is not contiguous, and says nothing; NCCL refuses it, and so "
+    "do we.",
+    "barrier": "ends a barrier while this rank's kernels are still queued; NCCL waits for them, and so do we.",
+    "reductions": "says 'Unhandled ReduceOp' for PREMUL_SUM; we say what it has and what to do.",
+    "timeout": "ignores every timeout, so that a rank that fails leaves the others waiting without end; it is told.",
+}
+"""What FlagCX does without a word, or with a bare one: guard -> why, beginning after 'FlagCX'."""
+
+
+def _guard(name: str) -> Wrapper:
+    def guarded(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = wrapped(*args, **kwargs)
+        events.group_guard.ask(name)
+        return made
+
+    return guarded
+
+
 def _stateless_group(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     events.past_torch.ask(
         "stateless_init_process_group",
@@ -81,7 +103,21 @@ def flagcx_hooks() -> list[Hook]:
             "serves no CPU tensors; it is imported first, and gloo is put beside it.",
             upstream=f"{SOURCE}/v0.9.0/verl/utils/distributed.py#L62",
             until="verl imports flagcx where its platform asks for it, and gives both backends everywhere",
-        )
+        ),
+        *(
+            Hook(
+                name=f"flagcx.{name}",
+                module="torch.distributed",
+                attribute="init_process_group",
+                wrapper=_guard(name),
+                feature="flagcx",
+                required=True,
+                why=f"FlagCX {why}",
+                upstream=f"{FLAGCX}/plugin/torch/flagcx/src/backend_flagcx.cpp",
+                until="FlagCX does as NCCL does",
+            )
+            for name, why in GUARDS.items()
+        ),
     ]
 
 

@@ -149,6 +149,9 @@ flagcx_backend: Question[[], str] = Question()
 group_backend: Question[[Any], Any] = Question()
 """(backend that verl asked torch for) -> the backend to initialise the process group with."""
 
+group_guard: Question[[str], None] = Question()
+"""(name of a guard) -> nothing: asked when torch has initialised its process groups; the guard is put on them."""
+
 past_torch: Question[[str, str, str], None] = Question()
 """(part of verl that bypasses torch's backends, the library it uses instead, the way on): the answer may raise."""
 

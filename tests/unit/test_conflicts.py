@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.settings import Settings
-from verl_fl_overlay.settings.conflicts import RULES, conflicts
+from verl_fl_overlay.settings.conflicts import RULES, Remark, conflicts
 
 CASES = {
     "_spelling": (
@@ -47,8 +50,12 @@ CASES = {
     ),
     "_flagcx not built": (
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/"},
-        "FLAGCX_PATH='/' holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) looks, and "
-        "goes on without FlagCX's communicator when it is not there; build FlagCX there",
+        "FLAGCX_PATH='/' holds none of lib/libflagcx.so, build/lib/libflagcx.so, libflagcx.so; build FlagCX there",
+    ),
+    "_flagcx installed": (
+        {"USE_FLAGCX": "1", "FLAGCX_PATH": "INSTALLED"},
+        "FLAGCX_PATH='INSTALLED' holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) looks, "
+        "and goes on without FlagCX's communicator when it is not there; training uses its libflagcx.so",
     ),
     "_flagcx missing": (
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "/not/there"},
@@ -149,6 +156,8 @@ def built(tmp_path, monkeypatch):
     library = tmp_path / "BUILT/build/lib/libflagcx.so"
     library.parent.mkdir(parents=True)
     library.write_text("")
+    (tmp_path / "INSTALLED").mkdir()
+    (tmp_path / "INSTALLED/libflagcx.so").write_text("")
     (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -160,6 +169,26 @@ def built(tmp_path, monkeypatch):
 def test_a_conflict_is_told_with_what_to_do(case):
     environment, message = CASES[case]
     assert conflicts(Settings.from_environment(environment)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("case", "stops"), [("asked", False), ("installed", False), ("found", True), ("not built", True)]
+)
+def test_what_only_rollout_does_not_do_stops_no_strict_training(case, stops):
+    (conflict,) = conflicts(Settings.from_environment(CASES[f"_flagcx {case}"][0]))
+    assert isinstance(conflict, Remark) is not stops
+
+
+def test_a_plugin_that_torch_loaded_unasked_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flagcx", ModuleType("flagcx"))
+    (conflict,) = conflicts(Settings.from_environment({}))
+    assert conflict == (
+        "torch loaded FlagCX's plugin when it was imported, and USE_FLAGCX is not on: the plugin replaces "
+        "torch.distributed.batch_isend_irecv for all backends, and gloo's then fails; export "
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+    )
+    assert isinstance(conflict, Remark)
+    assert conflicts(Settings.from_environment({"USE_FLAGCX": "1", "FLAGCX_PATH": "BUILT"})) == []
 
 
 def test_every_rule_has_a_case():

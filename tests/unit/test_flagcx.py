@@ -9,11 +9,19 @@ from importlib.util import find_spec
 
 import pytest
 
+from verl_fl_overlay import events
 from verl_fl_overlay.compat.process_group import checkpoint_engine_hooks
 from verl_fl_overlay.errors import FlagCXError
 from verl_fl_overlay.features import flagcx as feature
-from verl_fl_overlay.features import reason_off
+from verl_fl_overlay.features import flagcx_library, reason_off
 from verl_fl_overlay.settings import Settings
+
+PLUGIN = """
+import os
+os.environ.pop('TORCH_DEVICE_BACKEND_AUTOLOAD', None)
+from torch.distributed import Backend
+Backend.backend_capability['flagcx'] = ['cuda']
+"""
 
 
 @pytest.fixture
@@ -23,12 +31,14 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(find_spec("_ctypes").origin, tmp_path / "build/lib/libflagcx.so")
     package = tmp_path / "plugin/torch/flagcx"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("import os; os.environ.pop('TORCH_DEVICE_BACKEND_AUTOLOAD', None)")
+    (package / "__init__.py").write_text(PLUGIN)
     monkeypatch.setenv("FLAGCX_PATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "flagcx", raising=False)
     yield tmp_path
     sys.modules.pop("flagcx", None)
+    if "torch.distributed" in sys.modules:
+        sys.modules["torch.distributed"].Backend.backend_capability.pop("flagcx", None)
 
 
 @pytest.fixture
@@ -47,9 +57,18 @@ def test_what_does_not_name_flagcx_is_left_alone(folder, backend, flagcx):
 
 
 def test_the_plugin_is_imported_from_the_path_and_the_environment_kept(folder, monkeypatch, flagcx):
+    pytest.importorskip("torch")
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     assert flagcx.for_group("cpu:gloo,cuda:flagcx") == "cpu:gloo,cuda:flagcx"
-    assert flagcx.describe()["plugin"] == str(folder / "plugin/torch/flagcx/__init__.py")
+    assert flagcx.describe() == {
+        "plugin": str(folder / "plugin/torch/flagcx/__init__.py"),
+        "library": "",  # a stand-in's plugin needs none
+        "version": "",
+        "device": "cuda",
+        "loaded by": "the overlay",
+        "library path": str(folder),
+        "guards": [],
+    }
     assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1"
 
 
@@ -65,6 +84,7 @@ def test_a_missing_plugin_is_named_with_the_tried_places(folder, flagcx):
 
 def test_a_folder_of_sources_with_that_name_is_no_plugin(folder, monkeypatch, tmp_path):
     (tmp_path / "elsewhere/flagcx").mkdir(parents=True)
+    pytest.importorskip("torch")
     sys.path.insert(0, str(tmp_path / "elsewhere"))
     assert feature.load() == str(folder / "plugin/torch/flagcx/__init__.py")
 
@@ -85,12 +105,14 @@ def test_a_missing_library_is_named_with_the_tried_places(folder, flagcx):
         flagcx.for_group("flagcx")
     assert str(error.value) == (
         f"FLAGCX_PATH={folder} holds no libflagcx.so; tried {folder}/lib/libflagcx.so, "
-        f"{folder}/build/lib/libflagcx.so. Build FlagCX there, or set FLAGCX_PATH to where it was built"
+        f"{folder}/build/lib/libflagcx.so, {folder}/libflagcx.so. Build FlagCX there, or set "
+        "FLAGCX_PATH to where it was built"
     )
 
 
 def test_a_library_that_does_not_load_is_named(folder, flagcx):
     (folder / "build/lib/libflagcx.so").write_text("no library")
+    (folder / "plugin/torch/flagcx/__init__.py").write_text("raise ImportError('libflagcx.so: cannot open')")
     with pytest.raises(
         FlagCXError, match=f"^{folder}/build/lib/libflagcx.so cannot be loaded: .*Build FlagCX for this"
     ):
@@ -103,10 +125,62 @@ def test_a_plugin_for_another_torch_is_told(folder, flagcx):
         flagcx.for_group("flagcx")
 
 
+@pytest.mark.parametrize("library", ["libflagcx.so", "lib/libflagcx.so"])
+def test_an_installed_package_is_a_path(folder, library, monkeypatch, flagcx):
+    pytest.importorskip("torch")
+    package = folder / "plugin/torch/flagcx"
+    (package / library).parent.mkdir(exist_ok=True)
+    (folder / "build/lib/libflagcx.so").rename(package / library)
+    monkeypatch.setenv("FLAGCX_PATH", str(package))
+    assert flagcx.for_group("flagcx") == "cpu:gloo,cuda:flagcx"
+    assert flagcx.describe()["plugin"] == str(package / "__init__.py")
+
+
 def test_a_plugin_that_registers_nothing_is_told(folder, flagcx):
     pytest.importorskip("torch")
+    (folder / "plugin/torch/flagcx/__init__.py").write_text("")
     with pytest.raises(FlagCXError, match="registered no backend 'flagcx'; build it anew"):
         flagcx.for_group("flagcx")
+
+
+def test_a_plugin_that_torch_loaded_is_told(folder, monkeypatch, flagcx):
+    pytest.importorskip("torch")
+    feature.load()
+    flagcx.for_group("flagcx")
+    assert flagcx.describe()["loaded by"] == (
+        "torch, when it was imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves that to the overlay)"
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_another_library_than_the_paths_is_told_and_strictly_refused(folder, monkeypatch, flagcx, strict):
+    pytest.importorskip("torch")
+    beside = folder / "site-packages/flagcx/libflagcx.so"
+    monkeypatch.setattr(flagcx_library, "mapped", lambda: [str(beside)])
+    told = (
+        f"FlagCX's torch plugin {folder}/plugin/torch/flagcx/__init__.py uses {beside}, and FLAGCX_PATH={folder} names "
+        f"{folder}/build/lib/libflagcx.so, which rollout (vllm-plugin-FL) loads: two builds of FlagCX in one run. Set "
+        "FLAGCX_PATH to the build that the plugin belongs to, or install that build's plugin: pip install "
+        f"--no-build-isolation {folder}/plugin/torch"
+    )
+    monkeypatch.setattr(events, "failures", events.Failures())
+    events.failures.begin(strict)
+    if strict:
+        with pytest.raises(FlagCXError) as error:
+            flagcx.for_group("flagcx")
+        assert str(error.value) == told
+    else:
+        assert flagcx.for_group("flagcx") == "cpu:gloo,cuda:flagcx"
+        assert list(events.failures.told().values()) == [f"FlagCXError: {told}"]
+
+
+def test_the_paths_library_under_another_name_is_the_same(folder, monkeypatch, flagcx):
+    (folder / "link").symlink_to(folder / "build/lib/libflagcx.so")
+    found = {"plugin": "p", "library": str(folder / "link")}
+    assert feature.two_libraries(found) == ""
+    monkeypatch.delenv("FLAGCX_PATH")
+    assert feature.two_libraries(found) == ""
+    assert "uses /a, /b: two builds" in feature.two_libraries({"plugin": "p", "library": "/a, /b"})
 
 
 @pytest.mark.parametrize("engine", ["nccl", "kimi_ckpt_engine", "delta_sharded"])

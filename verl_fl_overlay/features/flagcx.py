@@ -6,8 +6,9 @@ site-packages, or under FLAGCX_PATH if only the library was built.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
+import importlib.metadata
+import logging
 import os
 import sys
 from importlib.util import find_spec
@@ -17,28 +18,33 @@ from typing import Any
 from verl_fl_overlay import events
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import FlagCXError
+from verl_fl_overlay.features import flagcx_library
 from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.features.flagcx_collectives import Collectives
 from verl_fl_overlay.settings import Settings
 
+logger = logging.getLogger("verl_fl_overlay")
+
 BACKEND = chips.FLAGCX
-LIBRARY = "libflagcx.so"
-LIBRARY_FOLDERS = ("lib", "build/lib")
 PLUGIN_FOLDER = "plugin/torch"
 
 
 class FlagCX(Feature):
-    """Gives training's process groups to FlagCX, and refuses communication that bypasses it."""
+    """Gives training's process groups to FlagCX, guards them, and refuses communication that bypasses it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.plugin = ""
-        """The file that the torch plugin came from, "" before the first group."""
+        self.found: dict[str, str] = {}
+        """What ``loaded`` told after the first group, and whether torch had loaded the plugin by itself."""
+        self.guards = Collectives(BACKEND)
 
     def start(self) -> None:
         """Answer what verl asks about collectives."""
         self.undo.callback(events.flagcx_backend.answer(lambda: BACKEND))
         self.undo.callback(events.group_backend.answer(self.for_group))
         self.undo.callback(events.past_torch.answer(refuse))
+        self.undo.callback(events.group_guard.answer(self.guard))
+        self.undo.callback(self.guards.remove)
 
     def for_group(self, backend: Any) -> Any:
         """Return what to initialise a group with instead of ``backend``; import the plugin if the text names FlagCX.
@@ -51,21 +57,35 @@ class FlagCX(Feature):
         """
         if not isinstance(backend, str) or BACKEND not in backend.lower():
             return backend
-        self.plugin = self.plugin or load()
-        return f"cpu:gloo,{self._device()}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
+        if not self.found:
+            by = "torch, when it was imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves that to the overlay)"
+            by = by if BACKEND in sys.modules else "the overlay"
+            load()
+            self.found = {**loaded(), "loaded by": by}
+            two = two_libraries(self.found)
+            if two:
+                events.failures.record("one libflagcx.so for all", FlagCXError(two))
+        return f"cpu:gloo,{self.found['device']}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
 
-    def _device(self) -> str:
-        """Return the torch device that the imported plugin serves."""
-        from torch.distributed import Backend
-
-        served = [name for name in Backend.backend_capability.get(BACKEND, []) if name != "cpu"]
-        if not served:
-            raise FlagCXError(f"FlagCX's torch plugin ({self.plugin}) registered no backend {BACKEND!r}; build it anew")
-        return str(served[0])
+    def guard(self, what: str) -> None:
+        """Put one guard around the collectives of FlagCX's groups, from when the first group was asked for."""
+        if not self.found or what in self.guards.on:
+            return
+        if what == "timeout":
+            logger.warning(
+                "FlagCX ignores timeouts, those of groups (nccl_timeout, 10 minutes if not set) and of Work.wait: if "
+                "a rank fails, the others wait for it without end"
+            )
+        self.guards.put_on(what)
 
     def describe(self) -> dict[str, Any]:
-        """Return where the plugin came from ("" before the first group)."""
-        return {"plugin": self.plugin, "library path": os.environ.get("FLAGCX_PATH", "")}
+        """Return plugin, library, version and device (nothing before the first group), FLAGCX_PATH and the guards."""
+        return {
+            "plugin": "",
+            **self.found,
+            "library path": os.environ.get("FLAGCX_PATH", ""),
+            "guards": sorted(self.guards.on),
+        }
 
 
 def load() -> str:
@@ -75,44 +95,85 @@ def load() -> str:
         FlagCXError: see ``FlagCX.for_group``.
     """
     folder = os.environ.get("FLAGCX_PATH", "").strip()
-    if folder:
-        _load_library(folder)
+    library = flagcx_library.within(folder) if folder else ""
     found = find_spec(BACKEND)
     if found is None or found.origin is None:  # no origin: only a folder of that name, such as FlagCX's sources
         _add_plugin(folder)
-    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
     try:
-        plugin = importlib.import_module(BACKEND)
+        plugin = _import()
     except (ImportError, OSError) as error:
-        raise FlagCXError(
-            f"FlagCX's torch plugin cannot be imported: {error}. Build it for this torch with: "
-            f"pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
-        ) from error
-    finally:
-        if autoload is not None:  # the plugin's import deletes it
-            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
+        if not library or flagcx_library.LIBRARY not in str(error):
+            raise _not_imported(error, folder) from error
+        flagcx_library.name(library)  # the plugin was built elsewhere
+        try:
+            plugin = _import()
+        except (ImportError, OSError) as again:
+            raise _not_imported(again, folder, os.path.dirname(library)) from again
     return str(getattr(plugin, "__file__", None) or BACKEND)
 
 
-def _load_library(folder: str) -> None:
-    """Load the library first; then a plugin that was built elsewhere finds it by its name."""
-    tried = [Path(folder) / place / LIBRARY for place in LIBRARY_FOLDERS]
-    found = next((file for file in tried if file.is_file()), None)
-    if found is None:
-        raise FlagCXError(
-            f"FLAGCX_PATH={folder} holds no {LIBRARY}; tried {', '.join(map(str, tried))}. Build FlagCX there, or set "
-            "FLAGCX_PATH to where it was built"
-        )
+def loaded() -> dict[str, str]:
+    """Return of the imported plugin: its file, the library that is really mapped, its version, the device it serves.
+
+    The version is the installed package's, "" if there is none: the library itself says 1.0.0 in every release.
+
+    Raises:
+        FlagCXError: the plugin registered no backend.
+    """
+    from torch.distributed import Backend
+
+    plugin = str(getattr(sys.modules[BACKEND], "__file__", None) or BACKEND)
+    served = [name for name in Backend.backend_capability.get(BACKEND, []) if name != "cpu"]
+    if not served:
+        raise FlagCXError(f"FlagCX's torch plugin ({plugin}) registered no backend {BACKEND!r}; build it anew")
     try:
-        ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise FlagCXError(f"{found} cannot be loaded: {error}. Build FlagCX for this machine") from error
+        version = importlib.metadata.version(BACKEND)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    library = ", ".join(flagcx_library.mapped())
+    return {"plugin": plugin, "library": library, "version": version, "device": str(served[0])}
+
+
+def two_libraries(found: dict[str, str]) -> str:
+    """Return what is wrong if the mapped library, in what ``loaded`` told, is not FLAGCX_PATH's alone, else ""."""
+    folder = os.environ.get("FLAGCX_PATH", "").strip()
+    others = [file for file in found["library"].split(", ") if file]
+    named = flagcx_library.within(folder) if folder else ""
+    if named:
+        others = [file for file in others if os.path.realpath(file) != os.path.realpath(named)]
+    if not others or (not named and len(others) == 1):
+        return ""
+    return (
+        f"FlagCX's torch plugin {found['plugin']} uses {', '.join(others)}"
+        + (f", and FLAGCX_PATH={folder} names {named}, which rollout (vllm-plugin-FL) loads" if named else "")
+        + ": two builds of FlagCX in one run. Set FLAGCX_PATH to the build that the plugin belongs to, or install that "
+        f"build's plugin: pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
+    )
+
+
+def _import() -> Any:
+    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    try:
+        return importlib.import_module(BACKEND)
+    finally:
+        if autoload is not None:  # the plugin's import deletes it
+            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = autoload
+
+
+def _not_imported(error: Exception, folder: str, library_folder: str = "") -> FlagCXError:
+    ways = f"LD_LIBRARY_PATH={library_folder}:$LD_LIBRARY_PATH may help, or build" if library_folder else "Build"
+    return FlagCXError(
+        f"FlagCX's torch plugin cannot be imported: {error}. {ways} it for this torch with: "
+        f"pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
+    )
 
 
 def _add_plugin(folder: str) -> None:
-    place = Path(folder) / PLUGIN_FOLDER
-    if not folder or not (place / BACKEND / "__init__.py").is_file():
-        tried = "site-packages" + (f", {place / BACKEND}" if folder else "; FLAGCX_PATH is not set")
+    """Put the plugin of ``folder`` on Python's path: of the sources, or ``folder`` itself if it is the package."""
+    places = [Path(folder) / PLUGIN_FOLDER, Path(folder).parent]
+    place = next((place for place in places if folder and (place / BACKEND / "__init__.py").is_file()), None)
+    if place is None:
+        tried = "site-packages" + (f", {places[0] / BACKEND}" if folder else "; FLAGCX_PATH is not set")
         raise FlagCXError(
             f"USE_FLAGCX is on and FlagCX's torch plugin (the package {BACKEND!r}) was not found; tried {tried}. "
             f"Install it with: pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"

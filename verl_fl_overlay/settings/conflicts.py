@@ -7,6 +7,7 @@ neighbour, or that its own documents describe wrongly: a warning, and an error u
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,8 +20,17 @@ from verl_fl_overlay.settings.table import EXCLUSIVE, TABLE, Settings
 Rule = Callable[[Settings], Iterator[str]]
 
 
+ROLLOUTS_LIBRARY = "build/lib/libflagcx.so"
+FLAGCX_LIBRARIES = ("lib/libflagcx.so", ROLLOUTS_LIBRARY, "libflagcx.so")
+"""Where FlagCX's library may lie in FLAGCX_PATH: installed, built, or beside the torch plugin (``pip install``)."""
+
+
 class Remark(str):
-    """A conflict that no other value avoids: only a warning, since an error would leave no way to set the variable."""
+    """A conflict that is only a warning, under VERL_FL_STRICT=1 too.
+
+    Either no other value avoids it, and an error would leave no way to set the variable; or training does as it is
+    told, and only rollout, which says so in its own log, does not.
+    """
 
 
 def conflicts(settings: Settings) -> list[str]:
@@ -73,7 +83,7 @@ def _two_enablers(settings: Settings) -> Iterator[str]:
 def _flagcx(settings: Settings) -> Iterator[str]:
     folder, asked = settings["FLAGCX_PATH"], settings["USE_FLAGCX"]
     if asked and "FLAGCX_PATH" not in settings.given:
-        yield (
+        yield Remark(
             "USE_FLAGCX is on without FLAGCX_PATH: training uses FlagCX if its torch plugin is installed, rollout "
             "(vllm-plugin-FL) goes by FLAGCX_PATH and does not; export FLAGCX_PATH=<the directory FlagCX was built in>"
         )
@@ -82,12 +92,21 @@ def _flagcx(settings: Settings) -> Iterator[str]:
             f"FLAGCX_PATH={folder!r} is set without USE_FLAGCX: rollout (vllm-plugin-FL) uses FlagCX, training (verl) "
             "does not; export USE_FLAGCX=1, or unset FLAGCX_PATH"
         )
+    if not asked and "flagcx" in sys.modules:
+        yield Remark(
+            "torch loaded FlagCX's plugin when it was imported, and USE_FLAGCX is not on: the plugin replaces "
+            "torch.distributed.batch_isend_irecv for all backends, and gloo's then fails; export "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+        )
+    holds = [place for place in FLAGCX_LIBRARIES if os.path.isfile(os.path.join(folder, place))]
     if folder and not os.path.isdir(folder):
         yield f"FLAGCX_PATH={folder!r} does not exist on this machine"
-    elif folder and not os.path.isfile(os.path.join(folder, "build", "lib", "libflagcx.so")):
-        yield (
-            f"FLAGCX_PATH={folder!r} holds no build/lib/libflagcx.so, the only place where rollout (vllm-plugin-FL) "
-            "looks, and goes on without FlagCX's communicator when it is not there; build FlagCX there"
+    elif folder and not holds:
+        yield f"FLAGCX_PATH={folder!r} holds none of {', '.join(FLAGCX_LIBRARIES)}; build FlagCX there"
+    elif folder and ROLLOUTS_LIBRARY not in holds:
+        yield Remark(
+            f"FLAGCX_PATH={folder!r} holds no {ROLLOUTS_LIBRARY}, the only place where rollout (vllm-plugin-FL) "
+            f"looks, and goes on without FlagCX's communicator when it is not there; training uses its {holds[0]}"
         )
 
 

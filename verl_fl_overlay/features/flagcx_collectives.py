@@ -1,0 +1,200 @@
+"""Guards around torch's collectives in FlagCX's process groups, for what FlagCX does wrong without a word.
+
+All collectives, of ``torch.distributed``, functional ones and those that C++ calls, are operators ``c10d::*``.  One
+kernel on the dispatch key BackendSelect, which comes before every device's own kernels, sees them all and goes on to
+those.  Groups of other backends pass through it untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import wrapt
+
+from verl_fl_overlay.errors import FlagCXError
+
+COALESCED = ("allreduce_coalesced_", "allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")
+POINT_TO_POINT = ("send", "recv_")
+ON_LISTS = ("allgather_", "reduce_scatter_", "gather_", "scatter_", "alltoall_")
+ON_TENSORS = ("broadcast_", "allreduce_", "reduce_", "_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+OPERATORS = (*COALESCED, *POINT_TO_POINT, *ON_LISTS, *ON_TENSORS, "barrier")
+KEPT = 32
+"""How many works' tensors are kept at most: before one more, the stream of the caller waits for the oldest work."""
+
+
+class Collectives:
+    """The guards that are on, by name: ``memory``, ``contiguous``, ``barrier``, ``reductions``; others do nothing here.
+
+    ``memory``: the tensors of an asynchronous collective live until it is waited for.  ``contiguous``: a tensor with
+    gaps is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX
+    lacks is refused with what to do.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.on: set[str] = set()
+        self.kept: dict[int, tuple[Any, list[Any]]] = {}
+        """id of a work -> the work, which nobody has waited for, and its tensors; the oldest is first."""
+        self._backend = backend
+        self._open: dict[str, list[Any]] = {}
+        """Group's name -> the tensors of its operators since it began to gather them into one."""
+        self._undo: list[Callable[[], Any]] = []
+
+    def put_on(self, guard: str) -> None:
+        """Put on a guard; the first one registers the kernels."""
+        if not self._undo:
+            self._register()
+        self.on.add(guard)
+
+    def remove(self) -> None:
+        """Take all guards off again."""
+        while self._undo:
+            self._undo.pop()()
+        self.on.clear()
+        self.kept.clear()
+        self._open.clear()
+
+    def _register(self) -> None:
+        import torch
+        from torch.distributed import ProcessGroup, Work
+
+        kernels = [torch.library.Library(name, "IMPL") for name in ("c10d", "_c10d_functional")]
+        self._undo = [library._destroy for library in kernels]
+        for name in OPERATORS:
+            operator = getattr(torch.ops.c10d, name).default
+            kernels[0].impl(name, self._kernel(name, operator), "BackendSelect", with_keyset=True)
+        waiting = self._functional_wait(torch.ops._c10d_functional.wait_tensor.default)
+        kernels[1].impl("wait_tensor", waiting, "BackendSelect", with_keyset=True)
+        for owner, name, wrapper in (
+            (ProcessGroup, "_start_coalescing", self._begin),
+            (ProcessGroup, "_end_coalescing", self._end),
+            (Work, "wait", self._wait),
+        ):
+            handle = wrapt.wrap_object(owner, name, wrapt.FunctionWrapper, (wrapper,))
+            self._undo.append(partial(wrapt.unwrap_object, owner, name, handle, missing_ok=True))
+
+    def _kernel(self, name: str, operator: Any) -> Callable[..., Any]:
+        import torch
+        from torch.distributed import ProcessGroup, Work
+        from torch.distributed.distributed_c10d import _world
+
+        places = {argument.name: place for place, argument in enumerate(operator._schema.arguments)}
+        group_at, async_at = places["process_group"], places.get("async_op", len(places))
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+        def kernel(keys: Any, *given: Any) -> Any:
+            keys = keys & below
+            group = ProcessGroup.unbox(given[group_at])
+            tensors = list(_tensors(given))
+            backends = str(_world.pg_backend_config.get(group, "")).split(",")
+            if not tensors or f"{tensors[0].device.type}:{self._backend}" not in backends:
+                return operator.redispatch(keys, *given)
+            if "contiguous" in self.on and not all(tensor.is_contiguous() for tensor in tensors):
+                _refuse_gaps(name, given)
+            if "barrier" in self.on and name == "barrier":
+                torch.get_device_module(tensors[0].device).current_stream(tensors[0].device).synchronize()
+            try:
+                result = operator.redispatch(keys, *given)
+            except ValueError as error:
+                if "reductions" in self.on and "ReduceOp" in str(error):
+                    raise _no_reduction(name, error) from error
+                raise
+            if "memory" not in self.on or name == "barrier":
+                return result
+            if group.group_name in self._open:
+                self._open[group.group_name] += tensors
+            elif given[async_at : async_at + 1] != (False,):  # a caller that is not asynchronous waits at once
+                work = Work.unbox(result[-1] if isinstance(result, tuple | list) else result)
+                if name in ON_LISTS:
+                    work.wait()  # FlagCX copies the lists, and has freed the copies already
+                else:
+                    self._keep(work, tensors)
+            return result
+
+        return kernel
+
+    def _functional_wait(self, operator: Any) -> Callable[..., Any]:
+        import torch
+
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+        def kernel(keys: Any, tensor: Any) -> Any:
+            waited = operator.redispatch(keys & below, tensor)
+            for key, (_, tensors) in list(self.kept.items()):
+                if any(one is tensor for one in tensors):
+                    self.kept.pop(key, None)
+            return waited
+
+        return kernel
+
+    def _begin(self, wrapped: Callable[..., Any], group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        begun = wrapped(*args, **kwargs)
+        self._open[group.group_name] = []
+        return begun
+
+    def _end(self, wrapped: Callable[..., Any], group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = self._open.pop(group.group_name, [])
+        work = wrapped(*args, **kwargs)
+        if tensors:
+            self._keep(work, tensors)
+        return work
+
+    def _wait(self, wrapped: Callable[..., Any], work: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        waited = wrapped(*args, **kwargs)
+        self.kept.pop(id(work), None)
+        return waited
+
+    def _keep(self, work: Any, tensors: list[Any]) -> None:
+        import torch
+
+        self.kept[id(work)] = work, tensors
+        if len(self.kept) > KEPT:
+            oldest, tensors = self.kept[next(iter(self.kept))]
+            oldest.wait()  # on the caller's stream, which the tensors' memory waits for in turn
+            stream = torch.get_device_module(tensors[0].device).current_stream(tensors[0].device)
+            with torch._C._AutoDispatchBelowAutograd():
+                for tensor in tensors:
+                    tensor.record_stream(stream)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tensors in an operator's arguments, from within lists too."""
+    import torch
+
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _refuse_gaps(name: str, given: tuple[Any, ...]) -> None:
+    """Raise for a tensor whose numbers are not all that lies in its memory, by NCCL's rule.
+
+    Coalesced and point-to-point operators take any dense tensor.  Of a list of equal tensors FlagCX makes copies.
+    """
+    from torch._prims_common import suggest_memory_format
+
+    for value in given:
+        tensors = list(_tensors([value]))
+        if name in ON_LISTS and len(tensors) > 1 and len({tensor.shape for tensor in tensors}) == 1:
+            continue
+        for tensor in tensors:
+            laid = tensor
+            if name in COALESCED + POINT_TO_POINT:
+                laid = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+            if not laid.is_contiguous() and not laid.is_contiguous(memory_format=suggest_memory_format(laid)):
+                raise FlagCXError(
+                    f"{name.strip('_')} of a tensor that is not contiguous (shape {list(tensor.shape)}, strides "
+                    f"{list(tensor.stride())}): FlagCX would take whatever lies in its memory for its numbers; NCCL "
+                    "refuses such a tensor too. Give it tensor.contiguous()"
+                )
+
+
+def _no_reduction(name: str, error: Exception) -> FlagCXError:
+    return FlagCXError(
+        f"{name.strip('_')} asks for a reduction that FlagCX does not have ({error}); it has SUM, AVG, PRODUCT, MIN "
+        "and MAX. PREMUL_SUM is what FSDP2 asks for where a gradient divide factor is set; "
+        "set_force_sum_reduction_for_comms(True) on the model has it divide by itself"
+    )
