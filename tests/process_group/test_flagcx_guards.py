@@ -1,0 +1,174 @@
+"""What the overlay puts around FlagCX's collectives; FlagCX is a backend that computes nothing and holds nothing."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from process_group.test_flagcx_groups import run
+
+pytest.importorskip("torch")
+pytest.importorskip("verl")
+
+PLUGIN = """
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import FakeProcessGroup, FakeWork
+    del FakeWork.wait  # FlagCX's works have no class in Python
+    def create(common, options):
+        return FakeProcessGroup._create_internal(common.group_rank, common.group_size, FakeProcessGroup.Options())
+    dist.Backend.register_backend("flagcx", create, extended_api=True, devices=["cpu", "cuda"])
+"""
+
+LIVES = """
+        import weakref
+        import torch.distributed._functional_collectives as functional
+        from torch.distributed.distributed_c10d import _coalescing_manager
+        dist.init_process_group("cpu:flagcx,cuda:gloo")
+        group = dist.group.WORLD
+        def gathered(*tensors, **options):
+            with _coalescing_manager(group, **options, async_ops=True) as works:
+                for one, other in zip(tensors[::2], tensors[1::2]):
+                    dist.all_gather_into_tensor(one, other)
+            return works
+        def sent(one, other):
+            with _coalescing_manager(group, torch.device("cpu"), async_ops=True) as works:
+                group.send([one], 0, 0)
+                group.recv([other], 0, 0)
+            return works
+        class Result:
+            def __init__(self, tensor):
+                self.tensor = tensor
+            def wait(self):
+                functional.wait_tensor(self.tensor)
+                self.tensor = None
+        calls = dict(
+            all_reduce=lambda a, b: dist.all_reduce(a, async_op=True),
+            broadcast=lambda a, b: dist.broadcast(a, 0, async_op=True),
+            all_gather_into_tensor=lambda a, b: dist.all_gather_into_tensor(b, a, async_op=True),
+            reduce_scatter_tensor=lambda a, b: dist.reduce_scatter_tensor(b, a, async_op=True),
+            all_to_all_single=lambda a, b: dist.all_to_all_single(b, a, async_op=True),
+            send=lambda a, b: group.send([a], 0, 0),
+            coalesced=lambda a, b: gathered(b, a),
+            batched=lambda a, b: sent(a, b),
+            functional=lambda a, b: Result(
+                torch.ops._c10d_functional.all_gather_into_tensor(a, 1, group.group_name)),
+        )
+        for name, call in calls.items():
+            first, second = torch.ones(4), torch.ones(4)
+            living = weakref.ref(first)
+            work = call(first, second)
+            del first, second
+            before = living() is not None
+            work.wait()
+            print("OK", name, before, living() is not None)
+"""
+NAMES = (
+    *("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "send"),
+    *("coalesced", "batched", "functional"),
+)
+
+
+@pytest.fixture
+def flagcx(tmp_path) -> Path:
+    """A folder as FlagCX's build leaves it: the library (another one) and the plugin (a stand-in)."""
+    (tmp_path / "build/lib").mkdir(parents=True)
+    shutil.copy(find_spec("_ctypes").origin, tmp_path / "build/lib/libflagcx.so")
+    package = tmp_path / "plugin/torch/flagcx"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(textwrap.dedent(PLUGIN))
+    return tmp_path
+
+
+@pytest.mark.parametrize("disabled", ["", "flagcx.memory"])
+def test_tensors_live_until_their_collective_is_waited_for(flagcx, disabled):
+    environment = {"VERL_FL_DISABLE": disabled} if disabled else {}
+    found = run(LIVES, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx), **environment)
+    assert found == [f"OK {name} {not disabled} False" for name in NAMES]
+
+
+def test_works_that_nobody_waits_for_keep_a_bounded_number_of_tensors(flagcx):
+    body = """
+        from verl_fl_overlay.activation import active
+        dist.init_process_group("cpu:flagcx,cuda:gloo")
+        recorded = []
+        torch.Tensor.record_stream = lambda tensor, stream: recorded.append(len(tensor))
+        works = [dist.all_reduce(torch.ones(n), async_op=True) for n in range(1, 36)]
+        kept = active().features._started["flagcx"].guards.kept
+        print("OK", len(kept), recorded)
+        del works
+        for n in range(3):
+            dist.all_reduce(torch.ones(1))
+        print("OK", len(kept), recorded)
+"""
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == ["OK 32 [1, 2, 3]"] * 2
+
+
+def test_tensors_with_gaps_are_refused_by_nccls_rule(flagcx):
+    body = """
+        dist.init_process_group("cpu:flagcx,cuda:gloo")
+        group = dist.group.WORLD
+        other = dist.new_group([0], backend="gloo")
+        square = torch.ones(4, 4)
+        image = torch.ones(1, 2, 3, 4).to(memory_format=torch.channels_last)
+        calls = dict(
+            slice=lambda: dist.all_reduce(square[:, :2]),
+            transposed=lambda: dist.broadcast(torch.ones(3, 4).t(), 0),
+            output=lambda: dist.all_gather_into_tensor(square[:, 0], torch.ones(4)),
+            channels=lambda: dist.all_reduce(image),
+            lists=lambda: dist.all_gather([square[:, 0]], torch.ones(4)),
+            sent=lambda: group.send([square[:, :2]], 0, 0),
+            turned=lambda: group.send([square.t()], 0, 0),
+            gloo=lambda: dist.all_reduce(square.t(), group=other),
+        )
+        for name, call in calls.items():
+            try:
+                call()
+                print("OK", name)
+            except Exception as error:
+                print("OK", name, type(error).__name__, "not contiguous (shape" in str(error))
+"""
+    refused = "FlagCXError True"
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
+        f"OK slice {refused}",
+        f"OK transposed {refused}",
+        f"OK output {refused}",
+        "OK channels",
+        f"OK lists {refused}",
+        f"OK sent {refused}",
+        "OK turned",
+        "OK gloo",
+    ]
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx), VERL_FL_DISABLE="flagcx.contiguous")[0] == "OK slice"
+
+
+def test_ignored_timeouts_are_told_once_and_all_is_taken_off_with_the_overlay(flagcx):
+    body = """
+        import logging
+        names = ((dist.Work, "wait"), (dist.ProcessGroup, "_start_coalescing"), (dist.ProcessGroup, "_end_coalescing"))
+        before = {(owner, name): vars(owner)[name] for owner, name in names}
+        from verl_fl_overlay import activation
+        class Told(logging.Handler):
+            def emit(self, record):
+                if "timeouts" in record.getMessage():
+                    print("OK", record.getMessage())
+        logging.getLogger("verl_fl_overlay").addHandler(Told())
+        for _ in range(2):
+            dist.init_process_group("cpu:flagcx,cuda:gloo")
+            print("OK", activation.report()["features"]["flagcx"]["detail"]["guards"])
+            dist.destroy_process_group()
+        dist.init_process_group("cpu:flagcx,cuda:gloo")
+        activation.deactivate()
+        dist.all_reduce(torch.ones(4, 4)[:, :2])
+        print("OK", [vars(owner)[name] is kept for (owner, name), kept in before.items()])
+"""
+    guards = "OK ['barrier', 'contiguous', 'memory', 'reductions', 'timeout']"
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
+        "OK FlagCX ignores timeouts, those of groups (nccl_timeout, 10 minutes if not set) and of Work.wait: if a rank "
+        "fails, the others wait for it without end",
+        guards,
+        guards,
+        "OK [True, True, True]",
+    ]
