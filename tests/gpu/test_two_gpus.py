@@ -1,9 +1,13 @@
-"""Two GPUs of one host, NCCL: FSDP2 and Megatron, data parallel 2 and tensor parallel 2, as plain verl has them."""
+"""Two GPUs of one host.  NCCL: FSDP2 and Megatron, data parallel 2 and tensor parallel 2, as plain verl has them.
+
+FlagCX, where its torch plugin can be imported: the engines' numbers are NCCL's, and the guards hold.
+"""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,24 +23,36 @@ pytestmark = [
 
 PROGRAM = Path(__file__).with_name("megatron_engine.py")
 WITH = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
+WITH_FLAGCX = {**WITH, "USE_FLAGCX": "1"}
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 STEPS = 8
+
+needs_flagcx = pytest.mark.skipif(find_spec("flagcx") is None, reason="needs FlagCX's torch plugin on Python's path")
+
+
+def both(sides: dict[str, dict[str, str]], *command: str | Path) -> dict[str, dict]:
+    """Return what the program prints in each side's environment; they run at the same time."""
+    with ThreadPoolExecutor() as pool:
+        found = {
+            side: pool.submit(result, *TORCHRUN, *command, env={**env, "NCCL_NVLS_ENABLE": "0"}, timeout=400)
+            for side, env in sides.items()
+        }
+    return {side: future.result() for side, future in found.items()}
+
+
+def needs_packages_of(strategy: str) -> None:
+    if strategy == "megatron":
+        pytest.importorskip("megatron.core", reason="needs megatron-core")
+        pytest.importorskip("mbridge", reason="needs mbridge")
 
 
 @pytest.fixture(scope="module", params=[("fsdp2", 1), ("megatron", 1), ("megatron", 2)], ids=["fsdp2", "dp2", "tp2"])
 def runs(request, tiny_model):
     strategy, tp = request.param
-    if strategy == "megatron":
-        pytest.importorskip("megatron.core", reason="needs megatron-core")
-        pytest.importorskip("mbridge", reason="needs mbridge")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    needs_packages_of(strategy)
     engine = json.dumps({"tensor_model_parallel_size": tp} if tp > 1 else {})
-    command = [*torchrun, PROGRAM, tiny_model, "--strategy", strategy, "--engine", engine, "--steps", STEPS]
-    with ThreadPoolExecutor() as pool:
-        sides = {
-            side: pool.submit(result, *command, env={**env, "NCCL_NVLS_ENABLE": "0"}, timeout=400)
-            for side, env in {"with": WITH, "plain": PLAIN}.items()
-        }
-    return {side: future.result() for side, future in sides.items()}
+    sides = {"with": WITH, "plain": PLAIN}
+    return both(sides, PROGRAM, tiny_model, "--strategy", strategy, "--engine", engine, "--steps", STEPS)
 
 
 def floats(found: dict, name: str) -> list[float]:
@@ -62,3 +78,56 @@ def test_numbers_are_plain_verls(runs, record_property):
             f"largest relative difference of {name}", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
         )
         assert ours == pytest.approx(theirs, rel=2e-2), name  # bf16
+
+
+ENGINES = {
+    "fsdp2": ("fsdp2", {}),
+    "hsdp": ("fsdp2", {"fsdp_size": 1}),
+    "fsdp1": ("fsdp", {}),
+    "dp2": ("megatron", {}),
+    "tp2": ("megatron", {"tensor_model_parallel_size": 2}),
+}
+
+
+@needs_flagcx
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_over_flagcx_has_nccls_numbers(tiny_model, name):
+    strategy, engine = ENGINES[name]
+    needs_packages_of(strategy)
+    options = ("--strategy", strategy, "--engine", json.dumps(engine), "--steps", STEPS)
+    export = () if strategy == "megatron" else ("--export",)
+    found = both({"flagcx": WITH_FLAGCX, "nccl": WITH}, PROGRAM, tiny_model, *options, *export)
+    used = found["flagcx"]["report"]["features"]["flagcx"]
+    assert used["on"], used
+    assert used["detail"]["device"] == "cuda"
+    assert used["detail"]["library"].endswith("libflagcx.so")
+    assert found["nccl"]["report"]["features"]["flagcx"]["on"] is False
+    assert len(found["flagcx"]["steps"]) == STEPS
+    for part in ("steps", "values", "exported"):  # floats as hexadecimal; what rollout's weights would be
+        assert found["flagcx"][part] == found["nccl"][part], part
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    if find_spec("flagcx") is None:
+        pytest.skip("needs FlagCX's torch plugin on Python's path")
+    sides = {"guarded": WITH_FLAGCX, "bare": {**WITH_FLAGCX, "VERL_FL_DISABLE": "flagcx.memory"}}
+    program = PROGRAM.with_name("flagcx_collectives.py")
+    return {side: both({side: env}, program)[side] for side, env in sides.items()}
+
+
+def test_flagcx_gets_no_memory_that_is_used_anew(guarded, record_property):
+    record_property("wrong numbers without the guard", guarded["bare"]["wrong"])
+    assert not any(guarded["guarded"]["wrong"].values()), guarded["guarded"]["wrong"]
+    assert guarded["guarded"]["kept"] == 0
+    assert any(guarded["bare"]["wrong"].values()), "FlagCX holds its tensors by now: the guard is not needed"
+
+
+def test_what_flagcx_does_without_a_word_is_refused_or_told(guarded):
+    found = guarded["guarded"]
+    assert "not contiguous (shape [4, 2], strides [4, 1])" in found["slice"]
+    assert "asks for a reduction that FlagCX does not have" in found["premul"]
+    assert "checkpoint engine 'nccl' communicates through NCCL" in found["engine"]
+    assert found["barrier waited"]
+    assert len(found["told"]) == 1
+    assert found["described"]["guards"] == ["barrier", "contiguous", "memory", "reductions", "timeout"]

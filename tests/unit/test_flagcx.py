@@ -65,7 +65,8 @@ def test_the_plugin_is_imported_from_the_path_and_the_environment_kept(folder, m
         "library": "",  # a stand-in's plugin needs none
         "version": "",
         "device": "cuda",
-        "loaded by": "the overlay",
+        "loaded_by": "the overlay",
+        "conflict": "",
         "library path": str(folder),
         "guards": [],
     }
@@ -86,7 +87,7 @@ def test_a_folder_of_sources_with_that_name_is_no_plugin(folder, monkeypatch, tm
     (tmp_path / "elsewhere/flagcx").mkdir(parents=True)
     pytest.importorskip("torch")
     sys.path.insert(0, str(tmp_path / "elsewhere"))
-    assert feature.load() == str(folder / "plugin/torch/flagcx/__init__.py")
+    assert feature.load().plugin == str(folder / "plugin/torch/flagcx/__init__.py")
 
 
 def test_without_a_path_the_error_says_so(folder, monkeypatch, flagcx):
@@ -147,7 +148,7 @@ def test_a_plugin_that_torch_loaded_is_told(folder, monkeypatch, flagcx):
     pytest.importorskip("torch")
     feature.load()
     flagcx.for_group("flagcx")
-    assert flagcx.describe()["loaded by"] == (
+    assert flagcx.describe()["loaded_by"] == (
         "torch, when it was imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves that to the overlay)"
     )
 
@@ -175,12 +176,20 @@ def test_another_library_than_the_paths_is_told_and_strictly_refused(folder, mon
 
 
 def test_the_paths_library_under_another_name_is_the_same(folder, monkeypatch, flagcx):
+    pytest.importorskip("torch")
     (folder / "link").symlink_to(folder / "build/lib/libflagcx.so")
-    found = {"plugin": "p", "library": str(folder / "link")}
-    assert feature.two_libraries(found) == ""
+    monkeypatch.setattr(flagcx_library, "mapped", lambda: [str(folder / "link")])
+    assert feature.load().conflict == ""
+
+
+def test_two_libraries_without_a_path_are_told(folder, monkeypatch):
+    pytest.importorskip("torch")
+    sys.path.insert(0, str(folder / "plugin/torch"))
     monkeypatch.delenv("FLAGCX_PATH")
-    assert feature.two_libraries(found) == ""
-    assert "uses /a, /b: two builds" in feature.two_libraries({"plugin": "p", "library": "/a, /b"})
+    monkeypatch.setattr(flagcx_library, "mapped", lambda: ["/a"])
+    assert feature.load().conflict == ""
+    monkeypatch.setattr(flagcx_library, "mapped", lambda: ["/a", "/b"])
+    assert "__init__.py uses /a, /b: two builds of FlagCX in one run" in feature.load().conflict
 
 
 @pytest.mark.parametrize("engine", ["nccl", "kimi_ckpt_engine", "delta_sharded"])

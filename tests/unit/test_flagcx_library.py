@@ -17,11 +17,14 @@ pytestmark = [
 
 PROGRAM = """
     import os, sys
+    from types import SimpleNamespace
     sys.path.insert(0, os.environ["PLUGIN"])
-    from verl_fl_overlay.features import flagcx, flagcx_library
+    torch = SimpleNamespace(Backend=SimpleNamespace(backend_capability={"flagcx": ["cuda"]}))
+    sys.modules["torch"] = sys.modules["torch.distributed"] = torch
+    from verl_fl_overlay.features import flagcx
     try:
-        file = flagcx.load()
-        print(file, sys.modules["flagcx"].version(), *flagcx_library.mapped())
+        found = flagcx.load()
+        print(found.plugin, sys.modules["flagcx"].version(), found.library, bool(found.conflict))
     except Exception as error:
         print(type(error).__name__, error)
 """
@@ -66,13 +69,13 @@ def loaded(plugin: Path, folder: Path) -> str:
 
 def test_a_plugin_that_was_built_elsewhere_finds_the_paths_library(plugin, tmp_path):
     here = library(tmp_path / "here/build/lib", 2)
-    assert loaded(plugin, tmp_path / "here") == f"{plugin}/__init__.py 2 {here}"
+    assert loaded(plugin, tmp_path / "here") == f"{plugin}/__init__.py 2 {here} False"
 
 
 def test_a_plugin_that_has_a_library_of_its_own_keeps_it(plugin, tmp_path):
     library(tmp_path / "here/build/lib", 2)
     beside = library(plugin, 3)
-    assert loaded(plugin, tmp_path / "here") == f"{plugin}/__init__.py 3 {beside}"
+    assert loaded(plugin, tmp_path / "here") == f"{plugin}/__init__.py 3 {beside} True"
 
 
 def test_a_library_that_lacks_what_the_plugin_calls_is_told_with_the_way_on(plugin, tmp_path):

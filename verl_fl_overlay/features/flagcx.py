@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,29 @@ BACKEND = chips.FLAGCX
 PLUGIN_FOLDER = "plugin/torch"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The imported plugin: its file, the library that is really mapped, the device it serves, and who imported it.
+
+    ``version`` is the installed package's, "" if there is none: the library itself says 1.0.0 in every release.
+    ``conflict`` says what is wrong if the library is not the one of FLAGCX_PATH alone, else "".
+    """
+
+    plugin: str
+    library: str
+    version: str
+    device: str
+    loaded_by: str
+    conflict: str
+
+
 class FlagCX(Feature):
     """Gives training's process groups to FlagCX, guards them, and refuses communication that bypasses it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.found: dict[str, str] = {}
-        """What ``loaded`` told after the first group, and whether torch had loaded the plugin by itself."""
+        self.loaded: Loaded | None = None
+        """None before the first group."""
         self.guards = Collectives(BACKEND)
 
     def start(self) -> None:
@@ -57,19 +74,16 @@ class FlagCX(Feature):
         """
         if not isinstance(backend, str) or BACKEND not in backend.lower():
             return backend
-        if not self.found:
-            by = "torch, when it was imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves that to the overlay)"
-            by = by if BACKEND in sys.modules else "the overlay"
-            load()
-            self.found = {**loaded(), "loaded by": by}
-            two = two_libraries(self.found)
-            if two:
-                events.failures.record("one libflagcx.so for all", FlagCXError(two))
-        return f"cpu:gloo,{self.found['device']}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
+        if self.loaded is None:
+            loaded = load()
+            if loaded.conflict:
+                events.failures.record("one libflagcx.so for all", FlagCXError(loaded.conflict))
+            self.loaded = loaded
+        return f"cpu:gloo,{self.loaded.device}:{BACKEND}" if backend.strip().lower() == BACKEND else backend
 
     def guard(self, what: str) -> None:
         """Put one guard around the collectives of FlagCX's groups, from when the first group was asked for."""
-        if not self.found or what in self.guards.on:
+        if self.loaded is None or what in self.guards.on:
             return
         if what == "timeout":
             logger.warning(
@@ -79,73 +93,67 @@ class FlagCX(Feature):
         self.guards.put_on(what)
 
     def describe(self) -> dict[str, Any]:
-        """Return plugin, library, version and device (nothing before the first group), FLAGCX_PATH and the guards."""
+        """Return what is loaded (no plugin before the first group), FLAGCX_PATH, and the guards that are on."""
         return {
-            "plugin": "",
-            **self.found,
+            **(asdict(self.loaded) if self.loaded else {"plugin": ""}),
             "library path": os.environ.get("FLAGCX_PATH", ""),
             "guards": sorted(self.guards.on),
         }
 
 
-def load() -> str:
-    """Import the plugin; return the file it came from.
+def load() -> Loaded:
+    """Import the plugin; return what was loaded.
 
     Raises:
         FlagCXError: see ``FlagCX.for_group``.
     """
     folder = os.environ.get("FLAGCX_PATH", "").strip()
     library = flagcx_library.within(folder) if folder else ""
+    by_torch = "torch, when it was imported (TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves that to the overlay)"
+    by = by_torch if BACKEND in sys.modules else "the overlay"
     found = find_spec(BACKEND)
     if found is None or found.origin is None:  # no origin: only a folder of that name, such as FlagCX's sources
         _add_plugin(folder)
     try:
-        plugin = _import()
+        module = _import()
     except (ImportError, OSError) as error:
         if not library or flagcx_library.LIBRARY not in str(error):
             raise _not_imported(error, folder) from error
         flagcx_library.name(library)  # the plugin was built elsewhere
         try:
-            plugin = _import()
+            module = _import()
         except (ImportError, OSError) as again:
             raise _not_imported(again, folder, os.path.dirname(library)) from again
-    return str(getattr(plugin, "__file__", None) or BACKEND)
+    plugin = str(getattr(module, "__file__", None) or BACKEND)
+    mapped = flagcx_library.mapped()
+    conflict = _conflict(plugin, mapped, folder, library)
+    return Loaded(plugin, ", ".join(mapped), _version(), _device(plugin), by, conflict)
 
 
-def loaded() -> dict[str, str]:
-    """Return of the imported plugin: its file, the library that is really mapped, its version, the device it serves.
-
-    The version is the installed package's, "" if there is none: the library itself says 1.0.0 in every release.
-
-    Raises:
-        FlagCXError: the plugin registered no backend.
-    """
+def _device(plugin: str) -> str:
+    """Return the torch device that the imported plugin serves."""
     from torch.distributed import Backend
 
-    plugin = str(getattr(sys.modules[BACKEND], "__file__", None) or BACKEND)
     served = [name for name in Backend.backend_capability.get(BACKEND, []) if name != "cpu"]
     if not served:
         raise FlagCXError(f"FlagCX's torch plugin ({plugin}) registered no backend {BACKEND!r}; build it anew")
+    return str(served[0])
+
+
+def _version() -> str:
     try:
-        version = importlib.metadata.version(BACKEND)
+        return importlib.metadata.version(BACKEND)
     except importlib.metadata.PackageNotFoundError:
-        version = ""
-    library = ", ".join(flagcx_library.mapped())
-    return {"plugin": plugin, "library": library, "version": version, "device": str(served[0])}
+        return ""
 
 
-def two_libraries(found: dict[str, str]) -> str:
-    """Return what is wrong if the mapped library, in what ``loaded`` told, is not FLAGCX_PATH's alone, else ""."""
-    folder = os.environ.get("FLAGCX_PATH", "").strip()
-    others = [file for file in found["library"].split(", ") if file]
-    named = flagcx_library.within(folder) if folder else ""
-    if named:
-        others = [file for file in others if os.path.realpath(file) != os.path.realpath(named)]
-    if not others or (not named and len(others) == 1):
+def _conflict(plugin: str, mapped: list[str], folder: str, library: str) -> str:
+    others = [file for file in mapped if not library or os.path.realpath(file) != os.path.realpath(library)]
+    if not others or (not library and len(others) == 1):
         return ""
     return (
-        f"FlagCX's torch plugin {found['plugin']} uses {', '.join(others)}"
-        + (f", and FLAGCX_PATH={folder} names {named}, which rollout (vllm-plugin-FL) loads" if named else "")
+        f"FlagCX's torch plugin {plugin} uses {', '.join(others)}"
+        + (f", and FLAGCX_PATH={folder} names {library}, which rollout (vllm-plugin-FL) loads" if library else "")
         + ": two builds of FlagCX in one run. Set FLAGCX_PATH to the build that the plugin belongs to, or install that "
         f"build's plugin: pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
     )
