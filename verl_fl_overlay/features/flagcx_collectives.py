@@ -148,6 +148,8 @@ class Collectives:
     def _keep(self, work: Any, tensors: list[Any]) -> None:
         import torch
 
+        if work is None:  # somebody has FlagCX gather operators past torch
+            return
         self.kept[id(work)] = work, tensors
         if len(self.kept) > KEPT:
             oldest, tensors = self.kept[next(iter(self.kept))]
