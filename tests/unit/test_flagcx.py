@@ -113,7 +113,9 @@ def test_a_missing_library_is_named_with_the_tried_places(folder, flagcx):
 
 def test_a_library_that_does_not_load_is_named(folder, flagcx):
     (folder / "build/lib/libflagcx.so").write_text("no library")
-    (folder / "plugin/torch/flagcx/__init__.py").write_text("raise ImportError('libflagcx.so: cannot open')")
+    (folder / "plugin/torch/flagcx/__init__.py").write_text(
+        "raise ImportError('libflagcx.so: cannot open shared object file: ...')"
+    )
     with pytest.raises(
         FlagCXError, match=f"^{folder}/build/lib/libflagcx.so cannot be loaded: .*Build FlagCX for this"
     ):
@@ -124,6 +126,16 @@ def test_a_plugin_for_another_torch_is_told(folder, flagcx):
     (folder / "plugin/torch/flagcx/__init__.py").write_text("from ._C import *")
     with pytest.raises(FlagCXError, match=r"^FlagCX's torch plugin cannot be imported: No module named 'flagcx._C'"):
         flagcx.for_group("flagcx")
+
+
+def test_a_plugin_without_its_library_is_told_of_the_path(folder, monkeypatch):
+    (folder / "plugin/torch/flagcx/__init__.py").write_text(
+        "raise ImportError('libflagcx.so: cannot open shared object file: No such file or directory')"
+    )
+    sys.path.insert(0, str(folder / "plugin/torch"))
+    monkeypatch.delenv("FLAGCX_PATH")
+    with pytest.raises(FlagCXError, match=r"directory\. Set FLAGCX_PATH to the folder that FlagCX was built in, or"):
+        feature.load()
 
 
 @pytest.mark.parametrize("library", ["libflagcx.so", "lib/libflagcx.so"])

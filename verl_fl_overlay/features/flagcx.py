@@ -117,7 +117,7 @@ def load() -> Loaded:
     try:
         module = _import()
     except (ImportError, OSError) as error:
-        if not library or flagcx_library.LIBRARY not in str(error):
+        if not library or flagcx_library.NOT_FOUND not in str(error):
             raise _not_imported(error, folder) from error
         flagcx_library.name(library)  # the plugin was built elsewhere
         try:
@@ -169,7 +169,11 @@ def _import() -> Any:
 
 
 def _not_imported(error: Exception, folder: str, library_folder: str = "") -> FlagCXError:
-    ways = f"LD_LIBRARY_PATH={library_folder}:$LD_LIBRARY_PATH may help, or build" if library_folder else "Build"
+    ways = "Build"
+    if library_folder:
+        ways = f"LD_LIBRARY_PATH={library_folder}:$LD_LIBRARY_PATH may help, or build"
+    elif not folder and flagcx_library.NOT_FOUND in str(error):
+        ways = "Set FLAGCX_PATH to the folder that FlagCX was built in, or build"
     return FlagCXError(
         f"FlagCX's torch plugin cannot be imported: {error}. {ways} it for this torch with: "
         f"pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"

@@ -11,6 +11,8 @@ from verl_fl_overlay.errors import FlagCXError
 from verl_fl_overlay.settings.conflicts import FLAGCX_LIBRARIES
 
 LIBRARY = "libflagcx.so"
+NOT_FOUND = f"{LIBRARY}: cannot open shared object file"
+"""What the system's loader says of a plugin whose library it does not find."""
 
 
 def within(folder: str) -> str:
