@@ -116,7 +116,7 @@ def wrong(rank: int, start: Callable[[], Any], expected: Callable[[], Any]) -> i
     if rank == 1:
         torch.cuda._sleep(LATE)
     works, out = start()
-    noise = [torch.full((size,), -1.0, device="cuda") for size in (N, N, 2 * N, 2 * N, N)]
+    noise = [torch.full((size,), -1.0, device="cuda") for size in [N] * 6 + [2 * N] * 6]
     for work in works if isinstance(works, list) else [works] if works is not None else []:
         work.wait()
     out = torch.cat(list(out)) if isinstance(out, list) else out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import wrapt
 
@@ -24,18 +24,27 @@ KEPT = 32
 """How many works' tensors are kept at most: before one more, the stream of the caller waits for the oldest work."""
 
 
+class Kept(NamedTuple):
+    """A work that no stream is known to wait for, its group's name, and its tensors."""
+
+    work: Any
+    group: str
+    tensors: list[Any]
+
+
 class Collectives:
     """The guards that are on, by name: ``memory``, ``contiguous``, ``barrier``, ``reductions``; others do nothing here.
 
-    ``memory``: the tensors of an asynchronous collective live until it is waited for.  ``contiguous``: a tensor with
-    gaps is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX
-    lacks is refused with what to do.
+    ``memory``: the tensors of a collective live until a stream waits for it, or for a later one of its group: these run
+    one after the other, and where C++ waits, unseen, the later one releases them.  ``contiguous``: a tensor with gaps
+    is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX lacks is
+    refused with what to do.
     """
 
     def __init__(self, backend: str) -> None:
         self.on: set[str] = set()
-        self.kept: dict[int, tuple[Any, list[Any]]] = {}
-        """id of a work -> the work, which nobody has waited for, and its tensors; the oldest is first."""
+        self.kept: dict[int, Kept] = {}
+        """By the id of the work; the oldest is first."""
         self._backend = backend
         self._open: dict[str, list[Any]] = {}
         """Group's name -> the tensors of its operators since it began to gather them into one."""
@@ -79,8 +88,7 @@ class Collectives:
         from torch.distributed import ProcessGroup, Work
         from torch.distributed.distributed_c10d import _world
 
-        places = {argument.name: place for place, argument in enumerate(operator._schema.arguments)}
-        group_at, async_at = places["process_group"], places.get("async_op", len(places))
+        group_at = [argument.name for argument in operator._schema.arguments].index("process_group")
         below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
         def kernel(keys: Any, *given: Any) -> Any:
@@ -104,12 +112,11 @@ class Collectives:
                 return result
             if group.group_name in self._open:
                 self._open[group.group_name] += tensors
-            elif given[async_at : async_at + 1] != (False,):  # a caller that is not asynchronous waits at once
-                work = Work.unbox(result[-1] if isinstance(result, tuple | list) else result)
-                if name in ON_LISTS:
-                    work.wait()  # FlagCX copies the lists, and has freed the copies already
-                else:
-                    self._keep(work, tensors)
+                return result
+            work = Work.unbox(result[-1] if isinstance(result, tuple | list) else result)
+            self._keep(work, group.group_name, tensors)
+            if name in ON_LISTS:
+                work.wait()  # FlagCX copies the lists, and has freed the copies already
             return result
 
         return kernel
@@ -121,9 +128,9 @@ class Collectives:
 
         def kernel(keys: Any, tensor: Any) -> Any:
             waited = operator.redispatch(keys & below, tensor)
-            for key, (_, tensors) in list(self.kept.items()):
-                if any(one is tensor for one in tensors):
-                    self.kept.pop(key, None)
+            for key, kept in list(self.kept.items()):
+                if any(one is tensor for one in kept.tensors):
+                    self._release(key)
             return waited
 
         return kernel
@@ -137,27 +144,44 @@ class Collectives:
         tensors = self._open.pop(group.group_name, [])
         work = wrapped(*args, **kwargs)
         if tensors:
-            self._keep(work, tensors)
+            self._keep(work, group.group_name, tensors)
         return work
 
     def _wait(self, wrapped: Callable[..., Any], work: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         waited = wrapped(*args, **kwargs)
-        self.kept.pop(id(work), None)
+        self._release(id(work))
         return waited
 
-    def _keep(self, work: Any, tensors: list[Any]) -> None:
-        import torch
-
+    def _keep(self, work: Any, group: str, tensors: list[Any]) -> None:
         if work is None:  # somebody has FlagCX gather operators past torch
             return
-        self.kept[id(work)] = work, tensors
+        self.kept[id(work)] = Kept(work, group, tensors)
         if len(self.kept) > KEPT:
-            oldest, tensors = self.kept[next(iter(self.kept))]
-            oldest.wait()  # on the caller's stream, which the tensors' memory waits for in turn
-            stream = torch.get_device_module(tensors[0].device).current_stream(tensors[0].device)
-            with torch._C._AutoDispatchBelowAutograd():
-                for tensor in tensors:
-                    tensor.record_stream(stream)
+            oldest = next(iter(self.kept.values()))
+            oldest.work.wait()
+            _hand_over(oldest)
+
+    def _release(self, waited: int) -> None:
+        """Let go of a work that the caller's stream waits for, and of its group's before it, which end before it."""
+        before = list(self.kept.items())
+        kept = self.kept.pop(waited, None)
+        for key, older in before:
+            if kept is None or key == waited:
+                return
+            if older.group == kept.group:
+                self.kept.pop(key, None)
+                _hand_over(older)
+
+
+def _hand_over(kept: Kept) -> None:
+    """Have torch's allocator keep the tensors' memory for the caller's stream, which waits for their work."""
+    import torch
+
+    device = kept.tensors[0].device
+    stream = torch.get_device_module(device).current_stream(device)
+    with torch._C._AutoDispatchBelowAutograd():
+        for tensor in kept.tensors:
+            tensor.record_stream(stream)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Any]:
