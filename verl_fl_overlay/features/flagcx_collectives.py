@@ -37,8 +37,8 @@ class Collectives:
 
     ``memory``: the tensors of a collective live until a stream waits for it, or for a later one of its group: these run
     one after the other, and where C++ waits, unseen, the later one releases them.  ``contiguous``: a tensor with gaps
-    is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX lacks is
-    refused with what to do.
+    is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX lacks
+    is refused with what to do.
     """
 
     def __init__(self, backend: str) -> None:
