@@ -44,9 +44,12 @@ class MegatronError(OverlayError):
     """Megatron was asked for what only NVIDIA's TransformerEngine computes, and that is not what is installed."""
 
 
-def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?") -> str:
-    """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does."""
+def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?", likeness: float = 0.6) -> str:
+    """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does.
+
+    ``likeness`` is the least ratio of equal characters, 0 to 1.
+    """
     from difflib import get_close_matches
 
-    found = ", ".join(get_close_matches(str(name), sorted(known), n=most))
+    found = ", ".join(get_close_matches(str(name), sorted(known), n=most, cutoff=likeness))
     return words.format(found) if found else ""

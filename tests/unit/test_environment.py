@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,9 +14,9 @@ from verl_fl_overlay.cli import main
 from verl_fl_overlay.cli.env import as_exports, examine
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.settings import TABLE, VARIABLES, Settings
-from verl_fl_overlay.settings.loading import forwarded
-from verl_fl_overlay.settings.stack import STACK
-from verl_fl_overlay.settings.table import misspelt
+from verl_fl_overlay.settings.loading import forwarded, kept_back
+from verl_fl_overlay.settings.stack import PREFIXES, STACK
+from verl_fl_overlay.settings.table import misspelt, shown
 
 
 def test_no_variable_has_two_rows():
@@ -155,11 +156,54 @@ def test_a_long_value_is_shortened_in_the_error():
 def test_misspelt_names_of_the_stack():
     assert misspelt({"TE_FL_PREFRE": "1", "VLLM_FL_FLAGOS_BLACKLISTS": "a", "ROLLOUT_FL_FLAGOS_WHITELIST": "a"}) == [
         "ROLLOUT_FL_FLAGOS_WHITELIST is read by nothing; rollout reads VLLM_FL_FLAGOS_WHITELIST",
-        "TE_FL_PREFRE is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to Ray's workers"
-        "; TE_FL_PREFER?",
-        "VLLM_FL_FLAGOS_BLACKLISTS is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to "
-        "Ray's workers; VLLM_FL_FLAGOS_BLACKLIST?",
+        "TE_FL_PREFRE is no variable of the FlagOS stack that verl-fl-overlay knows; TE_FL_PREFER?",
+        "VLLM_FL_FLAGOS_BLACKLISTS is no variable of the FlagOS stack that verl-fl-overlay knows; "
+        "VLLM_FL_FLAGOS_BLACKLIST?",
     ]
+
+
+def test_two_hundred_variables_that_only_the_components_know_are_given_on_in_silence():
+    newer = {f"{prefix}NEWER_{number}": "1" for prefix in PREFIXES for number in range(20)}
+    newer = {name: text for name, text in newer.items() if not name.startswith("ROLLOUT_FL_")}
+    assert len(newer) > 200
+    begun = time.process_time()
+    assert misspelt(newer) == []
+    assert forwarded(newer).items() >= newer.items()
+    assert time.process_time() - begun < 0.5
+    result = examine(newer)
+    assert result["warnings"] == result["errors"] == []
+    assert result["not in the table"] == newer
+
+
+@pytest.mark.parametrize("name", ["SGLANG_FL_PREFER", "SGLANG_FLAGGEMS_RECORD", "GEMS_ARM_POW_PREWARM", "TE_FL_NEW"])
+def test_each_component_s_own_beginning_is_known(name):
+    assert forwarded({name: "1"})[name] == "1"
+
+
+SECRETS = {
+    "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",
+    "FLAGGEMS_OTHER_URL": "postgresql://host/tuning?user=me&password=secret&ssl=1",
+    "FLAGCX_STORE_TOKEN": "secret",
+    "VLLM_FL_API_KEY": "secret",
+    "SGLANG_FL_PASSWORD_FILE": "secret",
+}
+
+
+def test_secrets_reach_no_other_process_and_are_not_shown(capsys, monkeypatch):
+    assert forwarded(SECRETS) == {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+    assert kept_back(SECRETS) == dict.fromkeys(SECRETS, "it holds a password, a token or a key")
+    for name, text in SECRETS.items():
+        monkeypatch.setenv(name, text)
+        assert "secret" not in shown(name, text)
+    for form in ("--json", "--sh"):
+        main(["env", form])
+        assert "secret" not in capsys.readouterr().out
+    assert shown("FLAGGEMS_OTHER_URL", SECRETS["FLAGGEMS_OTHER_URL"]).endswith("?user=me&password=***&ssl=1")
+
+
+@pytest.mark.parametrize("name", ["FLAGCX_IB_PKEY", "VLLM_FL_MAX_TOKENS", "FLAGGEMS_TOKENIZER", "FLAGGEMS_DB_URL"])
+def test_what_only_looks_like_a_secret_is_given_on(name):
+    assert forwarded({name: "sqlite:///tuning.db"})[name] == "sqlite:///tuning.db"
 
 
 def test_only_the_stacks_variables_reach_another_process():
@@ -173,7 +217,6 @@ def test_only_the_stacks_variables_reach_another_process():
         "FLAGCX_COMM_ID": "10.0.0.1:5555",
         "GEMS_BACKEND": "metax",
         "VERL_USE_EXTERNAL_MODULES": "mine",
-        "FLAGGEMS_DB_URL": "postgresql://user:secret@host/tuning",
     }
     assert forwarded(environment) == {
         "USE_FLAGCX": "1",
@@ -181,6 +224,7 @@ def test_only_the_stacks_variables_reach_another_process():
         "GEMS_BACKEND": "metax",
         "VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay",
     }
+    assert kept_back(environment) == dict.fromkeys(("FLAGCX_HOSTID", "FLAGCX_COMM_ID"), "it differs between processes")
 
 
 def test_exports_give_a_shell_the_same_values(tmp_path):

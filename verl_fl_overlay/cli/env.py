@@ -12,7 +12,7 @@ from typing import Any
 
 from verl_fl_overlay.settings import TABLE, Settings
 from verl_fl_overlay.settings.conflicts import conflicts
-from verl_fl_overlay.settings.loading import forwarded
+from verl_fl_overlay.settings.loading import forwarded, kept_back
 from verl_fl_overlay.settings.table import contradictions, misspelt, of_phase, shown
 from verl_fl_overlay.settings.variables import Variable
 
@@ -57,6 +57,8 @@ def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
     ]
     return {
         "variables": rows,
+        "not in the table": {n: shown(n, text) for n, text in sorted(forwarded(environment).items()) if n not in TABLE},
+        "kept back": kept_back(environment),
         "errors": problems + contradictions(settings),
         "warnings": [*misspelt(environment), *conflicts(readable)],
     }
@@ -82,6 +84,11 @@ def as_text(result: dict[str, Any]) -> str:
         for component in dict.fromkeys(row["component"] for row in rows):
             lines.append(f"  {component}")
             lines += [_line(row) for row in rows if row["component"] == component]
+    for title, name in (
+        ("set, not in the table, and given to Ray's workers:", "not in the table"),
+        ("not given to other processes:", "kept back"),
+    ):
+        lines += ["", title, *(f"    {n}: {told}" for n, told in result[name].items())] if result[name] else []
     for severity in ("errors", "warnings"):
         if result[severity]:
             lines += ["", severity, *(f"  {finding}" for finding in result[severity])]

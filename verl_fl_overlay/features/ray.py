@@ -12,7 +12,7 @@ from typing import Any
 
 from verl_fl_overlay.events import runtime_env
 from verl_fl_overlay.features.feature import Feature
-from verl_fl_overlay.settings.loading import forwarded
+from verl_fl_overlay.settings.loading import forwarded, kept_back
 
 
 class Ray(Feature):
@@ -21,6 +21,10 @@ class Ray(Feature):
     def start(self) -> None:
         """Answer which runtime environment Ray is to use."""
         self.undo.callback(runtime_env.answer(with_overlay))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the names of the variables that this process gives to Ray's workers, and those that it keeps back."""
+        return {"forwarded": sorted(forwarded(os.environ)), "kept back": kept_back(os.environ)}
 
 
 def with_overlay(given: Mapping[str, Any] | None, elsewhere: Mapping[str, str]) -> dict[str, Any]:

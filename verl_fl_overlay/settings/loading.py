@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from verl_fl_overlay.settings.stack import OF_ONE_PROCESS
-from verl_fl_overlay.settings.table import Settings, shown
+from verl_fl_overlay.settings.stack import OF_ONE_PROCESS, PREFIXES
+from verl_fl_overlay.settings.table import TABLE, Settings, secret
 from verl_fl_overlay.settings.variables import names
 
 LOADED_BY = "VERL_USE_EXTERNAL_MODULES"
@@ -28,11 +28,21 @@ def with_overlay(environment: Mapping[str, str]) -> str:
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that another process of the same run needs.
 
-    These are the table's variables that are set, all other FLAGCX_* (FlagCX reads dozens more than the table has), and
-    ``LOADED_BY`` with the overlay in it.  Variables that tell one node or rank from another are not among them, and
-    neither are values that carry a password.
+    These are all of the stack that are set, less what ``kept_back`` names, and ``LOADED_BY`` with the overlay in it.
     """
+    given, kept = _of_the_stack(environment), kept_back(environment)
+    return {**{name: text for name, text in given.items() if name not in kept}, LOADED_BY: with_overlay(given)}
+
+
+def kept_back(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of the stack that are set and that no other process is given, each with the reason."""
+    given = _of_the_stack(environment)
+    secrets = {name: "it holds a password, a token or a key" for name, text in given.items() if secret(name, text)}
+    return {**secrets, **{name: "it differs between processes" for name in OF_ONE_PROCESS if name in given}}
+
+
+def _of_the_stack(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the table's variables that are set, and those that the components read beside them."""
     settings, _ = Settings.parse(environment)
-    flagcx = {n: text for n, text in environment.items() if n.startswith("FLAGCX_") and n not in OF_ONE_PROCESS}
-    given = {name: text for name, text in {**settings.given, **flagcx}.items() if "://***@" not in shown(name, text)}
-    return {**given, LOADED_BY: with_overlay(given)}
+    others = {name: text for name, text in environment.items() if name.startswith(PREFIXES) and name not in TABLE}
+    return {**settings.given, **others}

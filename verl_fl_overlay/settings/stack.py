@@ -25,8 +25,8 @@ CSV = "names, comma-separated"
 PER_OP = "op=token|token;op=token, tokens: flagos, reference, vendor, vendor:<NAME>, impl:<id>"
 LEVELS = ("debug", "info", "warning", "error", "critical")
 ONE_TRUE = ("1", "true")
-OF_ONE_PROCESS = ("FLAGCX_HOSTID", "FLAGCX_COMM_ID", "FLAGCX_RANK")
-"""FlagCX's variables that must differ between nodes or ranks; the first one shows which ranks share a node."""
+OF_ONE_PROCESS = ("FLAGCX_HOSTID", "FLAGCX_COMM_ID", "FLAGCX_RANK", "FLAGCX_TUNER_DONE")
+"""FlagCX's variables of one node, rank or process; the first shows which ranks share a node, FlagCX sets the last."""
 VENDOR_NAMES = ("GEMS_VENDOR", "FLAGGEMS_VENDOR", "GEMS_BACKEND", "FLAGGEMS_BACKEND")
 """FlagGems' names for one variable, in the order in which it reads them; it knows the last three since 5.3.0."""
 
@@ -178,5 +178,9 @@ STACK: dict[str, Variable[Any]] = {variable.name: variable for group in _GROUPS 
 REPLACED_LISTS = {"VLLM_FL_FLAGOS_BLACKLIST": "flagos_blacklist", "VLLM_FL_OOT_BLACKLIST": "oot_blacklist"}
 """Variables that vllm-plugin-FL takes in place of a list in its configuration -> that list's key."""
 
-PREFIXES = ("TE_FL_", "VLLM_FL_", "TRAINING_FL_", "ROLLOUT_FL_")
-"""Beginnings of names that belong to the stack alone: a name that begins so and is not in the table is misspelt."""
+PREFIXES = (
+    *("FLAGCX_", "FLAGGEMS_", "FLAG_GEMS_", "FLAGTREE_", "GEMS_", "MG_FL_", "TE_FL_", "TEFL_"),
+    *("ROLLOUT_FL_", "ROLLOUT_FLAGGEMS_", "TRAINING_FL_", "TRAINING_FLAGGEMS_"),
+    *("SGLANG_FL_", "SGLANG_FLAGGEMS_", "VLLM_FL_"),
+)
+"""Beginnings of names that belong to the stack alone: components read more of them than the table has."""

@@ -6,6 +6,7 @@ All problems are collected and raised together, each with the variable, its valu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -283,28 +284,46 @@ LONGEST_SHOWN = 200
 """Characters of a value that are shown; the rest is only counted."""
 
 
+_SECRET = "PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|TOKEN|CREDENTIALS?|AUTH|APIKEY|KEY"
+_SECRET_NAME = re.compile(rf"(^|_)({_SECRET})(_|$)")
+_SECRET_PARAMETER = re.compile(rf"([?&;][^=&;]*({_SECRET})=)[^&;]*", re.IGNORECASE)
+
+
 def shown(name: str, text: str) -> str:
-    """Return the value of variable ``name`` as it may be printed: a URL without its user and password, and not long."""
+    """Return the value of variable ``name`` as it may be printed: without what ``secret`` finds in it, and not long."""
+    if _SECRET_NAME.search(name):
+        return "***"
     if "://" in text:
         scheme, _, rest = text.partition("://")
         text = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else text
+        text = _SECRET_PARAMETER.sub(r"\1***", text)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
+def secret(name: str, text: str) -> bool:
+    """Return whether a variable holds a password, a token or a key, by its name or in its URL."""
+    url = "://" in text and ("@" in text.partition("://")[2] or _SECRET_PARAMETER.search(text))
+    return bool(url or _SECRET_NAME.search(name))
+
+
 def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return a warning, with the nearest real name, for every variable that only looks like one of the table's."""
+    """Return a warning, with the nearest real name, for every variable that only looks like one of the table's.
+
+    Of the overlay's own variables all others are unknown.  A component of the stack may know others, so there a name is
+    taken for misspelt only if one of the table's is nearly the same.
+    """
     environment = os.environ if environment is None else environment
     warnings = []
     for name in sorted(environment):
         if name in TABLE:
             continue
-        if name.startswith("ROLLOUT_FL_"):
+        if name.startswith(OWN_PREFIX):
+            warnings.append(f"{name} is not a variable of verl-fl-overlay{nearest(name, TABLE)}")
+        elif name.startswith("ROLLOUT_FL_"):
             warnings.append(f"{name} is read by nothing; rollout reads {name.replace('ROLLOUT_FL_', 'VLLM_FL_')}")
-        elif name.startswith((OWN_PREFIX, *PREFIXES)):
-            whose = (
-                "is not a variable of verl-fl-overlay"
-                if name.startswith(OWN_PREFIX)
-                else "is no variable of the FlagOS stack that verl-fl-overlay knows, and is not given to Ray's workers"
-            )
-            warnings.append(f"{name} {whose}{nearest(name, TABLE)}")
+        elif name.startswith(PREFIXES):
+            as_long = [known for known in TABLE if known[:4] == name[:4] and abs(len(known) - len(name)) <= 2]
+            found = nearest(name, as_long, likeness=0.9) if as_long else ""
+            if found:
+                warnings.append(f"{name} is no variable of the FlagOS stack that verl-fl-overlay knows{found}")
     return warnings
