@@ -13,7 +13,7 @@ from typing import Any
 
 import wrapt
 
-from verl_fl_overlay import compat, features
+from verl_fl_overlay import compat, events, features
 from verl_fl_overlay.compat import chosen
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.devices.cpu import refuse_hidden_accelerator
@@ -115,11 +115,20 @@ def _started() -> Overlay:
     overlay = Overlay(settings, shim, found_conflicts)
     overlay.start()
     if settings.report_dir:
-        file = file_of(overlay)
-        overlay.undo.callback(training.left.subscribe(file.write_regularly))
-        atexit.register(file.write)
-        overlay.undo.callback(atexit.unregister, file.write)
+        _report_from_now_on(overlay)
     return overlay
+
+
+def _report_from_now_on(overlay: Overlay) -> None:
+    """Write the report now, while training goes on and at exit; Ray kills a process that has nothing more to do."""
+    overlay.report_file = file = file_of(overlay)
+    overlay.undo.callback(training.left.subscribe(file.write_regularly))
+    atexit.register(file.write)
+    overlay.undo.callback(atexit.unregister, file.write)
+    try:
+        file.write()
+    except Exception as error:  # whatever a feature raises that describes itself
+        events.failures.record("the report of this process", error)
 
 
 def _log_at_verls_level() -> None:

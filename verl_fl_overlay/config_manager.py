@@ -73,8 +73,15 @@ class FLEnvManager:
 
     @staticmethod
     def get_summary() -> str:
-        """Return what is on, such as ``FL[FlagGems, FlagCX]``."""
-        return Settings.from_environment().summary
+        """Return what is asked for, such as ``FL[training(TE_FL=flagos), FlagGems, FlagCX]``, in the plugins' words."""
+        settings = Settings.from_environment()
+        parts = [
+            f"training(TE_FL={settings['TE_FL_PREFER']})" if "TE_FL_PREFER" in settings.given else "",
+            f"rollout(VLLM_FL={settings['VLLM_FL_PREFER']})" if "VLLM_FL_PREFER" in settings.given else "",
+            "FlagGems" if settings.flaggems_in_training else "",
+            "FlagCX" if settings["USE_FLAGCX"] else "",
+        ]
+        return f"FL[{', '.join(filter(None, parts)) or 'disabled'}]"
 
 
 def may_enable_flag_gems(phase: str = "training") -> None:

@@ -40,22 +40,23 @@ class RegularFile:
         self._file = file
         self._text = text
         self._last = float("-inf")
-        self._broken = False
+        self.fault = ""
+        """Why it could not be written, "" as long as it can."""
 
     def write_regularly(self) -> None:
-        """Write, unless the last writing was less than ``INTERVAL`` ago."""
+        """Write, unless the last regular writing was less than ``INTERVAL`` ago."""
         if time.monotonic() - self._last >= INTERVAL:
+            self._last = time.monotonic()
             self.write()
 
     def write(self) -> None:
         """Write now."""
-        if self._broken:
+        if self.fault:
             return
-        self._last = time.monotonic()
         try:
             file = self._file()
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self._text())
         except OSError as error:
-            self._broken = True
-            logger.warning("%s cannot be written (%s); training goes on", self._asked_by, error)
+            self.fault = f"{self._asked_by} cannot be written ({error}); training goes on without it"
+            logger.warning(self.fault)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
-from verl_fl_overlay import events, features
+from verl_fl_overlay import events
 from verl_fl_overlay.compat import Shim, pins
 from verl_fl_overlay.errors import SettingsError, nearest
 from verl_fl_overlay.features import Features
+from verl_fl_overlay.files import RegularFile
 from verl_fl_overlay.hooks import Hook, HookSet
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import Settings
@@ -26,14 +27,16 @@ class Overlay:
         self.settings = settings
         self.conflicts = conflicts
         self.shim = shim
+        self.features = Features(settings)
         self.hooks = HookSet(
             shim.hooks,
-            disabled={**shim.left_out, **_disabled(settings, shim.hooks)},
+            disabled={**shim.left_out, **_disabled(settings, shim.hooks, self.features.off)},
             absent=shim.absent,
             strict=settings.strict,
             verify=pins.verify,
         )
-        self.features = Features(settings)
+        self.report_file: RegularFile | None = None
+        """The report of this process, if VERL_FL_REPORT_DIR asks for one."""
         self.undo = ExitStack()
         """What else has to be taken back when the overlay stops."""
 
@@ -54,8 +57,8 @@ class Overlay:
         self.undo.close()
 
 
-def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
-    """Return the hooks to leave out, each with the reason."""
+def _disabled(settings: Settings, hooks: Iterable[Hook], off: Mapping[str, str]) -> dict[str, str]:
+    """Return the hooks to leave out, each with the reason; ``off`` has the features that are off."""
     known = [hook.name for hook in hooks]
     unknown = [name for name in settings.disable if name != "*" and name not in known]
     if unknown:
@@ -64,8 +67,7 @@ def _disabled(settings: Settings, hooks: Iterable[Hook]) -> dict[str, str]:
             f"VERL_FL_DISABLE names hooks that do not exist for this verl:\n{''.join(lines)}"
             f"  allowed: *, {', '.join(known)}"
         )
-    reasons = {feature: features.reason_off(feature, settings) for feature in {hook.feature for hook in hooks}}
-    off = {hook.name: reasons[hook.feature] for hook in hooks if reasons[hook.feature]}
+    with_feature = {hook.name: off[hook.feature] for hook in hooks if hook.feature in off}
     by_name = known if "*" in settings.disable else settings.disable
     with_it = {h.name: f"left out with {h.pair}, which VERL_FL_DISABLE names" for h in hooks if h.pair in by_name}
-    return {**off, **with_it, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}
+    return {**with_feature, **with_it, **dict.fromkeys(by_name, "left out by VERL_FL_DISABLE")}

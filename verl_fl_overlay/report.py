@@ -35,7 +35,12 @@ def build(overlay: Overlay | None) -> dict[str, Any]:
         },
         "torch": _torch_version(),
         "device": _device(overlay),
-        "process": {"host": socket.gethostname(), "pid": os.getpid(), "rank": os.environ.get("RANK")},
+        "process": {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "rank": os.environ.get("RANK"),
+            "program": "/".join(Path(sys.argv[0]).parts[-2:]) if sys.argv else "",
+        },
         "phase": {"active": training.active, "counts": dict(training.counts)},
         "hooks": [_hook(status) for status in hooks],
         "settings": {name: getattr(overlay.settings, name) for name in VARIABLES} if overlay else {},
@@ -56,15 +61,20 @@ def file_of(overlay: Overlay) -> RegularFile:
 
 
 def summary(overlay: Overlay) -> str:
-    """Return a line on this process: the overlay, verl and its shim, the chip, what is on, and the hooks."""
-    settings, shim = overlay.settings, overlay.shim
+    """Return a line on this process: the overlay, verl and its shim, the chip, what is on and off, and the hooks."""
+    settings, shim, rank = overlay.settings, overlay.shim, os.environ.get("RANK")
     chip, told_by = chips.chosen(settings)
     device = f"{chip.device} of {chip.vendor} ({told_by})" if chip else f"not known ({told_by})"
-    states = Counter(status.state.value for status in overlay.hooks.report())
+    hooks = overlay.hooks.report()
+    reasons = {name: _reason_off(overlay, hooks, name) for name in features.FEATURES}
+    off = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    states = Counter(status.state.value for status in hooks)
     return (
-        f"verl-fl-overlay {_version()}: verl {shim.version} ({shim.name}), "
-        f"device {'cpu' if chip is chips.CPU else device}, {settings.summary}, "
-        f"hooks {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
+        f"verl-fl-overlay {_version()}: {f'rank {rank}, ' if rank else ''}verl {shim.version} ({shim.name}), "
+        f"device {'cpu' if chip is chips.CPU else device}; "
+        f"on: {', '.join(name for name, reason in reasons.items() if not reason) or 'nothing'}; "
+        f"off: {', '.join(off) or 'nothing'}; "
+        f"hooks: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
     )
 
 
@@ -76,6 +86,7 @@ def problems(overlay: Overlay | None, hooks: list[HookStatus]) -> list[str]:
     else:
         found += overlay.conflicts
         found += overlay.shim.warnings()
+        found += [overlay.report_file.fault] if overlay.report_file and overlay.report_file.fault else []
         if overlay.hooks.refusal is not None:
             found.append(str(overlay.hooks.refusal))
     found += [f"hook {s.hook.name} on {s.hook.target} failed: {s.detail}" for s in hooks if s.state is State.FAILED]
@@ -101,17 +112,24 @@ def _hook(status: HookStatus) -> dict[str, Any]:
     }
 
 
+def _reason_off(overlay: Overlay | None, hooks: list[HookStatus], name: str) -> str:
+    """Return why a feature is off in this process, "" if it is on."""
+    if overlay is None:
+        return "the overlay is not active"
+    entry = features.FEATURES[name]
+    states = {status.state for status in hooks if status.hook.feature == (entry.fed_by or name)}
+    left_out = "every hook that it acts on is left out" if states == {State.DISABLED} else ""
+    return overlay.features.off.get(name, left_out)
+
+
 def _features(overlay: Overlay | None, hooks: list[HookStatus]) -> dict[str, dict[str, Any]]:
     reported: dict[str, dict[str, Any]] = {}
-    for entry in features.FEATURES.values():
-        reason = entry.reason_off(overlay.settings) if overlay else "the overlay is not active"
-        states = {status.state for status in hooks if status.hook.feature == (entry.fed_by or entry.name)}
-        if not reason and states == {State.DISABLED}:
-            reason = "every hook that it acts on is left out"
-        reported[entry.name] = {"on": not reason, "reason": reason, "summary": entry.summary}
-        detail = overlay.features.describe(entry.name) if overlay and not reason else {}
+    for name, entry in features.FEATURES.items():
+        reason = _reason_off(overlay, hooks, name)
+        reported[name] = {"on": not reason, "reason": reason, "summary": entry.summary}
+        detail = overlay.features.describe(name) if overlay and not reason else {}
         if detail:
-            reported[entry.name]["detail"] = detail
+            reported[name]["detail"] = detail
     return reported
 
 
@@ -126,15 +144,18 @@ def _torch_version() -> str | None:
 
 
 def _device(overlay: Overlay | None) -> str:
-    """Return the device that torch computes on; torch is asked only if it is loaded, and is not started."""
+    """Return the device that torch computes on.
+
+    Torch is neither loaded nor started for this: a report is also written before a worker has chosen its device, and a
+    process that has asked CUDA for its devices cannot fork workers that use it.
+    """
     if overlay is not None and overlay.settings.device == "cpu":
         return "cpu"
     torch = sys.modules.get("torch")
     if torch is None:
         return "not known: torch is not loaded"
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x cuda"
-    accelerator = getattr(torch, "accelerator", None)
-    if accelerator is not None and accelerator.is_available():
-        return str(accelerator.current_accelerator())
-    return "cpu"
+    chip, _ = chips.chosen(overlay.settings) if overlay else chips.find()
+    module = getattr(torch, chip.device, None) if chip else None
+    if chip is None or module is None or not getattr(module, "is_initialized", lambda: False)():
+        return "not known: torch has not started an accelerator"
+    return f"{module.device_count()} x {chip.device}"

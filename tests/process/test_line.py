@@ -40,13 +40,16 @@ def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_one_line_says_what_the_process_runs_with_and_the_report_holds_it():
     code = "import json; from verl_fl_overlay.activation import report as build; print(json.dumps(build()['summary']))"
-    done = import_verl(code, VERL_FL_DEVICE="cpu", USE_FLAGGEMS="1", GEMS_VENDOR="metax")
+    done = import_verl(code, VERL_FL_DEVICE="cpu", USE_FLAGGEMS="1", GEMS_VENDOR="metax", RANK="3")
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = lines(done)
     assert line.startswith("INFO:")
-    assert f": verl {verl.__version__} (v" in line
-    assert "), device cpu, FL[FlagGems], hooks " in line
-    assert json.loads(done.stdout.splitlines()[-1]).split(", hooks")[0] in line
+    assert f": rank 3, verl {verl.__version__} (v" in line
+    assert "), device cpu; on: phase, attention, " in line
+    on, _, off = line.partition("; on: ")[2].partition("; hooks: ")[0].partition("; off: ")
+    assert {"logprobs", "flaggems"} <= set(on.split(", "))
+    assert "fused (there are no kernels for the CPU), recompute (VERL_FL_RECOMPUTE is all)" in off
+    assert json.loads(done.stdout.splitlines()[-1]).split("; hooks")[0] in line
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,9 @@ def test_one_line_says_what_the_process_runs_with_and_the_report_holds_it():
 )
 def test_the_chip_and_what_told_it_are_named(environment, device):
     (line,) = lines(import_verl(**environment))
-    assert f"device {device}, FL[disabled], hooks " in line
+    assert f": verl {verl.__version__} (v" in line, "no rank where there is none"
+    assert f"device {device}; on: phase, " in line
+    assert "flaggems (USE_FLAGGEMS is not set)" in line
 
 
 def test_verls_logging_level_silences_it():

@@ -279,6 +279,47 @@ def test_report_at_most_once_an_interval_and_at_exit(verl, tmp_path):
     assert set(report["hooks"][0]) >= {"name", "target", "feature", "required", "state", "calls", "why"}
 
 
+def test_a_process_that_is_killed_before_it_trains_has_reported(verl, tmp_path):
+    env = {**verl("0.9.1"), **NAMED, "VERL_FL_REPORT_DIR": str(tmp_path / "reports"), "RANK": "1"}
+    done = python("import os, verl; os.kill(os.getpid(), 9)", env={**env, "FLAGCX_HOSTID": "a", "TE_FL_NEW": "1"})
+    assert done.returncode == -9
+    (file,) = (tmp_path / "reports").iterdir()
+    report = json.loads(file.read_text())
+    assert report["process"]["rank"] == "1"
+    assert report["process"]["program"] == "-c"
+    told = report["features"]["ray"]["detail"]
+    assert told["forwarded"] == ["TE_FL_NEW", "VERL_FL_REPORT_DIR", "VERL_USE_EXTERNAL_MODULES"]
+    assert told["kept back"] == {"FLAGCX_HOSTID": "it differs between processes"}
+
+
+def test_a_report_starts_no_accelerator(verl, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "__version__ = '2'\nclass cuda:\n    is_initialized = lambda: started\n    device_count = lambda: 2\n"
+        "    def is_available(): raise SystemExit('asked CUDA')\nstarted = False"
+    )
+    program = """
+    import torch, verl
+    from verl_fl_overlay.activation import report
+    first = report()["device"]
+    torch.started = True
+    print(first, report()["device"], sep="; ")"""
+    env = {**verl("0.9.1"), **NAMED, "GEMS_VENDOR": "nvidia", "VERL_FL_REPORT_DIR": str(tmp_path / "reports")}
+    assert output(program, env=env) == "not known: torch has not started an accelerator; 2 x cuda"
+
+
+def test_a_report_that_a_feature_spoils_does_not_stop_verl(verl, tmp_path):
+    program = """
+    from verl_fl_overlay import activation, features
+    features.Features.describe = lambda *_: 1 / 0
+    import verl
+    features.Features.describe = lambda *_: {}
+    print(activation.active() is not None)"""
+    env = {**verl("0.9.1"), **NAMED, "VERL_FL_REPORT_DIR": str(tmp_path / "reports")}
+    done = python(program, env={**env, "VERL_USE_EXTERNAL_MODULES": ""})
+    assert done.stdout.strip() == "True", done.stderr
+    assert "the report of this process failed and is skipped" in done.stderr
+
+
 def test_report_folder_that_is_a_file(verl, tmp_path):
     (tmp_path / "taken").write_text("")
     env = {**verl("0.9.1"), **NAMED, "VERL_FL_REPORT_DIR": str(tmp_path / "taken")}

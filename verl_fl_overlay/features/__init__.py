@@ -160,6 +160,8 @@ class Features:
     """The features that the settings of one activation ask for."""
 
     def __init__(self, settings: Settings) -> None:
+        self.off = {name: reason for name, entry in FEATURES.items() if (reason := entry.reason_off(settings))}
+        """Why the settings leave a feature out."""
         self._settings = settings
         self._started: dict[str, Feature] = {}
         self._stop = ExitStack()
@@ -174,7 +176,7 @@ class Features:
         with ExitStack() as stop:
             stop.callback(self._started.clear)
             for entry in FEATURES.values():
-                if entry.home and not entry.reason_off(self._settings):
+                if entry.home and entry.name not in self.off:
                     feature = entry.make(self._settings)
                     stop.callback(feature.stop)
                     feature.start()

@@ -230,17 +230,6 @@ class Settings:
         """Whether training uses FlagGems: TRAINING_FL_FLAGGEMS_ENABLE decides, else USE_FLAGGEMS."""
         return bool(self.use_flaggems if self.training_flaggems is None else self.training_flaggems)
 
-    @property
-    def summary(self) -> str:
-        """Which parts of the stack are on, such as ``FL[training(TE_FL=flagos), FlagGems, FlagCX]``."""
-        parts = [
-            f"training(TE_FL={self['TE_FL_PREFER']})" if "TE_FL_PREFER" in self.given else "",
-            f"rollout(VLLM_FL={self['VLLM_FL_PREFER']})" if "VLLM_FL_PREFER" in self.given else "",
-            "FlagGems" if self.flaggems_in_training else "",
-            "FlagCX" if self["USE_FLAGCX"] else "",
-        ]
-        return f"FL[{', '.join(filter(None, parts)) or 'disabled'}]"
-
 
 VARIABLES: dict[str, Variable[Any]] = {
     attribute: row for attribute, row in vars(Settings).items() if isinstance(row, Variable)
