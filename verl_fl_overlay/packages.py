@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import os
 from importlib.util import find_spec
 
@@ -49,3 +50,11 @@ def flash_attn_imports() -> bool:
     except ImportError:
         return False
     return True
+
+
+def version(distribution: str) -> str:
+    """Return the version that a distribution's metadata tell, "" if it is not installed; nothing is imported."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from verl_fl_overlay.devices import chips
 from verl_fl_overlay.files import RegularFile, this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
+from verl_fl_overlay.packages import version
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES
 from verl_fl_overlay.settings.table import misspelt, shown
@@ -135,12 +135,7 @@ def _features(overlay: Overlay | None, hooks: list[HookStatus]) -> dict[str, dic
 
 def _torch_version() -> str | None:
     torch = sys.modules.get("torch")
-    if torch is not None:
-        return str(torch.__version__)
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return version("torch") or None if torch is None else str(torch.__version__)
 
 
 def _device(overlay: Overlay | None) -> str:

@@ -1,6 +1,7 @@
 """``doctor``: what the overlay does with the verl that is here; every hook is really installed.
 
-The check of verl's files is that of ``verl-fl check``, so the two commands cannot disagree.
+What the settings ask for is really imported, too.  The check of verl's files is that of ``verl-fl check``, so the two
+commands cannot disagree.
 """
 
 from __future__ import annotations
@@ -9,37 +10,102 @@ import argparse
 import importlib
 import json
 import os
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
-from verl_fl_overlay.cli import env
+from verl_fl_overlay.cli import env, run_reports
+from verl_fl_overlay.cli.attempt import attempt
+from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS
+from verl_fl_overlay.cli.run_reports import table
+from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
+from verl_fl_overlay.files import this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
-from verl_fl_overlay.packages import installed
+from verl_fl_overlay.packages import folders, installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
+
+TIMEOUT = 180.0
+"""Seconds that the import of a component may take."""
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    doctor = commands.add_parser("doctor", help="try every hook on the verl that is here and report")
+    doctor = commands.add_parser("doctor", help="try every hook and every component that is asked for, and report")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="how long a component may take to be imported (default: %(default)g)",
+    )
+    doctor.add_argument("--reports", metavar="DIR", help="sum up the reports that a run wrote to VERL_FL_REPORT_DIR")
     doctor.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; return 1 if training cannot go on with the overlay."""
+    """Print the report; return 1 if training cannot go on with the overlay, or would go on without what is asked for.
+
+    Raises:
+        OverlayError: there are no reports to sum up.
+    """
+    if options.reports is not None:
+        summed = run_reports.summed_up(options.reports)
+        print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed))
+        return 1 if summed["problems"] else 0
     quiet()
-    result, usable = examine()
+    result, usable = examine(options.timeout)
     print(json.dumps(result, indent=1) if options.json else as_text(result))
+    _leave_no_report()
     return 0 if usable else 1
 
 
-def examine() -> tuple[dict[str, Any], bool]:
+def _leave_no_report() -> None:
+    """Take back the report of this process: it is no part of a run."""
+    active = activation.active()
+    if active is not None and active.report_file is not None and not active.report_file.fault:
+        activation.deactivate()
+        (Path(active.settings.report_dir) / f"{this_process()}.json").unlink(missing_ok=True)
+
+
+def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
+    """Import verl, the modules of all hooks and what the settings ask for; return the report and whether all is well.
+
+    All is well if training can go on with the overlay and with all that is asked for.
+    """
+    settings, _ = Settings.parse()
+    asked = {component: by for component in COMPONENTS if (by := component.asked(settings))}
+    with ExitStack() as running:
+        attempts = {component: running.enter_context(attempt(component.attempt)) for component in asked}
+        result, usable = _examine_verl()
+        answers = {component: tried.result(timeout) for component, tried in attempts.items()}
+    result["versions"] = here = versions()
+    result["overlay folder"] = folders("verl_fl_overlay")[0]
+    result["components"] = {}
+    for component, (told, fault) in answers.items():
+        result["components"][component.name] = {"asked for by": asked[component], "fault": fault, **told}
+        result["device"] = told.get("device", "none" if component.name == ACCELERATOR else result["device"])
+        if fault:
+            without = (
+                f"{component.name} is asked for ({asked[component]}) and cannot be used: {fault}. {component.without}"
+            )
+            result["problems"].append(without if component.without else fault)
+        for module, version in told.get("versions", {}).items():
+            if here.get(module) != version:
+                here[module] = f"{version} (its metadata say {here.get(module, 'nothing')})"
+        found = misfits(component.modules, {**here, **told.get("versions", {})}, str(result["verl"]["version"]))
+        result["problems"] += [misfit for misfit in found if misfit not in result["problems"]]
+    return result, usable and not any(fault for _, fault in answers.values())
+
+
+def _examine_verl() -> tuple[dict[str, Any], bool]:
     """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
     refusals: list[str] = []
     notes: dict[str, str] = {}
@@ -160,22 +226,28 @@ def _pinned(comparison: Comparison) -> str:
 
 def as_text(result: dict[str, Any]) -> str:
     """Lay the report out as aligned text that can be pasted into an issue."""
-    verl = result["verl"]
-    lines = [
-        f"verl-fl-overlay {result['overlay']}",
-        f"verl            {verl['version'] or 'not installed'}"
+    verl, pinned = result["verl"], result["packages"]
+    told = {
+        "verl-fl-overlay": f"{result['overlay']} in {result['overlay folder']}",
+        "verl": f"{verl['version'] or 'not installed'}"
         + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
         + ("" if verl["supported"] else "  NOT SUPPORTED"),
-        *check.packages_as_text(result["packages"], 15),
-        f"torch           {result['torch'] or 'not installed'}",
-        f"device          {result['device']}",
-        f"attention       {_attention(result['features'])}",
-        f"process         {result['summary'] or '-'}",
-        f"settings        {_settings(result['settings'])}",
-        "",
-    ]
+        **{name: version for name, version in result["versions"].items() if name not in pinned},
+        **dict(line.split(maxsplit=1) for line in check.packages_as_text(pinned, 0)),
+        "device": result["device"],
+        "attention": _attention(result["features"]),
+        "settings": _settings(result["settings"]),
+    }
+    width = max(map(len, told)) + 1
+    lines = [*(f"{name.ljust(width)}{text}" for name, text in told.items()), ""]
+    if result["components"]:
+        rows = [
+            [name, tried["asked for by"], "no" if tried["fault"] else "yes", _found(tried)]
+            for name, tried in result["components"].items()
+        ]
+        lines += [*table(["tried", "asked for by", "can be used", "what is here"], rows), ""]
     if result["features"]:
-        lines += _table(
+        lines += table(
             ["feature", "on", "what for"],
             [
                 [name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]]
@@ -186,14 +258,17 @@ def as_text(result: dict[str, Any]) -> str:
             lines += _detail(name, feature.get("detail", {}))
     if result["hooks"]:
         rows = [
-            [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], str(h["calls"]), h["target"]]
-            for h in result["hooks"]
+            [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], h["target"]] for h in result["hooks"]
         ]
-        lines += ["", *_table(["hook", "required", "pinned", "installed", "called", "target"], rows)]
+        lines += ["", *table(["hook", "required", "pinned", "installed", "target"], rows)]
         details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
         lines += (["", "notes", *details]) if details else []
     lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
     return "\n".join(lines)
+
+
+def _found(told: dict[str, Any]) -> str:
+    return _value({name: text for name, text in told.items() if text and name not in ("asked for by", "fault")})
 
 
 def _attention(features: dict[str, Any]) -> str:
@@ -222,13 +297,6 @@ def _settings(settings: dict[str, Any]) -> str:
     default = Settings()
     changed = {name: value for name, value in settings.items() if value != getattr(default, name)}
     return ", ".join(f"{name}={_value(value)}" for name, value in changed.items()) or "all as by default"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
 
 
 def quiet() -> None:

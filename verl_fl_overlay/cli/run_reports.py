@@ -1,0 +1,123 @@
+"""The reports that the processes of a run left in VERL_FL_REPORT_DIR, summed up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_fl_overlay.errors import OverlayError
+
+
+def summed_up(folder: str) -> dict[str, Any]:
+    """Return what the processes did: those that did the same as one row, then the hooks, then the problems.
+
+    Raises:
+        OverlayError: no report is there.
+    """
+    reports, unreadable = _read(Path(folder))
+    if not reports:
+        raise OverlayError(
+            f"{folder} holds no report; every process of a run writes one if VERL_FL_REPORT_DIR={folder} is exported"
+        )
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    processes: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
+    for report in reports:
+        alike[_row(report)].append(report)
+        for hook in report["hooks"]:
+            calls[hook["name"]] += hook["calls"]
+            processes[hook["name"]] += bool(hook["calls"])
+        problems.update(set(report["problems"]))
+    rows = [
+        {
+            "processes": len(group),
+            "ranks": _ranks(group),
+            "program": program,
+            "verl": verl,
+            "training": "yes" if trained else "no",
+            "hooks called": f"{len(called)} of {installed} installed",
+            "features on": list(on),
+            "problems": faults,
+        }
+        for (program, verl, trained, installed, called, on, faults), group in alike.items()
+    ]
+    return {
+        "folder": folder,
+        "processes": sorted(rows, key=lambda row: (row["training"], row["program"])),
+        "hooks": {name: {"processes": processes[name], "calls": calls[name]} for name in calls if calls[name]},
+        "never called": sorted({name for name in calls if not calls[name]} & _required(reports)),
+        "problems": {**dict(problems), **dict.fromkeys(unreadable, 1)},
+    }
+
+
+def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    reports, unreadable = [], []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            _row(report)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            unreadable.append(f"{file.name} is no report of verl-fl-overlay: {type(error).__name__}: {error}")
+        else:
+            reports.append(report)
+    return reports, unreadable
+
+
+def _row(report: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what makes two processes alike."""
+    installed = [hook for hook in report["hooks"] if hook["state"] == "installed"]
+    return (
+        report["process"].get("program", ""),
+        report["verl"]["version"],
+        bool(report["phase"]["counts"]),
+        len(installed),
+        tuple(hook["name"] for hook in installed if hook["calls"]),
+        tuple(name for name, feature in report["features"].items() if feature["on"]),
+        len(report["problems"]),
+    )
+
+
+def _required(reports: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the required hooks that are on in a process that trained."""
+    trained = (report for report in reports if report["phase"]["counts"])
+    return {h["name"] for report in trained for h in report["hooks"] if h["required"] and h["state"] == "installed"}
+
+
+def _ranks(group: Iterable[dict[str, Any]]) -> str:
+    """Return the ranks of these processes, such as 0-3,8; "-" where they have none."""
+    ranks = sorted({int(rank) for report in group if str(rank := report["process"]["rank"]).isdigit()})
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Lay the sum out as aligned text."""
+    head = ["processes", "ranks", "program", "verl", "training", "hooks called", "problems", "features on"]
+    lines = table(head, [[_cell(row[column]) for column in head] for row in result["processes"]])
+    hooks = [[name, str(told["processes"]), str(told["calls"])] for name, told in result["hooks"].items()]
+    lines += ["", *table(["hook", "called in processes", "calls"], hooks)] if hooks else ["", "no hook was called"]
+    if result["never called"]:
+        lines += ["", f"required, and called in no process: {', '.join(result['never called'])}"]
+    problems = [f"  {problem} ({count} of the processes)" for problem, count in result["problems"].items()]
+    return "\n".join([*lines, "", *(["problems", *problems] if problems else ["no problems"])])
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay rows out as aligned columns under their heads."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]
