@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 from typing import Any
 
@@ -10,6 +12,8 @@ from verl_fl_overlay.compat import engines, ray_env
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.devices.chips import Chip
 from verl_fl_overlay.hooks import Call, Hook
+
+logger = logging.getLogger("verl_fl_overlay")
 
 SOURCE = "https://github.com/volcengine/verl/blob/v0.9.1/verl/plugin/platform"
 
@@ -32,6 +36,22 @@ def _platform_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: 
 def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     chip = events.chip.ask()
     return chip.device if chip and chips.is_available(chip) else str(wrapped(*args, **kwargs))
+
+
+def _configured_device(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["config"]
+    wrapped(*args, **kwargs)
+    chip, trainer = events.chip.ask(), getattr(config, "trainer", None)
+    given = getattr(trainer, "device", None)
+    if chip is None or given in (None, "cpu", chip.device):
+        return
+    logger.warning(
+        "trainer.device is %s, and this process trains on %s: trainer.device=%s is used",
+        given,
+        chip.vendor,
+        chip.device,
+    )
+    trainer.device = chip.device
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -175,7 +195,24 @@ def platform_hooks() -> list[Hook]:
             ),
         ),
         engine_class_hook(),
+        configured_device_hook(required=False),
     ]
+
+
+def configured_device_hook(required: bool) -> Hook:
+    """Return what every release needs; it is ``required`` where another hook of its module is."""
+    return Hook(
+        name="chip.configured_device",
+        module="verl.utils.device",
+        attribute="auto_set_device",
+        wrapper=_configured_device,
+        feature="chip",
+        required=required,
+        why="verl's configurations say trainer.device=cuda unless it knows the chip, and torch then stops with an "
+        "AssertionError; the device of the chip, or of the CPU, is written there, as verl does for an NPU.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/device.py#L152",
+        until="verl takes trainer.device from its platform, the CPU's too",
+    )
 
 
 def engine_class_hook() -> Hook:
@@ -226,4 +263,5 @@ def device_helper_hooks() -> list[Hook]:
             until="verl 0.9.0, which asks its platform",
         ),
         engine_class_hook(),
+        configured_device_hook(required=True),
     ]

@@ -64,6 +64,26 @@ def test_without_asking_for_the_cpu_its_hooks_stay_off():
     assert output(program, env=OVERLAY) == "gloo"
 
 
+CONFIGURED = """
+    import verl
+    from omegaconf import OmegaConf
+    from verl.utils.device import auto_set_device
+    config = OmegaConf.create({"trainer": {"device": %r}})
+    auto_set_device(config)
+    auto_set_device(OmegaConf.create({"actor": {}}))
+    print(config.trainer.device)
+"""
+
+
+@pytest.mark.parametrize("given", ["cuda", "cpu"])
+def test_the_configured_device_follows_the_chip(given):
+    done = python(CONFIGURED % given, env=OVERLAY)
+    assert done.stdout.split()[-1] == "cpu", done.stderr
+    assert done.stderr.count("trainer.device is cuda, and this process trains on cpu: ") == (given == "cuda")
+    left_out = {**OVERLAY, "VERL_FL_DISABLE": "chip.configured_device"}
+    assert output(CONFIGURED % given, env=left_out) == given
+
+
 def test_phase_follows_the_engine():
     code = (
         STUB

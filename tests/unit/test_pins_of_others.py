@@ -217,8 +217,16 @@ def test_doctor_names_the_versions_once() -> None:
     packages = {"transformers": {"version": "5.11.0", "pinned": ["4.57.6", "5.10.4"]}}
     (line,) = check.packages_as_text(packages, 15)
     assert line == "transformers    5.11.0 (pinned: 4.57.6, 5.10.4)"
-    result = dict.fromkeys(("overlay", "torch", "device", "summary"), "")
-    result |= {"settings": {}, "features": {}, "hooks": [], "problems": [], "packages": packages}
+    result = dict.fromkeys(("overlay", "overlay folder", "torch", "device", "summary"), "")
+    result |= {
+        "versions": {},
+        "components": {},
+        "settings": {},
+        "features": {},
+        "hooks": [],
+        "problems": [],
+        "packages": packages,
+    }
     result |= {"verl": {"version": "0.9.1", "shim": "", "supported": True}}
     assert doctor.as_text(result).splitlines().count(line) == 1
 
