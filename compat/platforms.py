@@ -41,8 +41,7 @@ def _device_name(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: di
 def _configured_device(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["config"]
     wrapped(*args, **kwargs)
-    chip, trainer = events.chip.ask(), getattr(config, "trainer", None)
-    given = getattr(trainer, "device", None)
+    chip, given = events.chip.ask(), getattr(getattr(config, "trainer", None), "device", None)
     if chip is None or given in (None, "cpu", chip.device):
         return
     logger.warning(
@@ -51,7 +50,7 @@ def _configured_device(wrapped: Call, instance: Any, args: tuple[Any, ...], kwar
         chip.vendor,
         chip.device,
     )
-    trainer.device = chip.device
+    config.trainer.device = chip.device
 
 
 def _backend(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -279,6 +279,38 @@ def test_flagcx_without_a_plugin(site):
     assert told.endswith("Training would fail at its first process group")
 
 
+def test_flagcx_with_what_it_tells(site):
+    """Whatever ``load`` tells is shown, and a conflict is a problem; it does not change the device that trains."""
+    torch(site, devices=1)
+    write(site, "sitecustomize", SITE)
+    status, report, _ = doctor(site, {**NAMED, "USE_FLAGCX": "1", "GEMS_VENDOR": "nvidia", "FLAGCX_PATH": str(site)})
+    assert status == 0, report["problems"]
+    told = report["components"]["FlagCX"]
+    assert (told["plugin"], told["library"], told["device"]) == ("/flagcx.py", "/lib.so", "cuda")
+    assert "two libraries" in report["problems"]
+    assert report["device"] == "1 x cuda"
+
+
+SITE = """
+import sys
+if "verl_fl_overlay.cli.attempt" in " ".join(sys.orig_argv):
+    import dataclasses
+    from verl_fl_overlay.features import flagcx
+    found = [("plugin", "/flagcx.py"), ("library", "/lib.so"), ("device", "cuda"), ("conflict", "two libraries")]
+    flagcx.load = dataclasses.make_dataclass("Loaded", [(n, str, dataclasses.field(default=v)) for n, v in found])
+"""
+
+
+def test_a_stale_plugin_that_breaks_torch_is_told_once(site):
+    """torch imports every installed plugin of torch.backends, whatever USE_FLAGCX says."""
+    stale = "Failed to load the backend extension: flagcx. You can disable it with TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+    write(site, "torch", f"raise RuntimeError({stale!r})")
+    (site / "verl" / "__init__.py").write_text(INIT + "import torch")
+    status, report, _ = doctor(site, NAMED)
+    assert status == 1
+    assert report["problems"] == [f"verl cannot be imported: RuntimeError: {stale}."]
+
+
 def test_te_fl_that_is_another_build(site):
     write(site, "transformer_engine", "", "2.9.0")
     status, report, _ = doctor(site, {**CPU, "TE_FL_PREFER": "flagos"})

@@ -91,12 +91,13 @@ def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
     result["components"] = {}
     for component, (told, fault) in answers.items():
         result["components"][component.name] = {"asked for by": asked[component], "fault": fault, **told}
-        result["device"] = told.get("device", "none" if component.name == ACCELERATOR else result["device"])
+        if component.name == ACCELERATOR:
+            result["device"] = told.get("device", "none")
         if fault:
-            without = (
-                f"{component.name} is asked for ({asked[component]}) and cannot be used: {fault}. {component.without}"
-            )
-            result["problems"].append(without if component.without else fault)
+            how = f"{component.name} is asked for ({asked[component]}) and cannot be used: {fault}. {component.without}"
+            known = any(fault in problem for problem in result["problems"])
+            result["problems"] += [how if component.without else fault] if component.without or not known else []
+        result["problems"] += [told["conflict"]] if told.get("conflict") else []
         for module, version in told.get("versions", {}).items():
             if here.get(module) != version:
                 here[module] = f"{version} (its metadata say {here.get(module, 'nothing')})"
