@@ -87,6 +87,9 @@ def driver_environment(cluster: str, reports: Path) -> dict[str, str]:
         "VERL_FL_DEVICE": "cpu",
         "VERL_FL_REPORT_DIR": str(reports),
         "TEFL_LOG_LEVEL": "WARNING",
+        "SGLANG_FL_NEWER": "1",
+        "FLAGGEMS_DB_URL": "postgresql://me:secret@host/tuning",
+        "FLAGCX_HOSTID": "this node",
         "SOME_API_KEY": "secret",
         "HF_HUB_OFFLINE": "1",
     }
@@ -151,6 +154,16 @@ GROUP = """
         return dict(os.environ)
 
     print("PLAIN TASK", json.dumps(ray.get(variables.remote())))
+
+    @ray.remote
+    def killed():
+        import verl
+        os.kill(os.getpid(), 9)
+
+    try:
+        ray.get(killed.options(max_retries=0).remote())
+    except ray.exceptions.WorkerCrashedError:
+        print("KILLED")
 """
 
 
@@ -164,14 +177,21 @@ def run_group(data, environment, tmp_path, *, init, then="", extra="{}"):
     return json.loads(next(line for line in out.splitlines() if "PLAIN TASK" in line).split("PLAIN TASK ")[1])
 
 
-def test_only_the_tables_variables_are_forwarded(cluster, data, tmp_path):
+def test_only_the_stacks_variables_are_forwarded_and_every_process_reports(cluster, data, tmp_path):
     environment = driver_environment(cluster, tmp_path / "reports")
     task = run_group(data, environment, tmp_path, init="", then="ray.init()")
     assert task["VERL_USE_EXTERNAL_MODULES"] == "verl_fl_overlay"
     assert task["TEFL_LOG_LEVEL"] == "WARNING"
-    assert "SOME_API_KEY" not in task
+    assert task["SGLANG_FL_NEWER"] == "1"
+    assert not {"SOME_API_KEY", "FLAGGEMS_DB_URL", "FLAGCX_HOSTID"} & task.keys()
     for report in worker_reports(tmp_path):
         assert report["phase"]["counts"]["train_batch"] == 2
+    reports = [json.loads(file.read_text()) for file in (tmp_path / "reports").glob("*.json")]
+    programs = sorted(report["process"]["program"] for report in reports)
+    assert programs == ["-c", *["workers/default_worker.py"] * (RANKS + 1)], "the driver, the ranks, the killed task"
+    told = reports[0]["features"]["ray"]["detail"]
+    assert {"SGLANG_FL_NEWER", "TEFL_LOG_LEVEL"} <= set(told["forwarded"])
+    assert "SOME_API_KEY" not in json.dumps(reports)
 
 
 def test_workers_of_a_ray_that_was_started_before_verl_get_the_overlay(cluster, data, tmp_path):
