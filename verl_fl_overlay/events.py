@@ -42,12 +42,16 @@ class Failures:
         return dict(self._first)
 
     def record(self, where: str, error: Exception) -> None:
-        """Log and keep ``error`` if it is the first one at this place; under VERL_FL_STRICT=1 raise it instead."""
+        """Log and keep ``error`` if it is the first one at this place; under VERL_FL_STRICT=1 raise it instead.
+
+        Every rank logs it, so it is a line; the traceback is logged at level DEBUG.
+        """
         if self.strict:
             raise error
         if where not in self._first:
-            self._first[where] = said = f"{type(error).__name__}: {error}"
-            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it): %s", where, said, exc_info=error)
+            self._first[where] = said = " ".join(f"{type(error).__name__}: {error}".split())
+            logger.warning("%s failed and is skipped (VERL_FL_STRICT=1 raises it): %s", where, said)
+            logger.debug("where %s failed:", where, exc_info=error)
 
 
 class Event:
