@@ -96,12 +96,17 @@ def test_an_accelerator_is_found(site):
     assert (status, report["problems"], report["device"]) == (0, [], "2 x cuda")
 
 
-def test_a_chip_whose_torch_is_not_there(site):
+@pytest.mark.parametrize(
+    ("named", "chip", "device"),
+    [("mthreads", "mthreads", "musa"), ("npu", "ascend", "npu"), ("huawei", "ascend", "npu")],
+)
+def test_a_chip_whose_torch_is_not_there(site, named, chip, device):
     torch(site, devices=2)
-    status, report, _ = doctor(site, {**NAMED, "VERL_PLATFORM": "mthreads"})
+    status, report, _ = doctor(site, {**NAMED, "VERL_PLATFORM": named})
     assert status == 1
-    told = problem(report, "the chip is mthreads (VERL_PLATFORM=mthreads) and torch has no musa here, which torch_musa")
-    assert told.endswith("No module named 'torch_musa'. Install that, or correct VERL_PLATFORM")
+    here = f"the chip is {chip} (VERL_PLATFORM={named}) and torch has no {device} here, which torch_{device} brings: "
+    told = problem(report, here)
+    assert told.endswith(f"No module named 'torch_{device}'. Install that, or correct VERL_PLATFORM")
 
 
 def test_a_chip_whose_torch_raises(site):
