@@ -161,10 +161,12 @@ __version__ = "5.3.5"
 vendor_name = "nvidia"
 class Registrar:
     reg_key = "CUDA"
-    def __init__(self, config, *rest, **more):
+    def __init__(self, config, user_include_ops=None, user_exclude_ops=None):
         for key, function in config: self.register_impl(key, function)
 def mm(*args): pass
-def enable(lib=None, unused=None, registrar=Registrar): registrar([("mm", mm)])
+def enable(lib=None, unused=None, registrar=Registrar):
+    global current_work_registrar
+    current_work_registrar = registrar([("mm", mm)])
 """
 TORCH_C = "\nclass _C:\n    _dispatch_find_schema_or_throw = staticmethod(lambda name, overload: None)\n"
 
