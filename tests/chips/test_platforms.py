@@ -165,7 +165,13 @@ CUDA_LIKE = """
 @needs_platforms
 @pytest.mark.parametrize(
     ("vendor", "base"),
-    [("metax", "PlatformCUDA"), ("iluvatar", "PlatformCUDA"), ("kunlunxin", "PlatformCUDA"), ("hygon", "PlatformROCm")],
+    [
+        ("metax", "PlatformCUDA"),
+        ("iluvatar", "PlatformCUDA"),
+        ("kunlunxin", "PlatformCUDA"),
+        ("thead", "PlatformCUDA"),
+        ("hygon", "PlatformROCm"),
+    ],
 )
 def test_a_chip_that_calls_itself_cuda_gets_verls_platform_under_its_own_name(tmp_path, vendor, base):
     told = f'["cuda", "{vendor}", "{base}", "flagcx", true, "FSDPEngineWithLMHead"]'
@@ -222,6 +228,8 @@ def test_before_the_feature_has_started_verl_answers_for_itself():
         ({"VERL_FL_DEVICE": "cpu", "VERL_PLATFORM": "nvidia"}, "cpu", ""),
         ({"VERL_PLATFORM": " XPU"}, "xpu", ""),
         ({"VERL_PLATFORM": "metax"}, "cuda", ""),
+        ({"VERL_PLATFORM": "flagos"}, "flagos", ""),
+        ({"VERL_PLATFORM": "supa"}, "supa", ""),
         ({"VERL_PLATFORM": "nvidia"}, None, "verl has a platform for nvidia (VERL_PLATFORM=nvidia)"),
         ({"VERL_PLATFORM": "huawei"}, None, "VERL_PLATFORM=huawei"),
     ],
@@ -244,7 +252,31 @@ def test_the_chip_is_chosen(environment, device, reason):
         ({}, [], ["xpu-smi"], "kunlunxin", "xpu-smi is there"),
         ({}, [], ["nvidia-smi", "xpu-smi"], "nvidia", "nvidia-smi is there"),
         ({"GEMS_BACKEND": "metax"}, [], ["nvidia-smi"], "metax", "GEMS_BACKEND=metax"),
-        ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], "ascend", "torch_npu is installed"),
+        ({"GEMS_VENDOR": "nobody"}, ["torch_npu"], [], None, "GEMS_VENDOR=nobody is no vendor that is known here"),
+        (
+            {"FLAGGEMS_BACKEND": "aipu"},
+            [],
+            ["nvidia-smi"],
+            None,
+            "FLAGGEMS_BACKEND=aipu is no vendor that is known here",
+        ),
+        ({"GEMS_VENDOR": ""}, [], ["nvidia-smi"], "nvidia", "nvidia-smi is there"),
+        ({"PPU_SDK": "/usr/local/PPU_SDK", "GEMS_VENDOR": "nvidia"}, [], ["nvidia-smi"], "thead", "PPU_SDK is set"),
+        ({}, [], ["nvidia-smi", "ppu-smi"], "thead", "ppu-smi is there"),
+        ({}, [], ["pt-smi"], "sunrise", "pt-smi is there"),
+        ({}, [], ["pt_smi"], "sunrise", "pt_smi is there"),
+        ({}, [], ["brsmi"], "biren", "brsmi is there"),
+        ({}, ["torch_supa"], [], "biren", "torch_supa is installed"),
+        ({}, ["torch_fl"], ["nvidia-smi"], "flagos", "torch_fl is installed"),
+        ({}, ["torch_fl", "torch_npu"], [], "ascend", "torch_npu is installed"),
+        ({"GEMS_VENDOR": "enflame"}, ["torch_fl", "torch_gcu"], [], "enflame", "GEMS_VENDOR=enflame"),
+        (
+            {"GEMS_VENDOR": "enflame"},
+            ["torch_fl"],
+            [],
+            "flagos",
+            "GEMS_VENDOR=enflame, and of torch_fl and torch_gcu only torch_fl is installed",
+        ),
     ],
 )
 def test_the_chip_is_found_without_importing_anything(environment, packages, commands, vendor, told_by):

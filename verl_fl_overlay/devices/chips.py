@@ -25,8 +25,9 @@ class Chip:
 
     ``vendor`` is FlagGems' name, ``device`` torch's, ``backend`` the vendor's own collectives in torch ("" where none
     is known).  ``package`` is what brings ``torch.<device>``: a package, or torch's own build for the chip
-    ("torch+xpu"); "" where any torch has it.  ``command`` is the vendor's tool that lists the chips ("" where another
-    vendor's has the same name), ``ray_resource`` what Ray calls them, ``ipc`` whether processes can share their memory.
+    ("torch+xpu"); "" where any torch has it.  ``tools`` are the vendor's tools that list the chips, one is enough (none
+    where another vendor's has the same name), ``ray_resource`` is what Ray calls them, ``ipc`` whether processes can
+    share their memory.
     """
 
     vendor: str
@@ -34,7 +35,7 @@ class Chip:
     backend: str
     visible_devices: str
     package: str
-    command: str
+    tools: tuple[str, ...] = ()
     ray_resource: str = "GPU"
     ipc: bool = False
 
@@ -47,29 +48,33 @@ class Chip:
 CHIPS = {
     chip.vendor: chip
     for chip in (
-        Chip("ascend", "npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "torch_npu", "npu-smi", "NPU"),
-        Chip("mthreads", "musa", "mccl", "MUSA_VISIBLE_DEVICES", "torch_musa", "mthreads-gmi"),
-        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", "cnmon", ipc=True),
-        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", "efsmi", ipc=True),
-        Chip("tsingmicro", "txda", "", "TXDA_VISIBLE_DEVICES", "torch_txda", "tsm_smi", "TXDA"),
-        Chip("sunrise", "ptpu", "pccl", "PTPU_VISIBLE_DEVICES", "torch_ptpu", "pt_smi", "PTPU"),
-        Chip("intel", "xpu", "xccl", "ZE_AFFINITY_MASK", "torch+xpu", ""),
-        Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "mx-smi"),
-        Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "ixsmi"),
-        Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "hy-smi"),
-        Chip("amd", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", "rocm-smi"),
-        Chip("nvidia", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "nvidia-smi"),
-        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", "xpu-smi"),
+        Chip("ascend", "npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES", "torch_npu", ("npu-smi",), "NPU"),
+        Chip("mthreads", "musa", "mccl", "MUSA_VISIBLE_DEVICES", "torch_musa", ("mthreads-gmi",)),
+        Chip("cambricon", "mlu", "cncl", "MLU_VISIBLE_DEVICES", "torch_mlu", ("cnmon",), ipc=True),
+        Chip("enflame", "gcu", "eccl", "TOPS_VISIBLE_DEVICES", "torch_gcu", ("efsmi",), ipc=True),
+        Chip("tsingmicro", "txda", "", "TXDA_VISIBLE_DEVICES", "torch_txda", ("tsm_smi",), "TXDA"),
+        Chip("sunrise", "ptpu", "pccl", "PTPU_VISIBLE_DEVICES", "torch_ptpu", ("pt_smi", "pt-smi"), "PTPU"),
+        Chip("biren", "supa", "bccl", "SUPA_VISIBLE_DEVICES", "torch_supa", ("brsmi",)),
+        Chip("intel", "xpu", "xccl", "ZE_AFFINITY_MASK", "torch+xpu"),
+        Chip("flagos", "flagos", "flagos", "CUDA_VISIBLE_DEVICES", "torch_fl"),
+        Chip("metax", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", ("mx-smi",)),
+        Chip("iluvatar", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", ("ixsmi",)),
+        Chip("thead", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", ("ppu-smi",)),
+        Chip("hygon", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", ("hy-smi",)),
+        Chip("amd", "cuda", "nccl", "HIP_VISIBLE_DEVICES", "", ("rocm-smi",)),
+        Chip("nvidia", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", ("nvidia-smi",)),
+        Chip("kunlunxin", "cuda", "nccl", "CUDA_VISIBLE_DEVICES", "", ("xpu-smi",)),
     )
 }
 """FlagGems' name of the vendor -> its chip.
 
 Chips with a package or tool of their own come first.  Kunlunxin's tool has the same name as Intel's, and that may also
-be on an NVIDIA machine.
+be on an NVIDIA machine.  ``flagos`` is torch_fl's one device for the chips of several vendors; a vendor's own package
+goes before it.
 """
 
 
-CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", "", "CPU")
+CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", ray_resource="CPU")
 """The chip of VERL_FL_DEVICE=cpu.  No variable makes CPUs visible, so it has the one that Ray sets for its workers."""
 
 FLAGCX = "flagcx"
@@ -101,14 +106,23 @@ def find(
 ) -> tuple[Chip | None, str]:
     """Return the chip of this machine and how it was detected; (None, ...) if there is none.
 
-    No vendor's package is imported.  GEMS_VENDOR, under any of its names, decides first, then an installed package,
-    then a vendor's tool.
+    No vendor's package is imported.  It is decided in FlagGems' order: T-Head's PPU_SDK, then GEMS_VENDOR under any of
+    its names, then an installed package, then a vendor's tool.  A vendor that is named and not known here is no chip:
+    what else is found may be another vendor's.  torch_fl sets GEMS_VENDOR itself, so a vendor whose own package is
+    missing beside torch_fl is torch_fl's device.
     """
     environment = os.environ if environment is None else environment
+    if "PPU_SDK" in environment:
+        return CHIPS["thead"], "PPU_SDK is set"
     for variable in VENDOR_NAMES:
         named = environment.get(variable, "").strip().lower()
-        if named in CHIPS:
-            return CHIPS[named], f"{variable}={named}"
+        chip = CHIPS.get(named)
+        if named and chip is None:
+            return None, f"{variable}={named} is no vendor that is known here"
+        if chip and chip.package and not installed(chip.package) and installed("torch_fl"):
+            return CHIPS["flagos"], f"{variable}={named}, and of torch_fl and {chip.package} only torch_fl is installed"
+        if chip:
+            return chip, f"{variable}={named}"
     return _on_this_machine(installed, command, os.environ.get("PATH"), tuple(sys.path))
 
 
@@ -121,8 +135,8 @@ def _on_this_machine(
         if chip.package and installed(chip.package):
             return chip, f"{chip.package} is installed"
     for chip in CHIPS.values():
-        if chip.command and command(chip.command):
-            return chip, f"{chip.command} is there"
+        for tool in filter(command, chip.tools):
+            return chip, f"{tool} is there"
     return None, "no vendor's package or tool is there"
 
 
