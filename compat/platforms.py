@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from verl_fl_overlay import events
-from verl_fl_overlay.compat import engines, ray_env
+from verl_fl_overlay.compat import engines
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.devices.chips import Chip
 from verl_fl_overlay.hooks import Call, Hook
@@ -159,7 +159,7 @@ def _of_its_own(chip: Chip) -> type[Any]:
             return [f"RAY_EXPERIMENTAL_NOSET_{name}" for name in sorted(names)]
 
         def rollout_env_vars(self) -> dict[str, str]:
-            return ray_env.with_what_the_job_lacks({})
+            return {}
 
         def is_ipc_supported(self) -> bool:
             return chip.ipc

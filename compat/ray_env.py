@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -50,21 +49,12 @@ def _ppo_runtime_env(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs
     return _with_overlay(wrapped(*args, **kwargs), _of_submitted_job())
 
 
-def _create_worker(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    given = {"env_vars": call.arguments.get("worker_env")}
-    call.arguments["worker_env"] = _with_overlay(given, _of_running_job())["env_vars"]
-    return wrapped(*call.args, **call.kwargs)
-
-
-def with_what_the_job_lacks(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return a rollout server's ``variables``, plus the variables to forward that the running job does not give it."""
-    forwarded: dict[str, str] = _with_overlay({"env_vars": variables}, _of_running_job())["env_vars"]
-    return forwarded
-
-
-def _rollout_env_vars(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return with_what_the_job_lacks(wrapped(*args, **kwargs))
+def _actor_options(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = kwargs.get("runtime_env") or getattr(instance, "_default_options", {}).get("runtime_env")
+    environment = runtime_env.ask(given, _of_running_job())
+    if environment is None or not environment["env_vars"]:  # an actor with an environment takes longer to start
+        return wrapped(*args, **kwargs)
+    return wrapped(*args, **{**kwargs, "runtime_env": environment})
 
 
 def ray_hooks() -> list[Hook]:
@@ -94,32 +84,15 @@ def ray_hooks() -> list[Hook]:
             until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
         ),
         Hook(
-            name="ray.create_worker",
-            module="verl.single_controller.ray.base",
-            attribute="RayWorkerGroup._create_worker",
-            wrapper=_create_worker,
+            name="ray.actor_options",
+            module="ray.actor",
+            attribute="ActorClass.options",
+            wrapper=_actor_options,
             feature="ray",
             required=False,
-            why="Where Ray was started before verl was imported, the job lacks the variables; each worker gets them.",
-            upstream=f"{SOURCE}/v0.9.1/verl/single_controller/ray/base.py#L623",
+            why="Where Ray was started before verl was imported, the job lacks the variables.  verl starts its workers "
+            "and every kind of rollout server, prefill and decode among them, with options; each gets the variables.",
+            upstream=f"{SOURCE}/v0.9.1/verl/workers/rollout/sglang_rollout/sglang_pd_replica.py#L208",
             until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
         ),
-    ]
-
-
-def rollout_hooks() -> list[Hook]:
-    """Return what the releases need in which the platform names a rollout server's variables (0.9 on)."""
-    return [
-        Hook(
-            name=f"ray.rollout_env.{platform.lower()}",
-            module=f"verl.plugin.platform.platform_{platform.lower()}",
-            attribute=f"Platform{platform}.rollout_env_vars",
-            wrapper=_rollout_env_vars,
-            feature="ray",
-            required=False,
-            why="Where Ray was started before verl was imported, the job lacks the variables; its servers get them.",
-            upstream=f"{SOURCE}/v0.9.1/verl/plugin/platform/platform_{platform.lower()}.py",
-            until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
-        )
-        for platform in ("CUDA", "NPU")
     ]

@@ -281,22 +281,3 @@ def test_a_rollout_server_on_another_node_has_the_overlay_and_the_longer_lists(c
     """
     read = {"flagos_blacklist": ["softmax", "copy_", "index"], "oot_blacklist": ["rotary_embedding"]}
     assert run_plain(environment, tmp_path, code) == ["softmax", read, True]
-
-
-@pytest.mark.skipif(verl.__version__ < "0.9", reason="verl has no platform layer before 0.9")
-@pytest.mark.parametrize("first", ["ray.init(); import verl", "import verl; ray.init()"])
-def test_rollout_servers_get_what_the_job_lacks(cluster, tmp_path, first):
-    environment = driver_environment(cluster, tmp_path / "reports")
-    code = f"""
-        import json, ray; {first}
-        from verl.plugin.platform.platform_cuda import PlatformCUDA
-        from verl_fl_overlay.devices.chips import CHIPS
-        from verl_fl_overlay.compat.platforms import platform_class
-        platforms = PlatformCUDA(), platform_class(CHIPS["mthreads"])()
-        print("TOLD " + json.dumps([platform.rollout_env_vars() for platform in platforms]))
-    """
-    cuda, musa = run_plain(environment, tmp_path, code)
-    assert "NCCL_CUMEM_ENABLE" in cuda
-    for rollout in (cuda, musa):
-        assert ("TEFL_LOG_LEVEL" in rollout) == first.startswith("ray")
-        assert "SOME_API_KEY" not in rollout
