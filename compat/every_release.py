@@ -43,7 +43,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         model_outputs.inputs_hook(),
         *(model_outputs.outputs_hook(name) for name in consumers if name in model_outputs.ENGINES),
         *ray_env.ray_hooks(),
-        rollout.plugin_hook(),
+        *rollout.plugin_hooks(),
         *process_group.flagcx_hooks(),
         *cpu.shared_hooks(),
     ]

@@ -136,7 +136,8 @@ engine_initialized = Event("engine initialized")
 """Emitted with an ``Engine``, when verl has built its models and its optimizer."""
 
 rollout_plugin_found = Event("rollout plugin found")
-"""Emitted each time vLLM asks vllm-plugin-FL for its platform, before the plugin has read its settings."""
+"""Emitted with the package of FlagOS' plugin each time vLLM or SGLang asks for its platform or loads it, before it
+reads its settings."""
 
 te_operator_ran = Event("TransformerEngine-FL operator ran")
 """Emitted with TransformerEngine-FL's manager and an operator's name, after the operator was called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -58,3 +59,16 @@ def version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def source(path: str) -> str | None:
+    """Return the text of a package's file, such as ``vllm_fl/utils.py``.
+
+    None if the package is not here; "" if it is, without such a file.
+    """
+    package, _, file = path.partition("/")
+    found = folders(package)
+    for folder in found:
+        with contextlib.suppress(OSError), open(os.path.join(folder, file), encoding="utf-8", errors="replace") as text:
+            return text.read()
+    return "" if found else None

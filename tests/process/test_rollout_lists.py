@@ -1,4 +1,4 @@
-"""The lists that vllm-plugin-FL ends up with in a process of rollout and in its workers; the plugin is a stand-in."""
+"""The lists that the plugins end up with in a process of rollout and in its workers; the plugins are stand-ins."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SERVER = """
 """
 
 
-def lists(folder, **environment):
+def lists(folder, version="newer", **environment):
     """Return what the plugin reads in a worker of a rollout server, and what the server said."""
-    vllm_plugin.write(folder)
+    vllm_plugin.write(folder, version)
     env = {**OVERLAY, "GEMS_VENDOR": "metax", "PYTHONPATH": str(folder), **environment}
     done = python(SERVER, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,6 +62,34 @@ def test_a_list_extends_the_users_file(tmp_path):
     mine.write_text("flagos_blacklist: [mm]")
     read, _ = lists(tmp_path, VLLM_FL_CONFIG=str(mine), VLLM_FL_FLAGOS_BLACKLIST="softmax")
     assert read == {"flagos_blacklist": ["softmax", "mm"], "oot_blacklist": []}
+
+
+def test_a_version_that_reads_no_lists_from_a_file_keeps_the_chips_own(tmp_path):
+    """Until August 2026 at least: the file's list counted for nothing, and the chip's own came back into use."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("prefer: vendor\nflagos_blacklist: [sort]")
+    environment = {"VLLM_FL_CONFIG": str(mine), "VLLM_FL_FLAGOS_BLACKLIST": "mm"}
+    read, said = lists(tmp_path, "older", **environment)
+    assert read == {"flagos_blacklist": ["mm", "copy_", "index"], "oot_blacklist": ["rotary_embedding"]}
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("call", ["activate_platform", "load_plugin"])
+def test_sglangs_lists_extend_the_chips_own(tmp_path, call):
+    """verl's server only asks for the platform; the processes that load the plugin come from it."""
+    vllm_plugin.write_sglang(tmp_path)
+    code = f"import json, verl, sglang_fl; sglang_fl.{call}(); print(json.dumps(sglang_fl.lists('musa')))"
+    own = {"SGLANG_FL_FLAGOS_BLACKLIST": "softmax", "SGLANG_FL_OOT_BLACKLIST": "RMSNorm"}
+    env = {**OVERLAY, "GEMS_VENDOR": "mthreads", "PYTHONPATH": str(tmp_path), **own}
+    done = python(code, env=env)
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "flagos_blacklist": ["softmax", "mm", "cumsum"],
+        "oot_blacklist": ["RMSNorm", "TopK"],
+    }, done.stderr[-3000:]
+    done = python(code, env={**env, "VERL_FL_DISABLE": "rollout.sglang_lists"})
+    assert json.loads(done.stdout.splitlines()[-1])["flagos_blacklist"] == ["softmax"], done.stderr[-3000:]
+    done = python(code, env={**env, "SGLANG_FL_CONFIG": str(tmp_path / "no.yaml")})
+    assert json.loads(done.stdout.splitlines()[-1])["oot_blacklist"] == ["RMSNorm", "TopK"], done.stderr[-3000:]
 
 
 def test_lists_to_which_nothing_of_a_chip_is_added_are_told_once(tmp_path):

@@ -67,16 +67,16 @@ CASES = {
     ),
     "_te_fl_vendors": (
         {"TE_FL_ALLOW_VENDORS": "nvidia"},
-        "TE_FL_ALLOW_VENDORS names 'nvidia', which matches no vendor of TransformerEngine-FL; write CUDA, names are in "
-        "capitals",
+        "TE_FL_ALLOW_VENDORS names 'nvidia', which matches no vendor of TransformerEngine-FL; write CUDA, names are "
+        "case-sensitive",
     ),
     "_te_fl_tokens vendor": (
         {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:cuda|flagos"},
-        "TE_FL_PER_OP: rmsnorm_fwd=vendor:cuda matches no implementation; write CUDA, names are in capitals",
+        "TE_FL_PER_OP: rmsnorm_fwd=vendor:cuda matches no implementation; write CUDA, names are case-sensitive",
     ),
     "_te_fl_tokens not its name": (
         {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:NVIDIA"},
-        "TE_FL_PER_OP: rmsnorm_fwd=vendor:NVIDIA matches no implementation; write CUDA, names are in capitals",
+        "TE_FL_PER_OP: rmsnorm_fwd=vendor:NVIDIA matches no implementation; write CUDA, names are case-sensitive",
     ),
     "_te_fl_tokens default": (
         {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:CUDA|default"},
@@ -92,25 +92,25 @@ CASES = {
         {"TE_FL_PREFER": "flagos", "TE_FL_PREFER_VENDOR": "1"},
         "TE_FL_PREFER_VENDOR has no effect: TE_FL_PREFER is set and goes before it; unset TE_FL_PREFER_VENDOR",
     ),
-    "_vllm_config": (
+    "_config": (
         {"VLLM_FL_CONFIG": "/not/there.yaml"},
         "VLLM_FL_CONFIG='/not/there.yaml' is no file on this machine; vllm-plugin-FL goes on without a word, and "
         "without the chip's own configuration too",
     ),
-    "_vllm_config as the plugin reads it": (
+    "_config as the plugin reads it": (
         {"VLLM_FL_CONFIG": "~/mine.yaml"},
         "VLLM_FL_CONFIG='~/mine.yaml' is no file on this machine; vllm-plugin-FL goes on without a word, and without "
         "the chip's own configuration too",
     ),
-    "_vllm_policy vendors": (
+    "_policy vendors": (
         {"VLLM_FL_ALLOW_VENDORS": "CUDA"},
         "VLLM_FL_ALLOW_VENDORS: 'CUDA' matches no vendor; write 'cuda', names are in lower case",
     ),
-    "_vllm_policy vendor": (
+    "_policy vendor": (
         {"VLLM_FL_PER_OP": "rms_norm=vendor:CUDA|flagos"},
         "VLLM_FL_PER_OP: rms_norm: 'vendor:CUDA' matches no vendor; write vendor:cuda",
     ),
-    "_vllm_policy default": (
+    "_policy default": (
         {"VLLM_FL_PER_OP": "rms_norm=vendor:cuda|default"},
         "VLLM_FL_PER_OP: rms_norm: 'default' matches nothing",
     ),
@@ -118,27 +118,86 @@ CASES = {
         {"ROLLOUT_FLAGGEMS_PATH": "/tmp/ops"},
         "ROLLOUT_FLAGGEMS_PATH is read by nothing; rollout reads FLAGGEMS_ENABLE_OPLIST_PATH",
     ),
-    "_vllm_config covers": (
+    "_config covers": (
         {"VLLM_FL_CONFIG": "/proc/version", "VLLM_FL_PER_OP": "rms_norm=vendor"},
         "VLLM_FL_PER_OP is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into /proc/version",
     ),
-    "_vllm_lists": (
+    "_append": (
         {"VLLM_FL_FLAGOS_WHITELIST": "softmax", "VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm"},
         "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them",
     ),
-    "_vllm_lists alone": (
+    "_lists_alone": (
         {"VLLM_FL_FLAGOS_BLACKLIST": "softmax", "VERL_FL_DISABLE": "ray.init,rollout.lists"},
         "VLLM_FL_FLAGOS_BLACKLIST takes the place of the list in the chip's configuration, whose operators come back "
         "into use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the file of "
         "VLLM_FL_CONFIG",
     ),
-    "_vllm_lists alone, too": (
+    "_lists_alone of SGLang": (
+        {"SGLANG_FL_OOT_BLACKLIST": "TopK", "VERL_FL_DISABLE": "rollout.sglang_platform"},
+        "SGLANG_FL_OOT_BLACKLIST takes the place of the list in the chip's configuration, whose operators come back "
+        "into use, since VERL_FL_DISABLE leaves rollout.sglang_platform out; name them too, or write the list into the "
+        "file of SGLANG_FL_CONFIG",
+    ),
+    "_lists_alone too": (
         {"VLLM_FL_OOT_BLACKLIST": "rms_norm", "VERL_FL_DISABLE": "*"},
         "VLLM_FL_OOT_BLACKLIST takes the place of the list in the chip's configuration, whose operators come back into "
         "use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the file of "
         "VLLM_FL_CONFIG",
     ),
-    "_vllm_plugins": (
+    "_config of operators": (
+        {"VLLM_FL_CONFIG": "/proc/version", "VLLM_FL_OP_CONFIG": "ops.json"},
+        "VLLM_FL_OP_CONFIG is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into /proc/version",
+    ),
+    "_config of SGLang": (
+        {"SGLANG_FL_CONFIG": "/not/there.yaml"},
+        "SGLANG_FL_CONFIG='/not/there.yaml' is no file on this machine; sglang-plugin-FL goes on without a word, and "
+        "with the chip's own configuration",
+    ),
+    "_policy of SGLang": (
+        {"SGLANG_FL_DENY_VENDORS": "CUDA"},
+        "SGLANG_FL_DENY_VENDORS: 'CUDA' matches no vendor; write 'cuda', names are in lower case",
+    ),
+    "_replaced": (
+        {"VLLM_FL_OOT_BLACKLIST": "rmsnorm"},
+        "VLLM_FL_OOT_BLACKLIST: vllm-plugin-FL replaces no rmsnorm; rms_norm?",
+    ),
+    "_replaced of SGLang": (
+        {"SGLANG_FL_OOT_WHITELIST": "rms_norm"},
+        "SGLANG_FL_OOT_WHITELIST: sglang-plugin-FL replaces no rms_norm; RMSNorm?",
+    ),
+    "_unread": (
+        {"VLLM_FL_IO_DUMP_TORCH_FUNCS": "1"},
+        "VLLM_FL_IO_DUMP_TORCH_FUNCS is not read by vllm-plugin-FL's newest; write VLLM_FL_IO_DUMP_WITH_TORCH_FUNCS",
+    ),
+    "_sglang_strict": (
+        {"SGLANG_FL_STRICT": "1"},
+        "SGLANG_FL_STRICT=1 lets sglang-plugin-FL try another implementation when one fails; its README says the "
+        "opposite",
+    ),
+    "_sglang_debug": (
+        {"SGLANG_FL_DISPATCH_DEBUG": "1"},
+        "SGLANG_FL_DISPATCH_DEBUG is read by nothing; sglang-plugin-FL writes its choices to SGLANG_FL_DISPATCH_LOG",
+    ),
+    "_plugins of SGLang": (
+        {"SGLANG_PLUGINS": "mine", "SGLANG_FL_PREFER": "vendor"},
+        "SGLANG_PLUGINS='mine' leaves sglang-plugin-FL out, so nothing reads SGLANG_FL_PREFER; add sglang_fl to "
+        "SGLANG_PLUGINS",
+    ),
+    "_plugins by platform": (
+        {"SGLANG_PLATFORM": "mine", "SGLANG_FL_PREFER": "vendor"},
+        "SGLANG_PLATFORM='mine' leaves sglang-plugin-FL out, so nothing reads SGLANG_FL_PREFER; write "
+        "SGLANG_PLATFORM=sglang_fl",
+    ),
+    "_te_fl_vendors by device": (
+        {"TE_FL_DENY_VENDORS": "ascend"},
+        "TE_FL_DENY_VENDORS names 'ascend', which matches no vendor of TransformerEngine-FL; write NPU, names are "
+        "case-sensitive",
+    ),
+    "_te_fl_tokens by device": (
+        {"TE_FL_PER_OP": "rmsnorm_fwd=vendor:ASCEND"},
+        "TE_FL_PER_OP: rmsnorm_fwd=vendor:ASCEND matches no implementation; write NPU, names are case-sensitive",
+    ),
+    "_plugins": (
         {"VLLM_PLUGINS": "ascend", "VLLM_FL_OOT_ENABLED": "1"},
         "VLLM_PLUGINS='ascend' leaves vllm-plugin-FL out, so nothing reads VLLM_FL_OOT_ENABLED; add fl to VLLM_PLUGINS",
     ),
@@ -159,6 +218,7 @@ def built(tmp_path, monkeypatch):
     (tmp_path / "INSTALLED").mkdir()
     (tmp_path / "INSTALLED/libflagcx.so").write_text("")
     (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "ops.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "verl_hardware_plugin.py").write_text("")
@@ -210,6 +270,9 @@ def test_every_rule_has_a_case():
         {"USE_FLAGCX": "1", "FLAGCX_PATH": "BUILT"},
         {"TE_FL_ALLOW_VENDORS": "CUDA,METAX", "TE_FL_PER_OP": "gemm=vendor:CUDA|impl:default.flagos;x=flagos"},
         {"VLLM_PLUGINS": "fl", "VLLM_FL_PER_OP": "rms_norm=vendor:cuda|flagos"},
+        {"SGLANG_PLUGINS": "", "SGLANG_PLATFORM": "sglang_fl", "SGLANG_FL_OOT_BLACKLIST": "TopK,GemmaRMSNorm"},
+        {"VLLM_FL_FLAGOS_BLACKLIST_APPEND": "mm", "VLLM_FL_OOT_BLACKLIST": "fused_moe"},
+        {"TE_FL_ALLOW_VENDORS": "NPU"},
         {"VERL_USE_EXTERNAL_MODULES": "mine,verl_fl_overlay"},
     ],
 )
@@ -217,7 +280,9 @@ def test_settings_that_do_what_they_say_are_left_in_peace(environment):
     assert conflicts(Settings.from_environment(environment)) == []
 
 
-@pytest.mark.parametrize("prefix", ["TRAINING_FL_FLAGOS", "VLLM_FL_FLAGOS", "VLLM_FL_OOT"])
+@pytest.mark.parametrize(
+    "prefix", ["TRAINING_FL_FLAGOS", "VLLM_FL_FLAGOS", "VLLM_FL_OOT", "SGLANG_FL_FLAGOS", "SGLANG_FL_OOT"]
+)
 def test_both_lists_of_a_pair_are_an_error(prefix):
     with pytest.raises(SettingsError) as error:
         Settings.from_environment({f"{prefix}_WHITELIST": "a", f"{prefix}_BLACKLIST": "b"})
@@ -225,3 +290,63 @@ def test_both_lists_of_a_pair_are_an_error(prefix):
         f"  {prefix}_WHITELIST and {prefix}_BLACKLIST are both set: one list says what is used and the other what is "
         "not; keep one of them"
     ]
+
+
+def package(folder, monkeypatch, path, text):
+    """Make a package of one file beside its first one."""
+    file = folder / path
+    file.parent.mkdir(parents=True)
+    (folder / path.split("/")[0] / "__init__.py").write_text("raise ImportError('it is only read')")
+    file.write_text(text)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(("here", "write"), [("Ascend", "Ascend"), ("NPU", "NPU"), ("CUDA", "NPU")])
+def test_te_fls_vendors_are_those_of_the_installed_version(tmp_path, monkeypatch, here, write):
+    path = "transformer_engine/plugin/core/backends/vendor/some/register_ops.py"
+    package(tmp_path, monkeypatch, path, f'OpImpl(op_name="gelu", vendor="{here}", priority=100)')
+    told = conflicts(Settings.from_environment({"TE_FL_ALLOW_VENDORS": "ascend"}))
+    assert told == [
+        "TE_FL_ALLOW_VENDORS names 'ascend', which matches no vendor of TransformerEngine-FL; write "
+        f"{write}, names are case-sensitive"
+    ]
+    assert conflicts(Settings.from_environment({"TE_FL_ALLOW_VENDORS": write})) == []
+
+
+OLDER = "VLLM_FL_FLAGOS_BLACKLIST_APPEND is not read by the vllm-plugin-FL that is installed"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "variable", "message"),
+    [
+        ("vllm_fl/utils.py", 'environ.get("VLLM_FL_FLAGOS_BLACKLIST")', "VLLM_FL_FLAGOS_BLACKLIST_APPEND", OLDER),
+        ("vllm_fl/utils.py", 'environ.get("VLLM_FL_FLAGOS_BLACKLIST_APPEND")', "VLLM_FL_FLAGOS_BLACKLIST_APPEND", ""),
+        ("vllm_fl/dispatch/io_dumper.py", "VLLM_FL_IO_DUMP_TORCH_FUNCS", "VLLM_FL_IO_DUMP_TORCH_FUNCS", ""),
+        (
+            "vllm_fl/dispatch/io_dumper.py",
+            "VLLM_FL_IO_DUMP_TORCH_FUNCS",
+            "VLLM_FL_IO_DUMP_WITH_METAS",
+            "VLLM_FL_IO_DUMP_WITH_METAS is not read by the vllm-plugin-FL that is installed",
+        ),
+        (
+            "flag_gems/runtime/backend/device.py",
+            'environ.get("GEMS_VENDOR")',
+            "GEMS_BACKEND",
+            "GEMS_BACKEND is not read by the FlagGems that is installed; it is read since 5.3.0",
+        ),
+        (
+            "vllm_fl/dispatch/config/utils.py",
+            "def get_config_path(): ...",
+            "VLLM_FL_CONFIG",
+            "VLLM_FL_CONFIG='lists.yaml' has lists of operators, and the vllm-plugin-FL that is installed reads none "
+            "there; verl-fl dispatch check lists.yaml says what to export",
+        ),
+        ("vllm_fl/dispatch/config/utils.py", "", "VLLM_FL_CONFIG", ""),
+    ],
+)
+def test_what_a_version_reads_is_asked_of_its_source(tmp_path, monkeypatch, path, text, variable, message):
+    """Its version does not tell: vllm-plugin-FL has said 0.1.0 before and after."""
+    package(tmp_path, monkeypatch, path, text)
+    (tmp_path / "lists.yaml").write_text("prefer: vendor\nflagos_blacklist: [mm]\n")
+    value = "lists.yaml" if variable == "VLLM_FL_CONFIG" else "1"
+    assert conflicts(Settings.from_environment({variable: value})) == ([message] if message else [])

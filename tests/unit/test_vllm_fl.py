@@ -1,4 +1,4 @@
-"""vllm-plugin-FL's dispatch file: what the plugin would swallow is told, and the environment becomes a file."""
+"""The plugins' configuration files: what a plugin would swallow is told, and the environment becomes a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from vllm_plugin import FINDERS, METAX
 
 from verl_fl_overlay import events
 from verl_fl_overlay.cli import main
@@ -15,14 +16,17 @@ from verl_fl_overlay.dispatch.render import render
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.features import reason_off
 from verl_fl_overlay.features.rollout import Rollout
-from verl_fl_overlay.settings import TABLE, Settings
+from verl_fl_overlay.settings import TABLE, Settings, plugins
+from verl_fl_overlay.settings.plugins import SGLANG, VLLM
 
 yaml = pytest.importorskip("yaml")
 
 
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch):
-    monkeypatch.setattr(dispatch_file, "folders", lambda name: [])
+    for module in (dispatch_file, plugins, lint):
+        monkeypatch.setattr(module, "folders", lambda name: [])
+    monkeypatch.setattr(plugins, "source", lambda path: None)
     monkeypatch.setattr(lint, "find_spec", lambda name: None)
     for name in TABLE:
         monkeypatch.delenv(name, raising=False)
@@ -32,23 +36,21 @@ def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
     assert main(["dispatch", "check", str(dispatch_file.EXAMPLE)]) == 0
     assert capsys.readouterr().out == f"{dispatch_file.EXAMPLE}: no faults\n"
     text = dispatch_file.EXAMPLE.read_text()
-    assert [key for key in dispatch_file.KEYS if f"{key}:" not in text] == []
+    assert [key for key in VLLM.keys if f"{key}:" not in text] == []
 
 
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
-        ("prefre: vendor", "prefre: the plugin has no such key and ignores it; prefer?"),
-        ("7: x", "7: the plugin has no such key and ignores it"),
         ("allow_vendors: 3", "allow_vendors: a int is ignored; write a list"),
-        ("op_backends: {3: flagos}", "op_backends: 3 is no operator of the dispatch that is known here"),
+        ("op_backends: {3: flagos}", "op_backends: 3 is no dispatched operator of vllm-plugin-FL that is known here"),
         ("prefer: nvidia", "prefer: 'nvidia' is taken for flagos; allowed is one of flagos, vendor, reference"),
         ('strict: "false"', "strict: 'false' is taken for True; write true or false, without quotes"),
         ("allow_vendors: [CUDA]", "allow_vendors: 'CUDA' matches no vendor; write 'cuda', names are in lower case"),
         ("op_backends: [rms_norm]", "op_backends: a list is ignored; write a mapping, operator: [flagos, vendor, ...]"),
         (
             "op_backends: {rmsnorm: [flagos]}",
-            "op_backends: rmsnorm is no operator of the dispatch that is known here; rms_norm?",
+            "op_backends: rmsnorm is no dispatched operator of vllm-plugin-FL that is known here; rms_norm?",
         ),
         ("op_backends: {rms_norm: [flagsos]}", "op_backends: rms_norm: 'flagsos' matches nothing; flagos?"),
         ("op_backends: {rms_norm: vendor|default}", "op_backends: rms_norm: 'default' matches nothing"),
@@ -71,12 +73,8 @@ def test_the_shipped_file_has_no_faults_and_names_every_key(capsys):
             "flagos_whitelist and flagos_blacklist are both there; keep one of them",
         ),
         (
-            "oot_blacklist: [fused_moe]",
-            "oot_blacklist: fused_moe has no effect; the operator is called unquantized_fused_moe_method",
-        ),
-        (
             "oot_blacklist: [rmsnorm]",
-            "oot_blacklist: rmsnorm is none of vLLM's custom operators that are replaced; rms_norm?",
+            "oot_blacklist: rmsnorm is no replaced operator of vllm-plugin-FL that is known here; rms_norm?",
         ),
     ],
 )
@@ -85,6 +83,233 @@ def test_a_fault_is_told(tmp_path, capsys, text, finding):
     file.write_text(text)
     assert main(["dispatch", "check", str(file)]) == 1
     assert capsys.readouterr().out == finding + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("prefre: vendor", "note: prefre: vllm-plugin-FL, as it is known here, has no such key; prefer?"),
+        ("7: x", "note: 7: vllm-plugin-FL, as it is known here, has no such key"),
+    ],
+)
+def test_a_key_of_a_newer_plugin_is_a_note(tmp_path, capsys, text, note):
+    file = tmp_path / "dispatch.yaml"
+    file.write_text(text)
+    assert main(["dispatch", "check", str(file)]) == 0
+    assert capsys.readouterr().out == f"{note}\n{file}: no faults\n"
+
+
+# What tells the versions of vllm-plugin-FL apart, as its source has it: which operators it replaces ...
+REPLACED = {
+    "v0.1.0": 'OOT_OPS = {"rms_norm": (RMSNormFL, "RMSNorm"), "fused_moe": (FusedMoEFL, "FusedMoE")}',
+    "without fused_moe": """
+OOT_OPS = {"rms_norm": (RMSNormFL, "RMSNorm"), "unquantized_fused_moe_method": (M, "M")}
+def register_oot_ops():
+    if current_platform.device_type == "npu":
+        apply()
+""",
+    "for vLLM 0.28": """
+OOT_OPS = {
+    "rms_norm": (RMSNormFL, "RMSNorm"),  # "fused_moe": (FusedMoEFactoryFL, "FusedMoEFactory"),
+}
+def register_oot_ops():
+    if "fused_moe" not in (blacklist or []):
+        _patch_fused_moe_factory()
+""",
+}
+
+# ... and for which it chooses an implementation.
+REGISTERED = """
+def register_builtins(registry):
+    for op_name in ("rms_norm", "an_operator_of_a_newer_version"):
+        registry.register(OpImpl(op_name=op_name, impl_id="reference.torch"))
+    registry.register(OpImpl(op_name="causal_conv1d_fn", vendor="kunlunxin"))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Return a function that makes a package of its files' texts."""
+    monkeypatch.undo()
+    for name in TABLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(package, **files):
+        for path, text in {"__init__.py": "raise ImportError('it is only read')", **files}.items():
+            file = tmp_path / package / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return tmp_path / package
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("version", "finding"),
+    [
+        ("v0.1.0", []),
+        ("for vLLM 0.28", []),
+        (
+            "without fused_moe",
+            ["note: oot_blacklist: the vllm-plugin-FL that is installed has no replaced operator fused_moe"],
+        ),
+    ],
+)
+def test_replaced_operators_are_those_of_the_installed_version(installed, version, finding):
+    installed("vllm_fl", **{"ops/custom_ops.py": REPLACED[version]})
+    assert lint.check({"oot_blacklist": ["rms_norm", "fused_moe"]}) == finding
+    assert lint.check({"oot_blacklist": ["npu"]}) == [
+        "oot_blacklist: npu is no replaced operator of vllm-plugin-FL that is known here"
+    ]
+
+
+def test_dispatched_operators_are_those_of_the_installed_version(installed):
+    installed(
+        "vllm_fl",
+        **{
+            "dispatch/backends/reference/register_ops.py": REGISTERED,
+            "dispatch/backends/vendor/broken/register_ops.py": "def of another Python",
+        },
+    )
+    order = ["flagos"]
+    assert lint.check({"op_backends": {"an_operator_of_a_newer_version": order, "causal_conv1d_fn": order}}) == []
+    assert lint.check({"op_backends": {"topk_softmax": order, "rmsnorm": order}}) == [
+        "note: op_backends: the vllm-plugin-FL that is installed has no dispatched operator topk_softmax",
+        "op_backends: rmsnorm is no dispatched operator of vllm-plugin-FL that is known here; rms_norm?",
+    ]
+
+
+def test_the_plugins_own_files_are_clean_without_the_plugin():
+    """Kunlunxin's and Hopper's name operators that only a vendor has."""
+    vendors = ["vendor", "reference"]
+    own = ("chunk_gated_delta_rule_fwd", "fused_recurrent_gated_delta_rule_fwd", "causal_conv1d_fn")
+    own += ("causal_conv1d_update", "fused_gdn_gating", "apply_rotary_emb")
+    assert lint.check({"op_backends": dict.fromkeys(own, vendors), "oot_blacklist": list(VLLM.replaced)}) == []
+    assert lint.check({"op_backends": {"topk": ["flagos"]}, "oot_blacklist": ["TopK"]}, SGLANG) == []
+
+
+def test_classes_and_keys_of_sglangs_plugin(installed):
+    text = "_BRIDGE_MAP = {SiluAndMul: a, NewClass: b}\n_CLASS_TO_OP = {'SiluAndMul': 'silu_and_mul'}"
+    installed("sglang_fl", **{"__init__.py": text})
+    content = {"flagos_whitelist": ["mm"], "oot_blacklist": ["NewClass", "RMSNorm", "rms_norm"]}
+    assert lint.check(content, SGLANG) == [
+        "note: flagos_whitelist: sglang-plugin-FL, as it is known here, has no such key; flagos_blacklist?",
+        "note: oot_blacklist: the sglang-plugin-FL that is installed has no replaced operator RMSNorm",
+        "oot_blacklist: rms_norm is no replaced operator of sglang-plugin-FL that is known here",
+    ]
+
+
+@pytest.mark.parametrize("version", ["older", "newer"])
+def test_lists_in_a_file_are_told_where_they_are_not_read(installed, tmp_path, monkeypatch, capsys, version):
+    own = installed("vllm_fl", **{"dispatch/config/utils.py": FINDERS[version], "dispatch/config/metax.yaml": METAX})
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("{prefer: flagos, flagos_blacklist: [mm, sort], oot_blacklist: [rms_norm]}")
+    found = [
+        "flagos_blacklist: the vllm-plugin-FL that is installed reads no lists from the file of VLLM_FL_CONFIG; export "
+        "VLLM_FL_FLAGOS_BLACKLIST=mm,sort",
+        "oot_blacklist: the vllm-plugin-FL that is installed reads no lists from the file of VLLM_FL_CONFIG; export "
+        "VLLM_FL_OOT_BLACKLIST=rms_norm",
+    ]
+    assert main(["dispatch", "check", str(mine)]) == (version == "older")
+    assert capsys.readouterr().out.splitlines() == (found if version == "older" else [f"{mine}: no faults"])
+    assert main(["dispatch", "check", str(own / "dispatch/config/metax.yaml")]) == 0
+    monkeypatch.setenv("GEMS_VENDOR", "metax")
+    monkeypatch.setenv("VLLM_FL_FLAGOS_BLACKLIST", "mm")
+    advice = {
+        "older": "# Keep VLLM_FL_FLAGOS_BLACKLIST: this vllm-plugin-FL does not read them from a file.",
+        "newer": "# Unset VLLM_FL_FLAGOS_BLACKLIST: set, they go before this file.",
+    }
+    assert render(Settings.from_environment()).splitlines()[1] == advice[version]
+    monkeypatch.setenv("VLLM_FL_CONFIG", str(mine))
+    files, read = dispatch_file.configured(VLLM, Settings.from_environment())
+    assert files == [mine if version == "newer" else own / "dispatch/config/metax.yaml"]
+    assert read["flagos_blacklist"] == (["mm", "sort"] if version == "newer" else ["copy_", "index"])
+
+
+def test_for_long_contexts_on_hopper_both_of_nvidias_lists_count(installed, monkeypatch):
+    """The card decides which file the plugin takes, and nothing here may start the card."""
+    own = installed(
+        "vllm_fl",
+        **{
+            "dispatch/config/nvidia.yaml": "flagos_blacklist: [copy_, clamp]",
+            "dispatch/config/nvidia_hopper.yaml": "{op_backends: {mm: [vendor]}, flagos_blacklist: [copy_, mm]}",
+        },
+    )
+    monkeypatch.setenv("GEMS_VENDOR", "nvidia")
+    monkeypatch.setenv("VLLM_FL_FLAGOS_BLACKLIST", "sort")
+    assert dispatch_file.configured(VLLM, Settings.from_environment())[1]["flagos_blacklist"] == ["copy_", "clamp"]
+    monkeypatch.setenv("VLLM_FL_HOPPER_LONG_CONTEXT_OPT", "1")
+    files, read = dispatch_file.configured(VLLM, Settings.from_environment())
+    assert [file.name for file in files] == ["nvidia.yaml", "nvidia_hopper.yaml"]
+    assert read["flagos_blacklist"] == ["copy_", "clamp", "mm"]
+    assert f"defaults from {own / 'dispatch/config/nvidia_hopper.yaml'}" in render(Settings.from_environment())
+
+
+def test_a_file_of_the_device_is_no_other_vendors(installed):
+    """Hygon's torch calls the device cuda too; the file of that name was NVIDIA's."""
+    installed("vllm_fl", **{"dispatch/config/cuda.yaml": "prefer: flagos"})
+    assert dispatch_file.defaults(VLLM, "hygon", Settings())[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "vendor"),
+    [
+        ({"VERL_PLATFORM": "mthreads"}, "mthreads"),
+        ({"VERL_PLATFORM": "musa", "GEMS_VENDOR": "nvidia"}, "mthreads"),
+        ({"GEMS_VENDOR": "thead"}, "thead"),
+        ({"PPU_SDK": "/usr/local/PPU_SDK", "GEMS_VENDOR": "nvidia"}, "thead"),
+    ],
+)
+def test_the_chosen_chip_is_rendered(monkeypatch, capsys, environment, vendor):
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    assert main(["dispatch", "render"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"# vllm-plugin-FL's configuration for {vendor}, by verl-fl dispatch render;"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"GEMS_VENDOR": "aipu"}, "GEMS_VENDOR=aipu is no vendor that is known here"),
+        ({"VERL_PLATFORM": "huawei"}, "VERL_PLATFORM=huawei"),
+        ({"VERL_FL_DEVICE": "cpu"}, "VERL_FL_DEVICE=cpu"),
+    ],
+)
+def test_without_a_chip_no_other_vendors_file_is_rendered(monkeypatch, capsys, environment, reason):
+    for name, text in environment.items():
+        monkeypatch.setenv(name, text)
+    assert main(["dispatch", "render"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"verl-fl dispatch render: for which chip? {reason}; name its vendor: --vendor, one of ")
+
+
+def test_the_file_of_op_config_goes_before_per_op(tmp_path):
+    """As in the plugin where no VLLM_FL_CONFIG takes the place of both."""
+    (tmp_path / "ops.json").write_text('{"rms_norm": "vendor", "silu_and_mul": "flagos|reference"}')
+    environment = {"VLLM_FL_OP_CONFIG": str(tmp_path / "ops.json"), "VLLM_FL_PER_OP": "rms_norm=flagos;moe_sum=flagos"}
+    content = yaml.safe_load(render(Settings.from_environment(environment), "metax"))
+    order = {"rms_norm": ["vendor"], "moe_sum": ["flagos"], "silu_and_mul": ["flagos", "reference"]}
+    assert content["op_backends"] == order
+
+
+def test_sglangs_environment_becomes_a_file(installed, monkeypatch, capsys):
+    """Its variables go before the file, its whitelist has no key there, and its chips go by torch's device."""
+    installed("sglang_fl", **{"dispatch/config/nvidia.yaml": "{prefer: flagos, flagos_blacklist: [sort]}"})
+    monkeypatch.setenv("SGLANG_FL_STRICT", "0")
+    monkeypatch.setenv("SGLANG_FL_FLAGOS_WHITELIST", "mm")
+    monkeypatch.setenv("SGLANG_FL_OOT_BLACKLIST", "TopK")
+    assert main(["dispatch", "render", "--engine", "sglang", "--vendor", "metax"]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[1:3] == [
+        "# Unset SGLANG_FL_OOT_BLACKLIST, SGLANG_FL_STRICT: set, they go before this file.",
+        "# Keep SGLANG_FL_FLAGOS_WHITELIST: this sglang-plugin-FL does not read them from a file.",
+    ]
+    own = {"prefer": "flagos", "flagos_blacklist": ["sort"]}
+    assert yaml.safe_load(text) == {**own, "strict": False, "oot_blacklist": ["TopK"]}
 
 
 def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
@@ -105,7 +330,7 @@ def test_names_are_compared_with_the_installed_flaggems(tmp_path, monkeypatch):
 BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
 
 
-KEYS = ", ".join(dispatch_file.KEYS)
+KEYS = ", ".join(VLLM.keys)
 NO_VALUE = "holds a value that is none of its type"
 TWICE = "says prefer twice, and only the last counts; keep one of them"
 
@@ -232,7 +457,7 @@ def test_musas_configuration_goes_by_the_devices_name(tmp_path, monkeypatch):
     (tmp_path / "vllm_fl/dispatch/config/musa.yaml").write_text("flagos_blacklist: [sort]")
     monkeypatch.undo()
     monkeypatch.syspath_prepend(tmp_path)
-    assert dispatch_file.defaults("mthreads")[0] == {"flagos_blacklist": ["sort"]}
+    assert dispatch_file.defaults(VLLM, "mthreads", Settings())[0] == {"flagos_blacklist": ["sort"]}
 
 
 @pytest.fixture
@@ -250,7 +475,7 @@ def test_a_configuration_that_cannot_be_read_leaves_the_lists_as_they_were(broke
     rollout = Rollout(Settings.from_environment())
     rollout.start()
     try:
-        events.rollout_plugin_found.emit()
+        events.rollout_plugin_found.emit("vllm_fl")
     finally:
         rollout.stop()
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
@@ -268,20 +493,21 @@ def test_a_configuration_that_cannot_be_read_is_refused_at_the_start_where_that_
 def test_where_the_environment_names_no_file_the_chips_own_is_not_read_either(tmp_path, monkeypatch):
     """As in the plugin, and as the warning about such a VLLM_FL_CONFIG says."""
     (tmp_path / "metax.yaml").write_text("oot_blacklist: [rotary_embedding]")
-    monkeypatch.setattr(dispatch_file, "_configuration", lambda vendor: tmp_path / f"{vendor}.yaml")
+    monkeypatch.setattr(dispatch_file, "own_files", lambda plugin, chip, settings: [tmp_path / f"{chip.vendor}.yaml"])
     monkeypatch.setenv("GEMS_VENDOR", "metax")
     monkeypatch.setenv("VLLM_FL_OOT_BLACKLIST", "rms_norm")
     monkeypatch.setenv("VLLM_FL_CONFIG", str(tmp_path / "no.yaml"))
     rollout = Rollout(Settings())
-    rollout.extend_lists()
+    rollout.extend_lists("vllm_fl")
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm"
     monkeypatch.delenv("VLLM_FL_CONFIG")
-    rollout.extend_lists()
+    rollout.extend_lists("vllm_fl")
     assert os.environ["VLLM_FL_OOT_BLACKLIST"] == "rms_norm,rotary_embedding"
 
 
 def test_without_a_list_there_is_nothing_to_extend():
     assert reason_off("rollout", Settings.from_environment({"VLLM_FL_FLAGOS_WHITELIST": "mm"})) == (
-        "neither VLLM_FL_FLAGOS_BLACKLIST nor VLLM_FL_OOT_BLACKLIST is set"
+        "none of VLLM_FL_FLAGOS_BLACKLIST, VLLM_FL_OOT_BLACKLIST, SGLANG_FL_FLAGOS_BLACKLIST, SGLANG_FL_OOT_BLACKLIST "
+        "is set"
     )
     assert reason_off("rollout", Settings.from_environment({"VLLM_FL_OOT_BLACKLIST": "rms_norm"})) == ""

@@ -1,1 +1,1 @@
-"""vllm-plugin-FL's dispatch file."""
+"""The configuration files of vllm-plugin-FL and sglang-plugin-FL."""

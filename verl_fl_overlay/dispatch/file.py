@@ -1,6 +1,6 @@
-"""vllm-plugin-FL's dispatch file: found where the plugin finds it, and read with limits.
+"""The configuration file of a plugin for rollout: found where the plugin finds it, and read with limits.
 
-The overlay controls the plugin through the environment and this file only; it does not import or change the plugin.
+The overlay controls a plugin through the environment and this file only; it does not import or change the plugin.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.packages import folders
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.settings.plugins import CONFIG_FOLDER, VLLM, Plugin
 
 EXAMPLE = Path(__file__).parent / "nvidia.yaml"
 LARGEST = 1 << 16
@@ -21,18 +22,8 @@ LARGEST = 1 << 16
 DEEPEST = 8
 """Levels a dispatch file may be nested."""
 
-KEYS = (
-    "prefer",
-    "strict",
-    "allow_vendors",
-    "deny_vendors",
-    "op_backends",
-    "flagos_blacklist",
-    "flagos_whitelist",
-    "oot_blacklist",
-    "action",
-    "io_dump",
-)
+OF_DEVICE = {"cuda": "nvidia", "npu": "ascend", "musa": "musa", "txda": "tsingmicro"}
+"""The device that torch has -> sglang-plugin-FL's file for it, whoever made the chip."""
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -61,7 +52,7 @@ def read(file: Path) -> dict[str, Any]:
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
-        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping with {', '.join(KEYS)}")
+        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping with {', '.join(VLLM.keys)}")
     return {str(key): value for key, value in parsed.items()}
 
 
@@ -104,56 +95,67 @@ def _refuse_repeats(file: Path, node: Any) -> None:
             _refuse_repeats(file, value)
 
 
-def defaults(vendor: str) -> tuple[dict[str, Any], str]:
+def defaults(plugin: Plugin, vendor: str, settings: Settings) -> tuple[dict[str, Any], str]:
     """Return the plugin's own configuration for ``vendor`` (FlagGems' name), and where it came from.
 
     Raises:
         OverlayError: nobody knows the vendor, or the file cannot be read.
     """
-    file = _configuration(vendor)
-    if file is not None:
-        return read(file), str(file)
-    if vendor == "nvidia":
-        return read(EXAMPLE), "the overlay's example"
     if vendor not in chips.CHIPS:
         raise OverlayError(f"{vendor!r} is no vendor that is known here: {', '.join(chips.CHIPS)}")
-    return {}, f"nothing: vllm-plugin-FL, or its configuration for {vendor}, is not installed"
+    files = own_files(plugin, chips.CHIPS[vendor], settings)
+    if files:
+        return read(files[-1]), str(files[-1])
+    if plugin is VLLM and vendor == "nvidia":
+        return read(EXAMPLE), "the overlay's example"
+    return {}, f"nothing: {plugin.name}, or its configuration for {vendor}, is not installed"
 
 
-def _configuration(vendor: str) -> Path | None:
-    """Return the installed plugin's file for ``vendor``; its name may be torch's device name, as for musa."""
-    device = chips.CHIPS[vendor].device if vendor in chips.CHIPS else vendor
-    for folder in folders("vllm_fl"):
-        for name in (vendor, device):
-            file = Path(folder) / "dispatch" / "config" / f"{name}.yaml"
-            if file.is_file():
-                return file
-    return None
+def own_files(plugin: Plugin, chip: chips.Chip, settings: Settings) -> list[Path]:
+    """Return the installed plugin's files for ``chip``; of several, the card decides which one the plugin takes.
+
+    vllm-plugin-FL's files have the vendor's name, or torch's name of a device that only this vendor has, as for musa;
+    one of its own is for long contexts on NVIDIA's Hopper.  sglang-plugin-FL goes by the device alone.
+    """
+    if plugin is VLLM:
+        names = [chip.vendor, *([chip.device] if chip.package else [])]
+        long_contexts = chip.vendor == "nvidia" and settings["VLLM_FL_HOPPER_LONG_CONTEXT_OPT"]
+    else:
+        names = [OF_DEVICE.get(chip.device) or settings["SGLANG_FL_PLATFORM"]]
+        long_contexts = False
+    places = [Path(folder, CONFIG_FOLDER) for folder in folders(plugin.package)]
+    found = [place / f"{name}.yaml" for name in names for place in places if (place / f"{name}.yaml").is_file()]
+    hopper = [place / "nvidia_hopper.yaml" for place in places if long_contexts]
+    return [*found[:1], *filter(Path.is_file, hopper)]
 
 
-def given_file(settings: Settings) -> Path | None:
-    """Return the file of VLLM_FL_CONFIG, which replaces the plugin's own."""
-    file = Path(settings["VLLM_FL_CONFIG"])
+def given_file(plugin: Plugin, settings: Settings) -> Path | None:
+    """Return the file that the plugin's variable names, None if there is none."""
+    file = Path(settings[plugin.config])
     return file if file.is_file() else None
 
 
-def configured(settings: Settings) -> tuple[Path | None, dict[str, Any]]:
-    """Return the file that the plugin uses, and its content: that of VLLM_FL_CONFIG, or the plugin's for the chip.
+def configured(plugin: Plugin, settings: Settings) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the files whose lists of operators the plugin uses, and key -> list, for the lists of ``plugin.lists``.
 
-    If VLLM_FL_CONFIG names a file that does not exist, the plugin uses no file, not even its own.
+    That is the file that the plugin's variable names, if this version reads lists there, else the chip's own.  If the
+    variable names a file that does not exist, vllm-plugin-FL uses none, and sglang-plugin-FL the chip's own.
 
     Raises:
-        OverlayError: the file cannot be read.
+        OverlayError: a file cannot be read.
     """
-    if settings["VLLM_FL_CONFIG"]:
-        file = given_file(settings)
+    given = given_file(plugin, settings)
+    if settings[plugin.config] and plugin.reads_lists_from_file() and (given or plugin.file_first):
+        files = [given] if given else []
     else:
         chip, _ = chips.find()
-        file = _configuration(chip.vendor) if chip else None
-    return file, read(file) if file else {}
+        files = own_files(plugin, chip, settings) if chip else []
+    contents = [read(file) for file in files]
+    lists = {key: [name for c in contents for name in listed(c, key)] for key in plugin.lists.values()}
+    return files, {key: list(dict.fromkeys(names)) for key, names in lists.items()}
 
 
 def listed(content: dict[str, Any], key: str) -> list[str]:
-    """Return a list of names as the plugin reads it: any other type counts as empty."""
+    """Return a list of names as the plugins read it: any other type counts as empty."""
     names = content.get(key)
     return [str(name) for name in names] if isinstance(names, list) else []

@@ -1,4 +1,4 @@
-"""Finds what vllm-plugin-FL would ignore or misunderstand in a dispatch file."""
+"""Finds what a plugin for rollout would ignore or misunderstand in its configuration file."""
 
 from __future__ import annotations
 
@@ -9,25 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay.dispatch.file import KEYS
+from verl_fl_overlay.dispatch.file import listed
 from verl_fl_overlay.errors import nearest
+from verl_fl_overlay.packages import folders
 from verl_fl_overlay.settings.conflicts import token_faults, vendor_faults
+from verl_fl_overlay.settings.plugins import CONFIG_FOLDER, VLLM, Plugin
 from verl_fl_overlay.settings.stack import PREFER
 
-CUSTOM_OPS = ("silu_and_mul", "gelu_and_mul", "rms_norm", "rotary_embedding", "unquantized_fused_moe_method")
-DISPATCHED = (
-    "attention_backend",
-    "dynamic_per_token_quant_int8",
-    "gelu_and_mul",
-    "grouped_topk",
-    "invoke_fused_moe_triton_kernel",
-    "moe_align_block_size",
-    "moe_sum",
-    "rms_norm",
-    "rotary_embedding",
-    "silu_and_mul",
-    "topk_softmax",
-)
 WRONG_NAMES = {
     "_to_copy": "to_copy",
     "_softmax": "softmax",
@@ -41,19 +29,43 @@ NOTE = "note: "
 """The beginning of a finding that is not a fault."""
 
 
-def check(content: dict[str, Any]) -> list[str]:
-    """Return everything in ``content`` that vllm-plugin-FL would ignore or misunderstand.
+def check(content: dict[str, Any], plugin: Plugin = VLLM) -> list[str]:
+    """Return everything in ``content`` that the plugin would ignore or misunderstand.
 
-    If a list leaves out a function that the FlagGems here does not have, that is only a note: the plugin's own lists
-    name the functions of several versions.
+    What a newer or older version may know is only a note: a key, an operator that the installed plugin lacks, or a
+    function in a list of those left out that the FlagGems here lacks.
     """
-    return [*_keys(content), *_policy(content), *_op_backends(content), *_lists(content)]
+    return [*_keys(content, plugin), *_policy(content), *_op_backends(content, plugin), *_lists(content, plugin)]
 
 
-def _keys(content: dict[str, Any]) -> Iterator[str]:
+def unread_lists(file: Path, content: dict[str, Any], plugin: Plugin = VLLM) -> list[str]:
+    """Return the lists of a user's ``file`` that the installed plugin does not read from there."""
+    own = any(file.resolve().is_relative_to(Path(f, CONFIG_FOLDER).resolve()) for f in folders(plugin.package))
+    if own or plugin.reads_lists_from_file():
+        return []
+    return [
+        f"{key}: the {plugin.name} that is installed reads no lists from the file of {plugin.config}; export "
+        f"{plugin.prefix}{key.upper()}={','.join(listed(content, key))}"
+        for key in ("flagos_whitelist", "flagos_blacklist", "oot_blacklist")
+        if listed(content, key)
+    ]
+
+
+def _keys(content: dict[str, Any], plugin: Plugin) -> Iterator[str]:
     for key in content:
-        if key not in KEYS:
-            yield f"{key}: the plugin has no such key and ignores it{nearest(key, KEYS)}"
+        if key not in plugin.keys:
+            yield f"{NOTE}{key}: {plugin.name}, as it is known here, has no such key{nearest(key, plugin.keys)}"
+
+
+def _known(
+    where: str, name: str, table: tuple[str, ...], here: frozenset[str], plugin: Plugin, what: str
+) -> Iterator[str]:
+    if name in here or (not here and name in table):
+        return
+    if name in table:
+        yield f"{NOTE}{where}: the {plugin.name} that is installed has no {what} {name}"
+    else:
+        yield f"{where}: {name} is no {what} of {plugin.name} that is known here{nearest(name, here or table)}"
 
 
 def _policy(content: dict[str, Any]) -> Iterator[str]:
@@ -71,14 +83,14 @@ def _policy(content: dict[str, Any]) -> Iterator[str]:
         yield from vendor_faults(key, vendors.split(",") if isinstance(vendors, str) else vendors)
 
 
-def _op_backends(content: dict[str, Any]) -> Iterator[str]:
+def _op_backends(content: dict[str, Any], plugin: Plugin) -> Iterator[str]:
     chosen = content.get("op_backends") or {}
     if not isinstance(chosen, dict):
         yield f"op_backends: a {type(chosen).__name__} is ignored; write a mapping, operator: [flagos, vendor, ...]"
         return
+    here = plugin.dispatched_here() if chosen else frozenset()
     for op, order in chosen.items():
-        if op not in DISPATCHED:
-            yield f"op_backends: {op} is no operator of the dispatch that is known here{nearest(op, DISPATCHED)}"
+        yield from _known("op_backends", str(op), plugin.dispatched, here, plugin, "dispatched operator")
         tokens = order.split("|") if isinstance(order, str) else order
         if not isinstance(tokens, list):
             yield f"op_backends: {op}: a {type(order).__name__} is ignored; write a list such as [flagos, vendor]"
@@ -86,23 +98,20 @@ def _op_backends(content: dict[str, Any]) -> Iterator[str]:
         yield from token_faults(f"op_backends: {op}", tokens)
 
 
-def _lists(content: dict[str, Any]) -> Iterator[str]:
+def _lists(content: dict[str, Any], plugin: Plugin) -> Iterator[str]:
+    here = plugin.replaced_here() if content.get("oot_blacklist") else frozenset()
     for key in ("flagos_whitelist", "flagos_blacklist", "oot_blacklist"):
         names = content.get(key) or []
         if not isinstance(names, list):
             yield f"{key}: a {type(names).__name__} is ignored; write a list"
             continue
-        for name in names:
-            yield from (_custom_op if key == "oot_blacklist" else _flaggems_name)(key, str(name))
+        for name in map(str, names):
+            if key == "oot_blacklist":
+                yield from _known(key, name, plugin.replaced, here, plugin, "replaced operator")
+            else:
+                yield from _flaggems_name(key, name)
     if content.get("flagos_whitelist") and content.get("flagos_blacklist"):
         yield "flagos_whitelist and flagos_blacklist are both there; keep one of them"
-
-
-def _custom_op(key: str, name: str) -> Iterator[str]:
-    if name == "fused_moe":
-        yield f"{key}: fused_moe has no effect; the operator is called unquantized_fused_moe_method"
-    elif name not in CUSTOM_OPS:
-        yield f"{key}: {name} is none of vLLM's custom operators that are replaced{nearest(name, CUSTOM_OPS)}"
 
 
 def _flaggems_name(key: str, name: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from verl_fl_overlay.devices import chips
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
-from verl_fl_overlay.settings.stack import REPLACED_LISTS
+from verl_fl_overlay.settings.plugins import REPLACED_LISTS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
 
 
 def _rollout_off(settings: Settings) -> str:
-    return "" if any(settings[name] for name in REPLACED_LISTS) else f"neither {' nor '.join(REPLACED_LISTS)} is set"
+    return "" if any(settings[name] for name in REPLACED_LISTS) else f"none of {', '.join(REPLACED_LISTS)} is set"
 
 
 def _flagcx_off(settings: Settings) -> str:

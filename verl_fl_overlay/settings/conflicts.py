@@ -6,15 +6,19 @@ neighbour, or that its own documents describe wrongly: a warning, and an error u
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay.errors import nearest
-from verl_fl_overlay.packages import installed
+from verl_fl_overlay.packages import folders, installed, source
 from verl_fl_overlay.settings.loading import LOADED_BY, modules
-from verl_fl_overlay.settings.stack import PREFER, REPLACED_LISTS
+from verl_fl_overlay.settings.plugins import PLUGINS, SGLANG, VLLM, Plugin
+from verl_fl_overlay.settings.stack import PREFER
 from verl_fl_overlay.settings.table import EXCLUSIVE, TABLE, Settings
 
 Rule = Callable[[Settings], Iterator[str]]
@@ -49,6 +53,18 @@ def _spelling(settings: Settings) -> Iterator[str]:
                 f"{name}={text!r} is on for verl-fl-overlay and off for {variable.component}, which takes only "
                 f"{' and '.join(variable.truths)} for on; write {name}=1"
             )
+
+
+def _unread(settings: Settings) -> Iterator[str]:
+    """Yield a conflict for each variable that the installed version, or the newest where none is, does not read."""
+    for variable in filter(lambda v: v.read_by and v.name in settings.given, TABLE.values()):
+        text = source(variable.read_by)
+        if variable.name not in text if text is not None else variable.now:
+            which = (
+                f"the {variable.component} that is installed" if text is not None else f"{variable.component}'s newest"
+            )
+            since = f"; it is read since {variable.since}" if variable.since else ""
+            yield f"{variable.name} is not read by {which}{f'; write {variable.now}' if variable.now else since}"
 
 
 def _rollout_without_flaggems(settings: Settings) -> Iterator[str]:
@@ -113,19 +129,35 @@ def _flagcx(settings: Settings) -> Iterator[str]:
 def _te_fl_vendors(settings: Settings) -> Iterator[str]:
     for name in ("TE_FL_ALLOW_VENDORS", "TE_FL_DENY_VENDORS"):
         for vendor in settings[name]:
-            if vendor != vendor.upper() or vendor == "NVIDIA":
+            if vendor != _te_fl_name(vendor):
                 yield f"{name} names {vendor!r}, which matches no vendor of TransformerEngine-FL; {_vendor(vendor)}"
 
 
+def _te_fl_name(vendor: str) -> str:
+    """Return TransformerEngine-FL's name of a vendor; some are called by what their torch calls the device.
+
+    Ascend was ``Ascend`` in one version and is ``NPU`` now, so the installed version's names go first.
+    """
+    here = [name for text in _te_fl_registrations() for name in re.findall(r'\bvendor="(\w+)"', text)]
+    meant = {"NVIDIA": "CUDA", "ASCEND": "NPU", "MTHREADS": "MUSA"}.get(vendor.upper(), vendor.upper())
+    return next((name for name in here if name.upper() in (vendor.upper(), meant)), meant)
+
+
+def _te_fl_registrations() -> Iterator[str]:
+    for folder in folders("transformer_engine"):
+        for file in Path(folder, "plugin/core/backends/vendor").glob("*/register_ops.py"):
+            yield file.read_text(encoding="utf-8", errors="replace")
+
+
 def _vendor(name: str) -> str:
-    return f"write {'CUDA' if name.upper() in ('NVIDIA', 'CUDA') else name.upper()}, names are in capitals"
+    return f"write {_te_fl_name(name)}, names are case-sensitive"
 
 
 def _te_fl_tokens(settings: Settings) -> Iterator[str]:
     for op, tokens in settings["TE_FL_PER_OP"].items():
         for token in tokens:
             kind, _, name = token.partition(":")
-            if kind == "vendor" and name and (name != name.upper() or name == "NVIDIA"):
+            if kind == "vendor" and name and name != _te_fl_name(name):
                 yield f"TE_FL_PER_OP: {op}={token} matches no implementation; {_vendor(name)}"
             elif token not in PREFER and not (kind in ("vendor", "impl") and name):
                 yield (
@@ -149,26 +181,53 @@ def _te_fl_prefer(settings: Settings) -> Iterator[str]:
         yield "TE_FL_PREFER_VENDOR has no effect: TE_FL_PREFER is set and goes before it; unset TE_FL_PREFER_VENDOR"
 
 
-def _vllm_config(settings: Settings) -> Iterator[str]:
-    file = settings["VLLM_FL_CONFIG"]
-    if not file:
-        return
-    if not os.path.isfile(file):
+def _config(settings: Settings) -> Iterator[str]:
+    for plugin in PLUGINS:
+        file = settings[plugin.config]
+        if file and not os.path.isfile(file):
+            own = (
+                "without the chip's own configuration too" if plugin.file_first else "with the chip's own configuration"
+            )
+            yield (
+                f"{plugin.config}={file!r} is no file on this machine; {plugin.name} goes on without a word, and {own}"
+            )
+        elif file and plugin.file_first:
+            yield from _lists_in_file(plugin, file)
+            for name in ("PREFER", "STRICT", "PER_OP", "OP_CONFIG", "ALLOW_VENDORS", "DENY_VENDORS"):
+                if f"{plugin.prefix}{name}" in settings.given:
+                    yield (
+                        f"{plugin.prefix}{name} is not read by the dispatch: {plugin.config} takes its place; write it "
+                        f"into {file}"
+                    )
+
+
+def _lists_in_file(plugin: Plugin, file: str) -> Iterator[str]:
+    text = ""
+    with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as opened:
+        text = opened.read(1 << 16)  # a limit, because a device never ends
+    has_lists = re.search(r"^(flagos|oot)_(white|black)list *:", text, re.MULTILINE)
+    if has_lists and not plugin.reads_lists_from_file():
         yield (
-            f"VLLM_FL_CONFIG={file!r} is no file on this machine; vllm-plugin-FL goes on without a word, and without "
-            "the chip's own configuration too"
+            f"{plugin.config}={file!r} has lists of operators, and the {plugin.name} that is installed reads none "
+            f"there; verl-fl dispatch check {file} says what to export"
         )
-        return
-    for name in ("PREFER", "STRICT", "PER_OP", "ALLOW_VENDORS", "DENY_VENDORS"):
-        if f"VLLM_FL_{name}" in settings.given:
-            yield f"VLLM_FL_{name} is not read by the dispatch: VLLM_FL_CONFIG takes its place; write it into {file}"
 
 
-def _vllm_policy(settings: Settings) -> Iterator[str]:
-    for name in ("VLLM_FL_ALLOW_VENDORS", "VLLM_FL_DENY_VENDORS"):
-        yield from vendor_faults(name, settings[name])
-    for op, tokens in settings["VLLM_FL_PER_OP"].items():
-        yield from token_faults(f"VLLM_FL_PER_OP: {op}", tokens)
+def _policy(settings: Settings) -> Iterator[str]:
+    for prefix in (plugin.prefix for plugin in PLUGINS):
+        for name in (f"{prefix}ALLOW_VENDORS", f"{prefix}DENY_VENDORS"):
+            yield from vendor_faults(name, settings[name])
+        for op, tokens in settings[f"{prefix}PER_OP"].items():
+            yield from token_faults(f"{prefix}PER_OP: {op}", tokens)
+
+
+def _replaced(settings: Settings) -> Iterator[str]:
+    for plugin in PLUGINS:
+        for name in (f"{plugin.prefix}OOT_WHITELIST", f"{plugin.prefix}OOT_BLACKLIST"):
+            known = {*plugin.replaced, *plugin.replaced_here()} if settings[name] else set()
+            for op in (op for op in settings[name] if op not in known):
+                meant = [right for right in known if right.lower() == op.replace("_", "").lower()]
+                yield f"{name}: {plugin.name} replaces no {op}{f'; {meant[0]}?' if meant else nearest(op, known)}"
 
 
 def vendor_faults(where: str, vendors: Iterable[Any]) -> Iterator[str]:
@@ -193,28 +252,51 @@ def _oplist_path(settings: Settings) -> Iterator[str]:
         yield "ROLLOUT_FLAGGEMS_PATH is read by nothing; rollout reads FLAGGEMS_ENABLE_OPLIST_PATH"
 
 
-def _vllm_lists(settings: Settings) -> Iterator[str]:
+def _sglang_strict(settings: Settings) -> Iterator[str]:
+    if "SGLANG_FL_STRICT" in settings.given:
+        value = settings["SGLANG_FL_STRICT"]
+        yield Remark(
+            f"SGLANG_FL_STRICT={value} {'lets' if value == '1' else 'does not let'} {SGLANG.name} try another "
+            "implementation when one fails; its README says the opposite"
+        )
+
+
+def _sglang_debug(settings: Settings) -> Iterator[str]:
+    if "SGLANG_FL_DISPATCH_DEBUG" in settings.given:
+        yield f"SGLANG_FL_DISPATCH_DEBUG is read by nothing; {SGLANG.name} writes its choices to SGLANG_FL_DISPATCH_LOG"
+
+
+def _append(settings: Settings) -> Iterator[str]:
     if settings["VLLM_FL_FLAGOS_WHITELIST"] and settings["VLLM_FL_FLAGOS_BLACKLIST_APPEND"]:
         yield "VLLM_FL_FLAGOS_BLACKLIST_APPEND has no effect beside VLLM_FL_FLAGOS_WHITELIST; keep one of them"
-    if "*" in settings.disable or "rollout.lists" in settings.disable:
-        for name in REPLACED_LISTS:
-            if settings[name]:
-                yield (
-                    f"{name} takes the place of the list in the chip's configuration, whose operators come back into "
-                    "use, since VERL_FL_DISABLE leaves rollout.lists out; name them too, or write the list into the "
-                    "file of VLLM_FL_CONFIG"
-                )
 
 
-def _vllm_plugins(settings: Settings) -> Iterator[str]:
-    if "VLLM_PLUGINS" not in settings.given or "fl" in settings["VLLM_PLUGINS"]:
-        return
-    unread = sorted(name for name in settings.given if name.startswith("VLLM_FL_"))
-    if unread:
-        yield (
-            f"VLLM_PLUGINS={settings.given['VLLM_PLUGINS']!r} leaves vllm-plugin-FL out, so nothing reads "
-            f"{', '.join(unread)}; add fl to VLLM_PLUGINS"
-        )
+def _lists_alone(settings: Settings) -> Iterator[str]:
+    for plugin in PLUGINS:
+        out = next((hook for hook in plugin.hooks if {hook, "*"} & set(settings.disable)), None)
+        for name in (name for name in plugin.lists if out and settings[name]):
+            yield (
+                f"{name} takes the place of the list in the chip's configuration, whose operators come back into use, "
+                f"since VERL_FL_DISABLE leaves {out} out; name them too{_or_file(plugin)}"
+            )
+
+
+def _or_file(plugin: Plugin) -> str:
+    return f", or write the list into the file of {plugin.config}" if plugin.reads_lists_from_file() else ""
+
+
+def _plugins(settings: Settings) -> Iterator[str]:
+    for plugin in PLUGINS:
+        switch, platform, entry = plugin.switch, plugin.platform, plugin.entry
+        out, remedy = "", ""
+        everything = "" if plugin is VLLM else entry  # what an empty list of plugins means
+        if switch in settings.given and entry not in (settings[switch] or (everything,)):
+            out, remedy = switch, f"add {entry} to {switch}"
+        elif platform and settings[platform] not in ("", entry):
+            out, remedy = platform, f"write {platform}={entry}"
+        unread = ", ".join(sorted(name for name in settings.given if name.startswith(plugin.prefix)))
+        if out and unread:
+            yield f"{out}={settings.given[out]!r} leaves {plugin.name} out, so nothing reads {unread}; {remedy}"
 
 
 def _external_modules(settings: Settings) -> Iterator[str]:
@@ -225,6 +307,7 @@ def _external_modules(settings: Settings) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     _spelling,
+    _unread,
     _rollout_without_flaggems,
     _training_lists,
     _two_enablers,
@@ -233,10 +316,14 @@ RULES: tuple[Rule, ...] = (
     _te_fl_tokens,
     _te_fl_strict,
     _te_fl_prefer,
-    _vllm_config,
-    _vllm_policy,
+    _config,
+    _policy,
+    _replaced,
     _oplist_path,
-    _vllm_lists,
-    _vllm_plugins,
+    _sglang_strict,
+    _sglang_debug,
+    _append,
+    _lists_alone,
+    _plugins,
     _external_modules,
 )

@@ -181,8 +181,9 @@ class Variable(Generic[T]):
 
     ``read`` turns the text into the value, or raises ``MalformedError``.  ``default`` is the value where the variable
     is not set.  ``component`` reads it, in ``phase`` (training, rollout, common or build).  ``since`` is the first
-    release of the component that reads it, "" for all.  ``truths`` are the spellings that the component itself takes
-    for true, if they are fewer than those of ``flag``.
+    release of the component that reads it, "" for all.  A variable that not every version reads names the file that
+    reads it (``read_by``, such as ``vllm_fl/utils.py``), and ``now`` if the newest version reads another one instead.
+    ``truths`` are the spellings that the component itself takes for true, if they are fewer than those of ``flag``.
 
     As an attribute of ``Settings`` it is the value; as an attribute of the class it is the variable itself.
     """
@@ -196,6 +197,8 @@ class Variable(Generic[T]):
     phase: str = "common"
     since: str = ""
     truths: tuple[str, ...] = ()
+    read_by: str = ""
+    now: str = ""
 
     @overload
     def __get__(self, settings: None, owner: Any) -> Variable[T]: ...
