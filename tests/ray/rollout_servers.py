@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import Any
 
 import ray
+from ray.runtime_context import RuntimeContext
 
 ROLLOUT = "verl.workers.rollout"
 FORWARDED = "TEFL_LOG_LEVEL"
@@ -75,12 +76,12 @@ class Server:
 
 
 class Worker:
-    """A worker of verl: it only tells its node and its device."""
+    """A worker of verl: it only tells where it is."""
 
     class __ray_call__:  # noqa: N801
         @staticmethod
-        async def remote(question: Any) -> tuple[str, str]:
-            return ray.get_runtime_context().get_node_id(), "0"
+        async def remote(question: Any) -> Any:
+            return question(None)
 
 
 def replica(module: str, name: str) -> Any:
@@ -127,6 +128,8 @@ def servers() -> Iterator[tuple[str, Callable[[], Any]]]:
 def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False)
     os.environ[FORWARDED] = "WARNING"  # after Ray was started, whose workers have the environment of then
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    RuntimeContext.get_accelerator_ids = lambda self: {"GPU": ["0"], "NPU": ["0"]}
     sys.meta_path.insert(0, Empty())
     version = metadata.version
     metadata.version = lambda name: "0.24.0" if name in ("vllm", "sglang") else version(name)

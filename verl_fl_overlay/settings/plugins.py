@@ -73,13 +73,13 @@ class Plugin:
 
     def dispatched_here(self) -> frozenset[str]:
         """Return the names that the installed plugin's registrations have; none if that cannot be told."""
-        found = set(_of_tables(source(f"{self.package}/__init__.py") or "", "_CLASS_TO_OP"))
+        found: set[str] = set()
         for folder in folders(self.package):
             for file in Path(folder, "dispatch/backends").rglob("register_ops.py"):
-                found.update(
-                    filter(str.isidentifier, _texts(_tree(file.read_text(encoding="utf-8", errors="replace"))))
-                )
-        return frozenset(found)
+                tree = _tree(file.read_text(encoding="utf-8", errors="replace"))
+                found.update(filter(str.isidentifier, _texts(tree)))
+        others = _of_tables(source(f"{self.package}/__init__.py") or "", "_CLASS_TO_OP") if found else ()
+        return frozenset({*found, *others})
 
 
 _FINDS = "get_config_path"
@@ -102,11 +102,10 @@ def _of_tables(text: str, *tables: str) -> Iterator[str]:
     vllm-plugin-FL's newest versions replace ``fused_moe`` by hand, unless it is in the list.
     """
     for node in ast.walk(_tree(text)):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            if any(isinstance(target, ast.Name) and target.id in tables for target in node.targets):
-                yield from (
-                    key.id if isinstance(key, ast.Name) else ast.literal_eval(key) for key in node.value.keys if key
-                )
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id in tables for target in targets):
+                yield from (ast.unparse(key).strip("'") for key in node.value.keys if key)
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
             yield from filter(str.isidentifier, _texts(node.left))
 
