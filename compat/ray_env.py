@@ -50,11 +50,9 @@ def _ppo_runtime_env(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs
 
 
 def _actor_options(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = kwargs.get("runtime_env") or getattr(instance, "_default_options", {}).get("runtime_env")
-    environment = runtime_env.ask(given, _of_running_job())
-    if environment is None or not environment["env_vars"]:  # an actor with an environment takes longer to start
-        return wrapped(*args, **kwargs)
-    return wrapped(*args, **{**kwargs, "runtime_env": environment})
+    given = kwargs.get("runtime_env")  # an actor of others, which has none, is left alone
+    environment = _with_overlay(given, _of_running_job()) if given else given
+    return wrapped(*args, **{**kwargs, "runtime_env": environment} if given else kwargs)
 
 
 def ray_hooks() -> list[Hook]:
@@ -91,7 +89,7 @@ def ray_hooks() -> list[Hook]:
             feature="ray",
             required=False,
             why="Where Ray was started before verl was imported, the job lacks the variables.  verl starts its workers "
-            "and every kind of rollout server, prefill and decode among them, with options; each gets the variables.",
+            "and every kind of rollout server, prefill and decode among them, with a runtime environment; it gets them.",
             upstream=f"{SOURCE}/v0.9.1/verl/workers/rollout/sglang_rollout/sglang_pd_replica.py#L208",
             until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
         ),
