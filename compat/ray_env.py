@@ -89,7 +89,7 @@ def ray_hooks() -> list[Hook]:
             feature="ray",
             required=False,
             why="Where Ray was started before verl was imported, the job lacks the variables.  verl starts its workers "
-            "and every kind of rollout server, prefill and decode among them, with a runtime environment; it gets them.",
+            "and all rollout servers, prefill and decode among them, with a runtime environment, which gets them.",
             upstream=f"{SOURCE}/v0.9.1/verl/workers/rollout/sglang_rollout/sglang_pd_replica.py#L208",
             until="verl forwards VERL_USE_EXTERNAL_MODULES and the variables of its plugins",
         ),
