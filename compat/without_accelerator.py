@@ -34,6 +34,14 @@ def _not_pinned(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dic
     return wrapped(pin_memory=False)
 
 
+def _nothing_to_offload(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return wrapped(offload_params=False)
+
+
+def _activations_stay(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return None
+
+
 def shared_hooks() -> list[Hook]:
     """Return what every release needs."""
     return [
@@ -58,6 +66,30 @@ def shared_hooks() -> list[Hook]:
             required=False,
             why="verl offloads reference models to pinned memory, which torch refuses where there is no accelerator.",
             upstream=f"{SOURCE}/v0.7.1/verl/workers/fsdp_workers.py#L620",
+            until="torch ignores pin_memory where there is no accelerator",
+        ),
+        Hook(
+            name="cpu.offload",
+            module="torch.distributed.fsdp.api",
+            attribute="CPUOffload.__init__",
+            wrapper=_nothing_to_offload,
+            feature="cpu",
+            required=False,
+            why="Under FSDP1 verl offloads engines that are never trained, and torch pins what it offloads, which it "
+            "refuses where there is no accelerator; on a CPU all is offloaded already.",
+            upstream="https://github.com/pytorch/pytorch/blob/v2.11.0/torch/distributed/fsdp/_flat_param.py#L1257",
+            until="torch ignores pin_memory where there is no accelerator",
+        ),
+        Hook(
+            name="cpu.activation_offload",
+            module="verl.utils.activation_offload",
+            attribute="enable_activation_offloading",
+            wrapper=_activations_stay,
+            feature="cpu",
+            required=False,
+            why="enable_activation_offload copies activations to pinned memory of the CPU, which torch refuses where "
+            "there is no accelerator; on a CPU they are there already.",
+            upstream=f"{SOURCE}/v0.9.1/verl/utils/activation_offload.py#L171",
             until="torch ignores pin_memory where there is no accelerator",
         ),
     ]

@@ -8,6 +8,8 @@ and flash_attention_2; without it batches stay padded, with sdpa, as plain verl 
 
 ``--flagos`` puts stand-ins in the place of FlagGems' kernels, and enables its ``mul`` beforehand in the whole process,
 as vLLM's plugin does where vLLM lives in the trainer's process (verl 0.7.0).
+
+``--fsdp1`` takes FSDP1, verl's default, with parameters and optimizers offloaded, and saves and loads both in the end.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +39,32 @@ def config_of(model: str) -> Any:
     }
     packed = dict.fromkeys(("actor_rollout_ref.model.use_remove_padding", "critic.model.use_remove_padding"), True)
     how = packed if "--packed" in sys.argv else padded
+    strategy = "fsdp" if "--fsdp1" in sys.argv else "fsdp2"
+    configs = ("actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.model.fsdp_config")
+    offloaded = [f"{config}.{what}_offload=True" for config in configs for what in ("param", "optimizer")]
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
         return compose(
             "ppo_trainer",
             overrides=[
                 f"actor_rollout_ref.model.path={model}",
                 *(f"{name}={value}" for name, value in how.items()),
-                "actor_rollout_ref.actor.strategy=fsdp2",
+                f"actor_rollout_ref.actor.strategy={strategy}",
                 "actor_rollout_ref.actor.use_torch_compile=False",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",
                 "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
                 "actor_rollout_ref.actor.optim.lr=1e-3",
                 "actor_rollout_ref.rollout.name=vllm",
                 "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
-                "actor_rollout_ref.ref.strategy=fsdp2",
+                f"actor_rollout_ref.ref.strategy={strategy}",
                 "actor_rollout_ref.ref.use_torch_compile=False",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
                 f"critic.model.path={model}",
-                "critic.strategy=fsdp2",
+                f"critic.strategy={strategy}",
                 "critic.ppo_mini_batch_size=4",
                 "critic.ppo_micro_batch_size_per_gpu=2",
                 "critic.forward_micro_batch_size_per_gpu=2",
                 "critic.optim.lr=1e-3",
+                *(offloaded if strategy == "fsdp" else []),
             ],
         )
 
@@ -183,9 +190,9 @@ def main() -> None:
     output, calls["compute_log_prob"] = watch.call(actor.compute_log_prob)
     calls["compute_log_prob"]["result"] = hexed(output.batch["old_log_probs"])
     calls["compute_log_prob"]["expected"] = hexed(reference_log_probs(sys.argv[1]))
-    before = [p.full_tensor().clone() for p in actor.actor_module_fsdp.parameters()]
+    before = weights(actor.actor_module_fsdp)
     output, calls["update_policy"] = watch.call(actor.update_actor)
-    after = [p.full_tensor() for p in actor.actor_module_fsdp.parameters()]
+    after = weights(actor.actor_module_fsdp)
     calls["update_policy"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["actor/grad_norm"]]
     calls["update_policy"]["change"] = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
 
@@ -202,9 +209,24 @@ def main() -> None:
     output, calls["update_critic"] = watch.call(critic.update_critic)
     calls["update_critic"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["critic/grad_norm"]]
 
+    if "--fsdp1" in sys.argv:
+        for worker, module in ((actor, actor.actor_module_fsdp), (critic, critic.critic_module)):
+            with tempfile.TemporaryDirectory() as folder:
+                saved = weights(module)
+                worker.save_checkpoint(folder)
+                for parameter in module.parameters():
+                    parameter.data.zero_()
+                worker.load_checkpoint(folder)
+            assert all(map(torch.equal, weights(module), saved))
+
     told = {"flagos": flagos and flagos.told(), "report": build(), "derived lengths": derived[0]}
     print("RESULT " + json.dumps({"calls": calls, **told}))
     torch.distributed.destroy_process_group()
+
+
+def weights(model: Any) -> list[Any]:
+    """Return copies of a model's parameters, whole."""
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in model.parameters()]
 
 
 def reference_log_probs(model: str) -> Any:

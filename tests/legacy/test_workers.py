@@ -78,6 +78,14 @@ def test_models_are_built_inside_the_phase(hooked):
     assert calls["legacy.fsdp.build_critic_model_optimizer"] == 1
 
 
+def test_fsdp1_with_all_offloaded_gives_what_fsdp2_gives(tiny_model, hooked):
+    found = results(tiny_model, "--fsdp1")
+    for step in STEPS:
+        values, expected = ([float.fromhex(v) for v in each["calls"][step]["result"]] for each in (found, hooked))
+        assert values == pytest.approx(expected, rel=0.03, abs=0.03), step  # they compute in bf16
+    assert found["calls"]["update_policy"]["change"] > 1e-4
+
+
 @pytest.fixture(scope="module")
 def flagos(tiny_model):
     return results(tiny_model, "--flagos", USE_FLAGGEMS="1", TRAINING_FL_FLAGOS_WHITELIST="mul,mm")

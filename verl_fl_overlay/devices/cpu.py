@@ -11,6 +11,17 @@ from typing import Any
 from verl_fl_overlay.errors import SettingsError
 
 
+class CurrentCpu(str):
+    """The CPU as the current device: torch takes it for the device, and written behind "cpu:" it is the index 0.
+
+    An accelerator's index serves as both.  Of the CPU torch refuses the number 0, and gives "cpu", which cannot be
+    written behind "cpu:".
+    """
+
+    def __format__(self, spec: str) -> str:
+        return format("0", spec)
+
+
 class CpuModule(ModuleType):
     """``torch.cpu``, completed with the memory and random-number functions of an accelerator's module.
 
@@ -25,6 +36,10 @@ class CpuModule(ModuleType):
         import torch
 
         return getattr(torch.cpu, name)
+
+    def current_device(self) -> str:
+        """Return the CPU, as torch takes it and as an index behind "cpu:"."""
+        return CurrentCpu("cpu")
 
     def empty_cache(self) -> None:
         """Do nothing: the host's allocator keeps no cache that could be given back."""
