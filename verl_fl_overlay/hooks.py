@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -112,19 +113,50 @@ class _Installed:
         return type(found) is FunctionType and found.__code__ == getattr(self.handle, "__code__", None)
 
 
+_PLACE = ("__module__", "__qualname__")
+
+
 class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
+    """A method that has a hook, of an instance or of the class."""
+
+    __copy__: Any = None  # copied as it is pickled
+    __deepcopy__: Any = None
+
+    def __getattribute__(self, name: str) -> Any:
+        return getattr(self._self_parent, name) if name in _PLACE else super().__getattribute__(name)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        owner = getattr(self.__wrapped__, "__self__", self._self_owner)
-        return getattr, (owner, self.__name__)
+        owner = getattr(self.__wrapped__, "__self__", None)
+        if owner is None:
+            return self._self_parent.__reduce_ex__(protocol)  # type: ignore[no-any-return]
+        return getattr, (owner, self.__qualname__.rpartition(".")[2])
 
 
 class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
-    """A wrapper that is pickled by name, like the function in it: unpickling gives what has that name there."""
+    """A wrapper that is pickled as the place of its hook: unpickling gives what is there in that process.
+
+    It calls itself by that place, and not by the one where the function in it is defined: cloudpickle looks there, and
+    sends a copy of the function, without the hook, if it does not find the wrapper itself.
+    """
 
     __bound_function_wrapper__ = _BoundWrapper
+    __copy__: Any = None
+    __deepcopy__: Any = None
 
-    def __reduce_ex__(self, protocol: Any) -> str:
-        return str(self.__qualname__)
+    def __init__(self, wrapped: Call, wrapper: Wrapper, hook: Hook, parent: Any) -> None:
+        super().__init__(wrapped, wrapper)
+        self._self_place = dict(zip(_PLACE, (hook.module, hook.attribute), strict=True))
+        self._self_unbound = super().__get__(None, parent) if isinstance(parent, type) else self
+
+    def __getattribute__(self, name: str) -> Any:
+        return self._self_place[name] if name in _PLACE else super().__getattribute__(name)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        free = self._self_binding == "staticmethod" or (instance is None and self._self_binding != "classmethod")
+        return self._self_unbound if free else super().__get__(instance, owner)  # the same one each time, like Python
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return pkgutil.resolve_name, (f"{self.__module__}:{self.__qualname__}",)
 
 
 def being_imported(module: ModuleType) -> bool:
@@ -281,7 +313,7 @@ class HookSet:
             status.calls += 1
             return wrapper(wrapped, instance, args, kwargs)
 
-        place.handle = wrapt.wrap_object(parent, name, _Wrapper, (counted,))
+        place.handle = wrapt.wrap_object(parent, name, _Wrapper, (counted, hook, parent))
         self._installed[hook.name] = place
         status.state, status.detail = State.INSTALLED, ""
 

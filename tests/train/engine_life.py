@@ -52,7 +52,9 @@ def life(model: str, strategy: str, folder: str, options: dict[str, Any]) -> dic
 
 def reference(model: str, strategy: str) -> dict[str, list[float]]:
     """Return the log-probs of an engine that is never trained, and those of one that may be."""
-    engines = {name: make_engine(model, strategy, "lm", forward_only=name == "reference") for name in ("actor", "reference")}
+    engines = {
+        name: make_engine(model, strategy, "lm", forward_only=name == "reference") for name in ("actor", "reference")
+    }
     return {name: infer(engine, "lm") for name, engine in engines.items()}
 
 
