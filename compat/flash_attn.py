@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.hooks import Call, Hook
 from verl_fl_overlay.packages import flash_attn_imports
+
+FLASH = "flash_attention_2"
 
 
 def _without_flash_attn(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -27,22 +30,30 @@ def _value_model(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: di
 
     if flash_attn_imports() or get_device_name() == "npu":  # on an NPU transformers needs no flash-attn
         return wrapped(*args, **kwargs)
-    try:
-        return _load(*args, **kwargs)
-    except ValueError:  # transformers has no token classifier of this kind; verl goes on to trl's
-        return wrapped(*args, **kwargs)
+    return _load(wrapped, *args, **kwargs)
 
 
-def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+def _load(load: Call, local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForTokenClassification
 
-    return AutoModelForTokenClassification.from_pretrained(
-        pretrained_model_name_or_path=local_path,
-        torch_dtype=torch_dtype,
-        config=model_config,
-        attn_implementation=getattr(model_config, "_attn_implementation", None) or "flash_attention_2",
-        trust_remote_code=trust_remote_code,
-    )
+    attention = getattr(model_config, "_attn_implementation", None) or FLASH
+    try:
+        return AutoModelForTokenClassification.from_pretrained(
+            pretrained_model_name_or_path=local_path,
+            torch_dtype=torch_dtype,
+            config=model_config,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError:  # transformers has no token classifier of this kind; verl goes on to trl's value head
+        return _with(attention, load)(local_path, torch_dtype, model_config, trust_remote_code)
+
+
+def _with(attention: str, load: Call) -> Call:
+    """Return verl's function with ``attention`` where it has flash_attention_2; all else stays the release's own."""
+    code = load.__code__
+    constants = tuple(attention if constant == FLASH else constant for constant in code.co_consts)
+    return FunctionType(code.replace(co_consts=constants), load.__globals__)
 
 
 def value_model_hook() -> Hook:

@@ -1,0 +1,39 @@
+"""Value models of which transformers has no token classifier, without flash-attn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, result
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+PROGRAM = Path(__file__).with_name("value_models.py")
+TRL = Path(__file__).with_name("trl_stand_in")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    paths = os.pathsep.join(filter(None, (str(TRL), os.environ.get("PYTHONPATH"))))
+    env = {**OVERLAY, "VERL_FL_STRICT": "1", "PYTHONPATH": paths}
+    return result(PROGRAM, tmp_path_factory.mktemp("models"), env=env, timeout=600)
+
+
+@pytest.mark.xdist_group("value_models")  # they share the run
+@pytest.mark.parametrize("kind", ["cohere", "qwen2_vl"])
+def test_it_trains_with_the_attention_that_is_configured(found, kind):
+    packed, padded = found[kind]["packed"], found[kind]["padded"]
+    assert (packed["attention"], padded["attention"]) == ("flash_attention_2", "sdpa")
+    assert packed["values"] == pytest.approx(padded["values"], rel=0.02, abs=0.02)  # they compute in bf16
+    assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=0.02)
+    assert padded["grad_norm"] > 0
+
+
+@pytest.mark.xdist_group("value_models")
+def test_the_overlays_functions_attended(found):
+    told = found["report"]["features"]["attention"]["detail"]
+    assert "cpu, bfloat16, heads of 16, causal" in told["backends"]
+    assert len(told["packed models"]) == 2
+    assert set(told["packed models"].values()) == {"keeps them apart"}
