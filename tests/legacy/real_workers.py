@@ -9,6 +9,8 @@ and flash_attention_2; without it batches stay padded, with sdpa, as plain verl 
 ``--flagos`` puts stand-ins in the place of FlagGems' kernels, and enables its ``mul`` beforehand in the whole process,
 as vLLM's plugin does where vLLM lives in the trainer's process (verl 0.7.0).
 
+``--critic=MODEL`` gives the critic another model, and prints the attention that it has.
+
 ``--fsdp1`` takes FSDP1, verl's default, with parameters and optimizers offloaded, and saves and loads both in the end.
 """
 
@@ -24,6 +26,11 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "examples")]
 
 PROMPT, RESPONSE, ROWS = 6, 4, 4
+
+
+def critics(model: str) -> str:
+    """Return the critic's model."""
+    return next((option.removeprefix("--critic=") for option in sys.argv if option.startswith("--critic=")), model)
 
 
 def config_of(model: str) -> Any:
@@ -58,7 +65,7 @@ def config_of(model: str) -> Any:
                 f"actor_rollout_ref.ref.strategy={strategy}",
                 "actor_rollout_ref.ref.use_torch_compile=False",
                 "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2",
-                f"critic.model.path={model}",
+                f"critic.model.path={critics(model)}",
                 f"critic.strategy={strategy}",
                 "critic.ppo_mini_batch_size=4",
                 "critic.ppo_micro_batch_size_per_gpu=2",
@@ -208,6 +215,9 @@ def main() -> None:
     calls["compute_values"]["result"] = hexed(output.batch["values"])
     output, calls["update_critic"] = watch.call(critic.update_critic)
     calls["update_critic"]["result"] = [float(v).hex() for v in output.meta_info["metrics"]["critic/grad_norm"]]
+
+    critics_model = getattr(critic.critic_module, "pretrained_model", critic.critic_module)
+    calls["compute_values"]["attention"] = critics_model.config._attn_implementation
 
     if "--fsdp1" in sys.argv:
         for worker, module in ((actor, actor.actor_module_fsdp), (critic, critic.critic_module)):

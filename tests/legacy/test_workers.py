@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import arithmetic
 import pytest
 from processes import OVERLAY, result
 from sft import without_images
 
 PROGRAM = Path(__file__).with_name("real_workers.py")
+TRL = Path(__file__).parents[1] / "trl_stand_in"
 STEPS = ["compute_log_prob", "update_policy", "compute_ref_log_prob", "compute_values", "update_critic"]
 HOOKS = ["dp_actor.update_policy", "dp_actor.compute_log_prob", "dp_critic.update_critic", "dp_critic.compute_values"]
 
@@ -84,6 +87,24 @@ def test_fsdp1_with_all_offloaded_gives_what_fsdp2_gives(tiny_model, hooked):
         values, expected = ([float.fromhex(v) for v in each["calls"][step]["result"]] for each in (found, hooked))
         assert values == pytest.approx(expected, rel=0.03, abs=0.03), step  # they compute in bf16
     assert found["calls"]["update_policy"]["change"] > 1e-4
+
+
+def test_a_critic_with_trls_head_has_the_configured_attention(tiny_model, tmp_path):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    words = arithmetic.tokenizer()
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+    CohereForCausalLM(CohereConfig(**sizes, **heads)).save_pretrained(tmp_path)  # which has no token classifier
+    words.save_pretrained(tmp_path)
+    paths = os.pathsep.join((str(TRL), without_images().get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")))
+    options = (tiny_model, f"--critic={tmp_path}", "--uneven")
+    packed, padded = (
+        results(*options, *more, PYTHONPATH=paths)["calls"]["compute_values"] for more in (("--packed",), ())
+    )
+    assert (packed["attention"], padded["attention"]) == ("flash_attention_2", "sdpa")
+    values, expected = ([float.fromhex(value) for value in call["result"]] for call in (packed, padded))
+    assert values == pytest.approx(expected, rel=0.03, abs=0.03)  # they compute in bf16
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,15 @@ from processes import OVERLAY, result
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = [
+    pytest.mark.xdist_group("value_models"),  # they share the run
+    pytest.mark.skipif(
+        version("verl") < "0.8", reason="verl 0.7's engines take no trl head; tests/legacy has its critic"
+    ),
+]
+
 PROGRAM = Path(__file__).with_name("value_models.py")
-TRL = Path(__file__).with_name("trl_stand_in")
+TRL = Path(__file__).parents[1] / "trl_stand_in"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +29,6 @@ def found(tmp_path_factory):
     return result(PROGRAM, tmp_path_factory.mktemp("models"), env=env, timeout=600)
 
 
-@pytest.mark.xdist_group("value_models")  # they share the run
 @pytest.mark.parametrize("kind", ["cohere", "qwen2_vl"])
 def test_it_trains_with_the_attention_that_is_configured(found, kind):
     packed, padded = found[kind]["packed"], found[kind]["padded"]
@@ -31,7 +38,6 @@ def test_it_trains_with_the_attention_that_is_configured(found, kind):
     assert padded["grad_norm"] > 0
 
 
-@pytest.mark.xdist_group("value_models")
 def test_the_overlays_functions_attended(found):
     told = found["report"]["features"]["attention"]["detail"]
     assert "cpu, bfloat16, heads of 16, causal" in told["backends"]

@@ -22,6 +22,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.pretrained_model, self.config = model, model.config
+        self.gradient_checkpointing_enable = model.gradient_checkpointing_enable
         self.v_head = ValueHead(model.config)
 
     @classmethod
