@@ -4,6 +4,7 @@ As a program it runs engines in a process of its own and prints JSON, floats as 
 compared bit for bit:  python tests/real_engine.py MODEL --cases lm:fsdp2,value:fsdp [--plain]
 
 Batches are padded, with sdpa, as plain verl can run them without flash-attn; ``--packed`` is verl's default instead.
+Several runs share a process, and the seconds that it imports: MODEL --packed --then MODEL; their results are a list.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+THEN = "--then"
+"""Between the arguments of two runs in one process."""
 
 
 def free_port() -> int:
@@ -215,7 +219,7 @@ def count_derived_lengths() -> list[int]:
     return calls
 
 
-def main() -> None:
+def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--cases", default="lm:fsdp2", help="head:strategy, comma-separated")
@@ -224,27 +228,42 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="verl's default: packed, flash_attention_2")
     parser.add_argument("--hf", type=json.loads, default={}, help="fields of HFModelConfig, JSON")
     parser.add_argument("--engine", type=json.loads, default={}, help="fields of FSDPEngineConfig, JSON")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def run_cases(options: argparse.Namespace, derived: list[int]) -> dict[str, Any]:
+    """Run the cases of one run; return their numbers, the lengths derived meanwhile and the report up to now."""
+    result: dict[str, Any] = {}
+    before = derived[0]
+    more = {"plain": options.plain, "hf": options.hf, **options.engine}
+    for case in options.cases.split(","):
+        head, strategy = case.split(":")
+        result[case] = run_case(options.model, head, strategy, options.steps, options.packed, **more)
+    result["derived lengths"] = derived[0] - before
+    if "verl_fl_overlay" in sys.modules:
+        from verl_fl_overlay.activation import report as build
+
+        result["report"] = build()
+    return result
+
+
+def main() -> None:
+    runs, given = [], sys.argv[1:]
+    while given:
+        end = given.index(THEN) if THEN in given else len(given)
+        runs.append(options_of(given[:end]))
+        given = given[end + 1 :]
 
     import torch
 
     torch.set_num_threads(1)
     import verl  # noqa: F401
 
-    join_group(options.plain)
-    result: dict[str, Any] = {}
+    join_group(runs[0].plain)
     derived = count_derived_lengths()
-    more = {"plain": options.plain, "hf": options.hf, **options.engine}
-    for case in options.cases.split(","):
-        head, strategy = case.split(":")
-        result[case] = run_case(options.model, head, strategy, options.steps, options.packed, **more)
-    result["derived lengths"] = derived[0]
-    if "verl_fl_overlay" in sys.modules:
-        from verl_fl_overlay.activation import report as build
-
-        result["report"] = build()
+    results = [run_cases(options, derived) for options in runs]
     if torch.distributed.get_rank() == 0:
-        print("RESULT " + json.dumps(result))
+        print("RESULT " + json.dumps(results if len(results) > 1 else results[0]))
     torch.distributed.destroy_process_group()
 
 

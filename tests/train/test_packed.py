@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 from processes import OVERLAY, result, run
+from real_engine import THEN
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -32,19 +33,35 @@ def numbers(model: Path, *options: str, env: dict[str, str] | None = None, **mor
     return result(*command(model, *options, **more), env={**OVERLAY, **(env or {})}, timeout=600)
 
 
-@pytest.fixture(scope="module")
-def packed(tiny_model):
-    return numbers(tiny_model, "--packed")
+LORAS_PADDED = {**LORA, "use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
+RUNS = {
+    "packed": (("--packed",), {}),
+    "padded": ((), {}),
+    "checkpointed": (("--packed",), {"cases": "lm:fsdp2", "hf": CHECKPOINTED}),
+    "lora": (("--packed",), {"cases": "lm:fsdp2", "hf": LORA}),
+    "lora, padded": ((), {"cases": "lm:fsdp2", "hf": LORAS_PADDED}),
+}
+if version("verl") >= "0.9.1":  # verl pads to a length from there on
+    RUNS["to a length"] = (("--packed",), {"cases": "lm:fsdp2", "engine": {"pad_to_length": 64}})
 
 
 @pytest.fixture(scope="module")
-def padded(tiny_model):
-    return numbers(tiny_model)
+def runs(tiny_model):
+    """Return the results of what one process can run."""
+    arguments = [command(tiny_model, *options, **more) for options, more in RUNS.values()]
+    joined = [argument for program, *each in arguments for argument in (THEN, *each)]
+    found = result(arguments[0][0], *joined[1:], env=OVERLAY, timeout=600)
+    return dict(zip(RUNS, found, strict=True))
 
 
 @pytest.fixture(scope="module")
-def checkpointed(tiny_model):
-    return numbers(tiny_model, "--packed", cases="lm:fsdp2", hf=CHECKPOINTED)
+def packed(runs):
+    return runs["packed"]
+
+
+@pytest.fixture(scope="module")
+def checkpointed(runs):
+    return runs["checkpointed"]
 
 
 def decoded(run: dict[str, Any]) -> list[float]:
@@ -53,9 +70,10 @@ def decoded(run: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("case", HEADS)
-def test_packed_trains_as_padded(packed, padded, case):
-    assert decoded(packed[case]) == pytest.approx(decoded(padded[case]), rel=0.02, abs=0.02)  # they compute in bf16
-    assert packed[case] != padded[case], "it was packed"
+def test_packed_trains_as_padded(runs, case):
+    packed, padded = runs["packed"][case], runs["padded"][case]
+    assert decoded(packed) == pytest.approx(decoded(padded), rel=0.02, abs=0.02)  # they compute in bf16
+    assert packed != padded, "it was packed"
 
 
 @pytest.mark.parametrize("case", HEADS)
@@ -86,14 +104,8 @@ def test_without_the_hook_each_layer_derives_them(tiny_model, checkpointed):
     assert found["lm:fsdp2"] == checkpointed["lm:fsdp2"], "the numbers are the same bit for bit"
 
 
-def test_lora_trains_packed_as_padded(tiny_model):
-    found, expected = (
-        numbers(tiny_model, *options, cases="lm:fsdp2", hf={**LORA, **more})["lm:fsdp2"]
-        for options, more in (
-            (("--packed",), {}),
-            ((), {"use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}),
-        )
-    )
+def test_lora_trains_packed_as_padded(runs):
+    found, expected = (runs[name]["lm:fsdp2"] for name in ("lora", "lora, padded"))
     assert decoded(found) == pytest.approx(decoded(expected), rel=0.02, abs=0.02)
 
 
@@ -114,8 +126,8 @@ def test_ulysses_with_other_attention_is_refused(tiny_model):
     assert "PackingError: ulysses_sequence_parallel_size=2 with attn_implementation=sdpa computes wrong" in done.stderr
 
 
-@pytest.mark.skipif(version("verl") < "0.9.1", reason="verl pads to a length from 0.9.1 on")
-def test_padding_to_a_length_is_a_sequence_of_its_own(tiny_model, packed):
-    found = numbers(tiny_model, "--packed", cases="lm:fsdp2", engine={"pad_to_length": 64})
+@pytest.mark.skipif("to a length" not in RUNS, reason="verl pads to a length from 0.9.1 on")
+def test_padding_to_a_length_is_a_sequence_of_its_own(runs, packed):
+    found = runs["to a length"]
     assert decoded(found["lm:fsdp2"]) == pytest.approx(decoded(packed["lm:fsdp2"]), rel=0.02, abs=0.02)
     assert found["derived lengths"] == 0
