@@ -13,6 +13,7 @@ from processes import OVERLAY, PLAIN, output, python, run
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 VERL = version("verl")
+SHARES_THE_STUB, SHARES_THE_MODULES = (pytest.mark.xdist_group(name) for name in ("stub", "modules"))
 
 STUB = """
     import torch
@@ -57,11 +58,12 @@ def test_every_hook_installs_on_this_release():
         assert hook["pinned"] in {"yes", "-"}, hook
 
 
-def test_without_asking_for_the_cpu_its_hooks_stay_off():
-    program = "import verl; from verl.utils.device import get_device_name, get_nccl_backend; print(get_nccl_backend())"
+@SHARES_THE_STUB
+def test_without_asking_for_the_cpu_its_hooks_stay_off(stub):
+    program = "import verl; from verl.utils.device import get_nccl_backend; print(get_nccl_backend())"
     done = python(program, env={"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"})
     assert done.stdout.strip().endswith("nccl"), done.stderr
-    assert output(program, env=OVERLAY) == "gloo"
+    assert stub["backend"] == "gloo"
 
 
 CONFIGURED = """
@@ -84,10 +86,11 @@ def test_the_configured_device_follows_the_chip(given):
     assert output(CONFIGURED % given, env=left_out) == given
 
 
-def test_phase_follows_the_engine():
-    code = (
-        STUB
-        + """
+STEPS = """
+    import json
+    from verl.utils.device import get_nccl_backend
+
+    found = {"backend": get_nccl_backend(), "raised": {}}
     engine = EngineRegistry.new("stub", "stub")
     with engine.train_mode():
         with engine.train_mode():
@@ -95,83 +98,80 @@ def test_phase_follows_the_engine():
     with engine.eval_mode():
         engine.infer_batch({})
     engine.train_batch({}, lambda: None)
-    print(seen == ["built", "entered", "depth 3", "left", "entered", "depth 2", "left", "entered", "depth 1", "left"],
-          seen)
-    """
-    )
-    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY).startswith("True")
+    found["followed"] = list(seen)
 
-
-def test_weights_are_moved_to_the_device_and_back_outside_the_phase():
-    code = (
-        STUB
-        + """
     class Offloaded(Stub):
         is_param_offload_enabled = is_optimizer_offload_enabled = True
         def to(self, **kwargs): seen.append(f"moved at depth {phase.training.depth}")
 
+    seen.clear()
     for mode in (Offloaded().train_mode, Offloaded().eval_mode):
         with mode():
             pass
-    print(*seen, sep=", ")
-    """
-    )
-    once = "moved at depth 0, entered, left, moved at depth 0"
-    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY) == f"{once}, {once}"
+    found["moved"] = list(seen)
+
+    for raised in (RuntimeError("CUDA out of memory"), FloatingPointError(), KeyboardInterrupt()):
+        engine = EngineRegistry.new("stub", "stub")
+        def fails(): raise raised
+        try:
+            with engine.train_mode():
+                engine.train_batch({}, fails)
+        except BaseException as caught:
+            alone = caught is raised and caught.__cause__ is None and caught.__context__ is None
+            found["raised"][type(raised).__name__] = [alone, phase.training.depth, engine.mode, seen[-1]]
+    print(json.dumps(found))
+"""
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('CUDA out of memory')", "FloatingPointError()", "KeyboardInterrupt()"])
-def test_a_step_that_raises_leaves_the_phase_and_its_error_alone(error):
-    code = (
-        STUB
-        + f"""
-    engine, raised = EngineRegistry.new("stub", "stub"), {error}
-    def fails(): raise raised
-    try:
-        with engine.train_mode():
-            engine.train_batch({{}}, fails)
-    except BaseException as caught:
-        assert caught is raised and caught.__cause__ is None and caught.__context__ is None
-    print(phase.training.depth, engine.mode, seen[-1])
-    """
-    )
-    assert output("import verl\n" + code.replace("\n    ", "\n"), env=OVERLAY) == "0 None left"
+@pytest.fixture(scope="module")
+def stub():
+    """Return what the stub engine saw in one process."""
+    return json.loads(output("import verl\n" + (STUB + STEPS).replace("\n    ", "\n"), env=OVERLAY))
 
 
-def test_a_feature_that_fails_strictly_leaves_verl_clean():
+@SHARES_THE_STUB
+def test_phase_follows_the_engine(stub):
+    once = ["entered", "depth 3", "left", "entered", "depth 2", "left", "entered", "depth 1", "left"]
+    assert stub["followed"] == ["built", *once]
+
+
+@SHARES_THE_STUB
+def test_weights_are_moved_to_the_device_and_back_outside_the_phase(stub):
+    assert stub["moved"] == ["moved at depth 0", "entered", "left", "moved at depth 0"] * 2
+
+
+@SHARES_THE_STUB
+@pytest.mark.parametrize("error", ["RuntimeError", "FloatingPointError", "KeyboardInterrupt"])
+def test_a_step_that_raises_leaves_the_phase_and_its_error_alone(stub, error):
+    assert stub["raised"][error] == [True, 0, None, "left"]
+
+
+def test_a_feature_that_fails_strictly_leaves_its_error_and_verl_clean():
+    """In a mode of verl's base class and in those of its own engine, which begin otherwise."""
     code = (
         STUB
         + """
-    engine = EngineRegistry.new("stub", "stub")
-    def fails(): raise ValueError("feature")
-    phase.training.entered.subscribe(fails)
-    try:
-        with engine.train_mode():
-            raise SystemExit("the body ran")
-    except ValueError:
-        print(phase.training.depth, engine.mode)
-    """
-    )
-    assert output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"}) == "0 None"
-
-
-def test_a_feature_that_fails_in_verls_own_modes_leaves_its_error_and_verl_clean():
-    program = """
-    import verl
     from verl.workers.engine.fsdp.transformer_impl import EngineEvalModeCtx, EngineTrainModeCtx, FSDPEngine
-    from verl_fl_overlay import phase
 
     def fails(): raise ValueError("feature")
+    engine, its = EngineRegistry.new("stub", "stub"), object.__new__(FSDPEngine)
     phase.training.entered.subscribe(fails)
-    engine, seen = object.__new__(FSDPEngine), []
-    for mode in (EngineEvalModeCtx, EngineTrainModeCtx):
+    found = []
+    for owner, mode in (
+        (engine, engine.train_mode()),
+        (its, EngineEvalModeCtx(its, disable_auto_offload=True)),
+        (its, EngineTrainModeCtx(its, disable_auto_offload=True)),
+    ):
         try:
-            with mode(engine, disable_auto_offload=True):
+            with mode:
                 raise SystemExit("the body ran")
         except ValueError as error:
-            seen.append((str(error), phase.training.depth, engine.mode))
-    print(seen)"""
-    assert output(program, env={**OVERLAY, "VERL_FL_STRICT": "1"}) == str([("feature", 0, None)] * 2)
+            found.append((str(error), phase.training.depth, owner.mode))
+    print(found)
+    """
+    )
+    said = output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"})
+    assert said == str([("feature", 0, None)] * 3)
 
 
 ORDERS = {
@@ -206,10 +206,19 @@ def test_overlay_imported_by_hand_after_the_engines():
     assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "1"
 
 
-def test_entry_point_alone_loads_it_where_verl_looks_for_plugins():
-    program = "import sys, verl; print('verl_fl_overlay' in sys.modules)"
-    assert output(program, env={}) == str(VERL >= "0.9")
-    assert output(program, env={"VERL_USE_EXTERNAL_PLUGINS": "none"}) == "False"
+MODULES = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
+
+
+@pytest.fixture(scope="module")
+def plain_modules():
+    """Return what verl alone imports."""
+    return set(json.loads(output(MODULES, env=PLAIN)))
+
+
+@SHARES_THE_MODULES
+def test_entry_point_alone_loads_it_where_verl_looks_for_plugins(plain_modules):
+    assert ("verl_fl_overlay" in json.loads(output(MODULES, env={}))) == (VERL >= "0.9")
+    assert "verl_fl_overlay" not in plain_modules
 
 
 def test_removal_is_exact():
@@ -232,10 +241,9 @@ def test_removal_is_exact():
     assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "True"
 
 
-def test_loading_imports_nothing_heavy():
-    program = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
-    plain = set(json.loads(output(program, env=PLAIN)))
-    more = set(json.loads(output(program, env={**OVERLAY, **PLAIN}))) - plain
+@SHARES_THE_MODULES
+def test_loading_imports_nothing_heavy(plain_modules):
+    more = set(json.loads(output(MODULES, env={**OVERLAY, **PLAIN}))) - plain_modules
     heavy = {m for m in more if m.split(".")[0] in {"torch", "verl", "flag_gems", "transformers", "rich", "yaml"}}
     assert "verl_fl_overlay" in more
     assert not heavy
