@@ -324,7 +324,7 @@ def features(session: nox.Session, verl: str) -> None:
 def ray(session: nox.Session, verl: str) -> None:
     """A cluster that was started with an empty environment, and GRPO on verl 0.9.1: minutes of both cores."""
     install(session, verl, TORCH, *(["TransferQueue", "matplotlib"] if verl == RELEASES[-1] else []))
-    session.run("pytest", "tests/ray", *session.posargs)
+    session.run("pytest", "tests/on_ray", *session.posargs)
 
 
 @nox.session(default=False)

@@ -35,15 +35,15 @@ def give_each_process_its_own() -> None:
 
 def _exchange(libentry: ModuleType) -> None:
     model: Any = getattr(getattr(libentry, "libcache", None), "model", None)
-    engine = getattr(model, "engine", None)
+    pool = getattr(model, "engine", None)
     users_own = getattr(libentry, VARIABLE, None)  # as FlagGems read it
-    if engine is None or users_own or model.sql_model_pool:  # or it has results of this process already
+    if pool is None or users_own or model.sql_model_pool:  # or it has results of this process already
         return
     from sqlalchemy import event
 
-    if not event.contains(engine, "do_connect", _connect):
-        event.listen(engine, "do_connect", _connect)
-        engine.dispose()
+    if not event.contains(pool, "do_connect", _connect):
+        event.listen(pool, "do_connect", _connect)
+        pool.dispose()
 
 
 def _connect(dialect: Any, record: Any, arguments: list[Any], named: dict[str, Any]) -> None:

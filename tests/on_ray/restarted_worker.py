@@ -1,7 +1,7 @@
 """A Ray worker that trains with verl's real engine, is killed in the middle of a step and restarted by Ray.
 
 Prints JSON: what the worker said before and after.
-``PYTHONPATH=tests python tests/ray/restarted_worker.py MODEL FOLDER``
+``PYTHONPATH=tests python tests/on_ray/restarted_worker.py MODEL FOLDER``
 """
 
 from __future__ import annotations
