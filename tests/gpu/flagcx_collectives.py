@@ -135,6 +135,13 @@ def said(call: Callable[[], Any]) -> str:
     return ""
 
 
+def nccl_engine() -> None:
+    """Ask verl for its checkpoint engine of NCCL; its module also imports the packages of servers."""
+    from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+    CheckpointEngineRegistry.get("nccl")
+
+
 def main() -> None:
     told = Told()
     logging.getLogger("verl_fl_overlay").addHandler(told)
@@ -147,8 +154,6 @@ def main() -> None:
     assert overlay is not None
     feature: Any = overlay.features._started["flagcx"]
     square = torch.ones(4, 4, device="cuda")
-    from verl.checkpoint_engine.base import CheckpointEngineRegistry
-
     alone = dist.new_group([0, 1], backend="flagcx")
     dist.all_reduce(torch.ones(1, device="cuda"), group=alone)
     torch.cuda.synchronize()
@@ -162,7 +167,7 @@ def main() -> None:
         "described": feature.describe(),
         "slice": said(lambda: dist.all_reduce(square[:, :2])),
         "premul": said(lambda: dist.all_reduce(square, op=dist._make_nccl_premul_sum(0.5))),
-        "engine": said(lambda: CheckpointEngineRegistry.get("nccl")),
+        "engine": said(nccl_engine),
         "barrier waited": queued.query(),
         "told": told.lines,
         "seconds": time.process_time(),
