@@ -1,13 +1,10 @@
-"""What verl has already chosen in this process, so that a hook comes too late; and what it calls a choice."""
+"""What verl has already chosen in this process; a hook comes too late to change it."""
 
 from __future__ import annotations
 
 import sys
 
 PLATFORM = "verl.plugin.platform.platform_manager"
-
-VENDORS = {"huawei": "ascend"}
-"""What VERL_PLATFORM calls a vendor -> FlagGems' name, where they differ."""
 
 
 def device() -> bool:

@@ -256,6 +256,7 @@ def test_a_file_of_the_device_is_no_other_vendors(installed):
     ("environment", "vendor"),
     [
         ({"VERL_PLATFORM": "mthreads"}, "mthreads"),
+        ({"VERL_PLATFORM": "huawei"}, "ascend"),
         ({"VERL_PLATFORM": "musa", "GEMS_VENDOR": "nvidia"}, "mthreads"),
         ({"GEMS_VENDOR": "thead"}, "thead"),
         ({"PPU_SDK": "/usr/local/PPU_SDK", "GEMS_VENDOR": "nvidia"}, "thead"),
@@ -274,7 +275,7 @@ def test_the_chosen_chip_is_rendered(monkeypatch, capsys, environment, vendor):
     ("environment", "reason"),
     [
         ({"GEMS_VENDOR": "aipu"}, "GEMS_VENDOR=aipu is no vendor that is known here"),
-        ({"VERL_PLATFORM": "huawei"}, "VERL_PLATFORM=huawei"),
+        ({"VERL_PLATFORM": "nobody"}, "VERL_PLATFORM=nobody"),
         ({"VERL_FL_DEVICE": "cpu"}, "VERL_FL_DEVICE=cpu"),
     ],
 )

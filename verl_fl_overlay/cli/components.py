@@ -11,7 +11,6 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
-from verl_fl_overlay.compat import chosen
 from verl_fl_overlay.devices import accelerator, chips
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.events import Engine
@@ -113,7 +112,6 @@ def _asked_for_an_accelerator(settings: Settings) -> str:
 def _try_accelerator() -> dict[str, Any]:
     settings = Settings.from_environment()
     chip, told_by = chips.chosen(settings)
-    chip = chip or chips.CHIPS.get(chosen.VENDORS.get(settings["VERL_PLATFORM"].lower(), ""))
     on_cpu = "Run doctor where training is to run; to train on the CPU, export VERL_FL_DEVICE=cpu"
     if chip is None:
         module = accelerator.accelerator()

@@ -80,8 +80,8 @@ CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", ray_resource="CPU")
 FLAGCX = "flagcx"
 """What torch calls FlagCX's collectives, which serve any chip."""
 
-KNOWN_TO_VERL = ("ascend", "amd", "nvidia")
-"""Vendors for which verl has its own platform."""
+KNOWN_TO_VERL = {"ascend": "huawei", "amd": "amd", "nvidia": "nvidia"}
+"""Vendors for which verl has its own platform -> what verl and VERL_PLATFORM call it."""
 
 
 def _installed(package: str) -> bool:
@@ -141,8 +141,11 @@ def _on_this_machine(
 
 
 def called(name: str) -> Chip | None:
-    """Return the chip with the vendor ``name``, or with the device ``name`` if only one has it; None if none."""
-    return next((c for c in CHIPS.values() if name in (c.vendor, *([c.device] if c.package else []))), None)
+    """Return the chip with the vendor ``name``, FlagGems' or verl's, or with the device ``name`` if only one has it."""
+    for chip in CHIPS.values():
+        if name in (chip.vendor, KNOWN_TO_VERL.get(chip.vendor), chip.device if chip.package else None):
+            return chip
+    return None
 
 
 def chosen(settings: Settings) -> tuple[Chip | None, str]:
