@@ -109,6 +109,16 @@ def test_a_chip_whose_torch_is_not_there(site, named, chip, device):
     assert told.endswith(f"No module named 'torch_{device}'. Install that, or correct VERL_PLATFORM")
 
 
+def test_a_driver_that_crashes_is_told_with_the_accelerator(site):
+    torch(site, devices=2)
+    code = (site / "torch" / "__init__.py").read_text()
+    (site / "torch" / "__init__.py").write_text(code.replace("lambda: 2", "lambda: __import__('os').kill(0, 11)"))
+    status, report, _ = doctor(site, {**NAMED, "VERL_PLATFORM": "nvidia"})
+    assert status == 1
+    told = problem(report, "accelerator is asked for (VERL_PLATFORM=nvidia) and cannot be used: ")
+    assert told.endswith("crashes: SIGSEGV. Training would end or hang there too")
+
+
 def test_a_chip_whose_torch_raises(site):
     torch(site, devices=2)
     write(site, "torch_musa", "raise OSError('libmusart.so:\\ncannot open shared object file')")
@@ -118,22 +128,25 @@ def test_a_chip_whose_torch_raises(site):
 
 
 GEMS = {**CPU, "USE_FLAGGEMS": "1"}
+NATIVE = ". Training would go on with native operators and one warning"
+ENDS = ". Training would end or hang there too"
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "said", "without"),
     [
-        ("raise RuntimeError('No device were\\n   detected')", "RuntimeError: No device were detected"),
-        ("import sys; sys.exit(3)", "it ends the interpreter (SystemExit: 3)"),
-        ("import os; os._exit(0)", "a process that imports it ends with status 0"),
+        ("raise RuntimeError('No device were\\n   detected')", "RuntimeError: No device were detected", NATIVE),
+        ("raise RuntimeError('x' * 100_000)", "xxx...", NATIVE),
+        ("import sys; sys.exit(3)", "it ends the interpreter (SystemExit: 3)", ENDS),
+        ("import os; os._exit(0)", "a process that imports it ends with status 0", ENDS),
         (
             "import os, sys; print('driver: no', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)",
             "a process that imports it crashes: SIGSEGV. driver: no",
+            ENDS,
         ),
-        ("raise RuntimeError('x' * 100_000)", "xxx..."),
     ],
 )
-def test_a_component_that_does_not_survive_its_import(site, code, said):
+def test_a_component_that_does_not_survive_its_import(site, code, said, without):
     torch(site, devices=0)
     write(site, "flag_gems", code, "5.3.4")
     status, report, _ = doctor(site, GEMS)
@@ -141,7 +154,7 @@ def test_a_component_that_does_not_survive_its_import(site, code, said):
     told = problem(report, "FlagGems is asked for (USE_FLAGGEMS=1) and cannot be used: ")
     assert said in told
     assert len(told) < 700
-    assert told.endswith(". Training would go on with native operators and one warning")
+    assert told.endswith(without)
     assert report["components"]["FlagGems"]["fault"]
     assert report["verl"]["supported"]
 
@@ -327,8 +340,26 @@ def test_te_fl_that_is_another_build(site):
 
 def test_reports_that_cannot_be_written(site):
     (site / "taken").write_text("")
-    _, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / "taken")})
+    status, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / "taken")})
+    assert status == 1, "training would run without the reports that are asked for"
     assert problem(report, f"VERL_FL_REPORT_DIR={site / 'taken'} cannot be written (")
+
+
+def test_a_malformed_setting_is_told_once(site):
+    torch(site, devices=2)
+    status, report, _ = doctor(site, {**NAMED, "VERL_FL_DEVICE": "gpu", "VERL_PLATFORM": "nvidia"})
+    assert status == 1
+    (told,) = report["problems"]
+    assert "VERL_FL_DEVICE='gpu': allowed is one of 'auto', 'cpu'" in told
+
+
+def test_what_others_print_is_no_part_of_the_report(site):
+    """Python's print, the file descriptor, and C's buffer, which is written when the process ends."""
+    said = "import ctypes, os; print('one'); os.write(1, b'two'); ctypes.CDLL(None).printf(b'three')\n"
+    (site / "verl" / "__init__.py").write_text(said + INIT)
+    status, report, stderr = doctor(site, CPU)
+    assert (status, report["problems"]) == (0, [])
+    assert all(word in stderr for word in ("one", "two", "three"))
 
 
 def test_doctor_leaves_no_report(site):

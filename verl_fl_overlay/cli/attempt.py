@@ -15,13 +15,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from verl_fl_overlay.errors import OverlayError
 
 LONGEST = 400
 """Characters of a reason that are shown."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the function returned, and "" or why it did not; ``ended`` tells whether its process crashed, hung or left.
+
+    A process of training would do the same; from an error that is only raised it might go on.
+    """
+
+    told: dict[str, Any]
+    fault: str = ""
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,19 +45,18 @@ class Attempt:
     said: IO[bytes]
     begun: float
 
-    def result(self, limit: float) -> tuple[dict[str, Any], str]:
-        """Wait until ``limit`` seconds after the start; return what the function returned, and "" or the fault."""
+    def result(self, limit: float) -> Result:
+        """Wait until ``limit`` seconds after the start."""
         try:
             status = self.process.wait(max(0.0, limit - (time.monotonic() - self.begun)))
         except subprocess.TimeoutExpired:
-            return {}, f"it did not end within {limit:g} s; --timeout waits longer"
+            return Result({}, f"it did not end within {limit:g} s; --timeout waits longer", ended=True)
         answer = _text(self.answer)
         if answer:
-            told: dict[str, Any] = json.loads(answer)
-            return told["told"], told["fault"]
+            return Result(**json.loads(answer))
         how = f"crashes: {signal.Signals(-status).name}" if status < 0 else f"ends with status {status}"
         last = _text(self.said).strip().splitlines()[-1:]
-        return {}, one_line(". ".join([f"a process that imports it {how}", *last]))
+        return Result({}, one_line(". ".join([f"a process that imports it {how}", *last])), ended=True)
 
 
 def _text(file: IO[bytes]) -> str:
@@ -91,13 +102,12 @@ def reason(error: BaseException) -> str:
 
 def _run(function: str, answer: int) -> None:
     module, _, name = function.partition(":")
-    told: dict[str, Any] = {"told": {}, "fault": ""}
     try:
-        told["told"] = getattr(importlib.import_module(module), name)()
+        result = Result(getattr(importlib.import_module(module), name)())
     except BaseException as error:
-        told["fault"] = reason(error)
+        result = Result({}, reason(error), ended=not isinstance(error, Exception))
     with open(answer, "w", encoding="utf-8") as file:
-        json.dump(told, file)
+        json.dump(asdict(result), file)
     os._exit(0)  # threads and exit functions that a component left could hang or crash now
 
 

@@ -95,7 +95,7 @@ def _try_te_fl() -> dict[str, Any]:
     if not flagos_builds()["TransformerEngine-FL"]:
         whose = "NVIDIA's build is" if installed("transformer_engine") else "no build is"
         raise OverlayError(f"TransformerEngine-FL is not installed ({whose} here); install it, or unset TE_FL_*")
-    feature = te_fl.TransformerEngineFL(Settings.from_environment())
+    feature = te_fl.TransformerEngineFL(Settings.parse()[0])
     feature.built(Engine("megatron"))
     told = feature.describe()
     prefer, here = told["policy"]["prefer"], told.get("implementations")
@@ -110,7 +110,7 @@ def _asked_for_an_accelerator(settings: Settings) -> str:
 
 
 def _try_accelerator() -> dict[str, Any]:
-    settings = Settings.from_environment()
+    settings, _ = Settings.parse()
     chip, told_by = chips.chosen(settings)
     on_cpu = "Run doctor where training is to run; to train on the CPU, export VERL_FL_DEVICE=cpu"
     if chip is None:

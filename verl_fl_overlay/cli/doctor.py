@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
-from verl_fl_overlay.cli import env, run_reports
-from verl_fl_overlay.cli.attempt import attempt
-from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS
+from verl_fl_overlay.cli import env, run_reports, standard_output
+from verl_fl_overlay.cli.attempt import Result, attempt, one_line
+from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
 from verl_fl_overlay.cli.run_reports import table
 from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
@@ -61,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed))
         return 1 if summed["problems"] or summed["never called"] else 0
     quiet()
-    result, usable = examine(options.timeout)
+    with standard_output.kept():
+        result, usable = examine(options.timeout)
     print(json.dumps(result, indent=1) if options.json else as_text(result))
     _leave_no_report()
     return 0 if usable else 1
@@ -85,25 +86,35 @@ def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
     with ExitStack() as running:
         attempts = {component: running.enter_context(attempt(component.attempt)) for component in asked}
         result, usable = _examine_verl()
-        answers = {component: tried.result(timeout) for component, tried in attempts.items()}
-    result["versions"] = here = versions()
+        results = {component: tried.result(timeout) for component, tried in attempts.items()}
+    known = versions()
+    itself = {name: text for tried in results.values() for name, text in tried.told.get("versions", {}).items()}
+    here = {**known, **itself}  # what a component says itself goes before its metadata
+    result["versions"] = {
+        module: told if told == known.get(module) else f"{told} (its metadata say {known.get(module, 'nothing')})"
+        for module, told in here.items()
+    }
     result["overlay folder"] = folders("verl_fl_overlay")[0]
-    result["components"] = {}
-    for component, (told, fault) in answers.items():
-        result["components"][component.name] = {"asked for by": asked[component], "fault": fault, **told}
-        if component.name == ACCELERATOR:
-            result["device"] = told.get("device", "none")
-        if fault:
-            how = f"{component.name} is asked for ({asked[component]}) and cannot be used: {fault}. {component.without}"
-            known = any(fault in problem for problem in result["problems"])
-            result["problems"] += [how if component.without else fault] if component.without or not known else []
-        result["problems"] += [told["conflict"]] if told.get("conflict") else []
-        for module, version in told.get("versions", {}).items():
-            if here.get(module) != version:
-                here[module] = f"{version} (its metadata say {here.get(module, 'nothing')})"
-        found = misfits(component.modules, {**here, **told.get("versions", {})}, str(result["verl"]["version"]))
-        result["problems"] += [misfit for misfit in found if misfit not in result["problems"]]
-    return result, usable and not any(fault for _, fault in answers.values())
+    result["components"] = {
+        component.name: {"asked for by": asked[component], "fault": tried.fault, **tried.told}
+        for component, tried in results.items()
+    }
+    if ACCELERATOR in result["components"]:
+        result["device"] = result["components"][ACCELERATOR].get("device", "none")
+    for component, tried in results.items():
+        fits = misfits(component.modules, here, str(result["verl"]["version"]))
+        told = [_fault(component, asked[component], tried), tried.told.get("conflict", ""), *fits]
+        so_far = [one_line(problem) for problem in result["problems"]]
+        result["problems"] += [text for text in told if text and one_line(text) not in "\n".join(so_far)]
+    return result, usable and not any(tried.fault for tried in results.values())
+
+
+def _fault(component: Component, by: str, tried: Result) -> str:
+    """Return that a component cannot be used, why, and what training does then; "" if it can be used."""
+    without = "Training would end or hang there too" if tried.ended else component.without
+    if not tried.fault or not without:
+        return tried.fault
+    return f"{component.name} is asked for ({by}) and cannot be used: {tried.fault}. {without}"
 
 
 def _examine_verl() -> tuple[dict[str, Any], bool]:
@@ -149,7 +160,8 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
         others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
-    return result, bool(result["verl"]["supported"]) and (not unloaded or by_another)
+    reported = not (active and active.report_file and active.report_file.fault)
+    return result, bool(result["verl"]["supported"]) and reported and (not unloaded or by_another)
 
 
 def _checked() -> check.Report | None:

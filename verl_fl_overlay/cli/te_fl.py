@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import sys
 from typing import Any
 
 from verl_fl_overlay import activation
+from verl_fl_overlay.cli import standard_output
 from verl_fl_overlay.devices.accelerator import accelerator
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.features.te_fl import CORE
@@ -26,7 +25,7 @@ def examine() -> list[dict[str, Any]]:
     """
     if not flagos_builds()["TransformerEngine-FL"]:
         raise OverlayError("TransformerEngine-FL is not installed: nothing can be compared")
-    with contextlib.redirect_stdout(sys.stderr):  # it prints
+    with standard_output.kept():  # it prints
         return list(_rows())
 
 
