@@ -186,6 +186,14 @@ SECRETS = {
     "FLAGCX_STORE_TOKEN": "secret",
     "VLLM_FL_API_KEY": "secret",
     "SGLANG_FL_PASSWORD_FILE": "secret",
+    "VLLM_FL_HFTOKEN": "secret",
+    "FLAGCX_PASSWD1": "secret",
+    "FLAGGEMS_PRIVATEKEY": "secret",
+    "FLAGGEMS_cookie": "secret",
+    "FLAGGEMS_HEADER_BEARER": "secret",
+    "FLAGGEMS_DSN": "me:secret@host:5432/tuning",
+    "FLAGGEMS_CONNECTION": "host=host user=me password=secret",
+    "FLAGGEMS_BUCKET": "https://host/tuning?X-Amz-Signature=secret&sig=secret",
 }
 
 
@@ -201,7 +209,14 @@ def test_secrets_reach_no_other_process_and_are_not_shown(capsys, monkeypatch):
     assert shown("FLAGGEMS_OTHER_URL", SECRETS["FLAGGEMS_OTHER_URL"]).endswith("?user=me&password=***&ssl=1")
 
 
-@pytest.mark.parametrize("name", ["FLAGCX_IB_PKEY", "VLLM_FL_MAX_TOKENS", "FLAGGEMS_TOKENIZER", "FLAGGEMS_DB_URL"])
+def test_what_a_list_calls_a_token_is_no_secret():
+    per_op = "per_token_quant=vendor:cuda|flagos;pass=flagos"
+    assert forwarded({"VLLM_FL_PER_OP": per_op})["VLLM_FL_PER_OP"] == shown("VLLM_FL_PER_OP", per_op) == per_op
+
+
+@pytest.mark.parametrize(
+    "name", ["FLAGCX_IB_PKEY", "VLLM_FL_MAX_TOKENS", "FLAGGEMS_TOKENIZER", "FLAGGEMS_DESIGN", "FLAGGEMS_DB_URL"]
+)
 def test_what_only_looks_like_a_secret_is_given_on(name):
     assert forwarded({name: "sqlite:///tuning.db"})[name] == "sqlite:///tuning.db"
 

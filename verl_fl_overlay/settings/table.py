@@ -275,26 +275,36 @@ LONGEST_SHOWN = 200
 """Characters of a value that are shown; the rest is only counted."""
 
 
-_SECRET = "PASSWORD|PASSWD|PASSPHRASE|PWD|SECRET|TOKEN|CREDENTIALS?|AUTH|APIKEY|KEY"
-_SECRET_NAME = re.compile(rf"(^|_)({_SECRET})(_|$)")
-_SECRET_PARAMETER = re.compile(rf"([?&;][^=&;]*({_SECRET})=)[^&;]*", re.IGNORECASE)
+_SECRET = (
+    "PASS(?:WORD|WD|PHRASE)|SECRET|CREDENTIAL|COOKIE|(?:API|ACCESS|PRIVATE)_?KEY|TOKEN(?![A-Z])"
+    "|(?<![A-Z])(?:PWD|AUTH|BEARER|SIG|SIGNATURE|KEY)(?![A-Z])"
+)
+_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
+_SECRET_IN_URL = re.compile(rf"([?&;][^=&;]*(?:{_SECRET})[^=&;]*=)[^&;]*", re.IGNORECASE)
+_SECRET_IN_TEXT = re.compile(r"((?:^|[\s;,])(?:password|passwd|pwd|secret)\s*=\s*)[^\s;,]+", re.IGNORECASE)
+_LOGIN = re.compile(r"^[^\s/:@]+:[^\s/@]+@(?=\S)")
 
 
 def shown(name: str, text: str) -> str:
     """Return the value of variable ``name`` as it may be printed: without what ``secret`` finds in it, and not long."""
     if _SECRET_NAME.search(name):
         return "***"
-    if "://" in text:
-        scheme, _, rest = text.partition("://")
-        text = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else text
-        text = _SECRET_PARAMETER.sub(r"\1***", text)
+    text = _without_secrets(text)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def secret(name: str, text: str) -> bool:
-    """Return whether a variable holds a password, a token or a key, by its name or in its URL."""
-    url = "://" in text and ("@" in text.partition("://")[2] or _SECRET_PARAMETER.search(text))
-    return bool(url or _SECRET_NAME.search(name))
+    """Return whether a variable holds a password, a token or a key, by its name or its value."""
+    return bool(_SECRET_NAME.search(name)) or _without_secrets(text) != text
+
+
+def _without_secrets(text: str) -> str:
+    """Return ``text`` with *** for the logins and secret parameters of a URL or of another way to name a server."""
+    if "://" in text:
+        scheme, _, rest = text.partition("://")
+        text = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else text
+        text = _SECRET_IN_URL.sub(r"\1***", text)
+    return _LOGIN.sub("***@", _SECRET_IN_TEXT.sub(r"\1***", text))
 
 
 def misspelt(environment: Mapping[str, str] | None = None) -> list[str]:
