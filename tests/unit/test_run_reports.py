@@ -53,12 +53,20 @@ def test_processes_that_did_the_same_are_one_row(folder, capsys):
     assert "FlagGems failed (1 of the processes)" in rows
 
 
-def test_a_required_hook_that_nobody_called_is_told(tmp_path, capsys):
-    trained = report(rank="0", calls=0)
-    trained["phase"]["counts"] = {"train": 1}
+def test_a_required_hook_that_nobody_called_is_told_and_no_fault(tmp_path, capsys):
+    """SFT without validation infers nothing."""
+    trained = report(rank="0", calls=2)
+    trained["hooks"].append({"name": "engine.infer_batch", "state": "installed", "calls": 0, "required": True})
     (tmp_path / "a.json").write_text(json.dumps(trained))
-    assert main(["doctor", "--reports", str(tmp_path)]) == 1
-    assert "required, and called in no process: engine.enter" in capsys.readouterr().out
+    assert main(["doctor", "--reports", str(tmp_path)]) == 0
+    assert "and called in no process: engine.infer_batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("process", [{"rank": "\u00b2"}, {"rank": None}, {"rank": ["0"]}, {}])
+def test_a_rank_that_is_no_number_is_none(tmp_path, process):
+    (tmp_path / "a.json").write_text(json.dumps({**report(), "process": process}))
+    (row,) = run_reports.summed_up(str(tmp_path))["processes"]
+    assert row["ranks"] == "-"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"process": {}}', "\xff"])
@@ -76,6 +84,9 @@ def test_no_reports_at_all(tmp_path, capsys):
         run_reports.summed_up(str(tmp_path / "gone"))
     assert main(["doctor", "--reports", str(tmp_path)]) == 2
     assert "VERL_FL_REPORT_DIR" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["doctor", "--reports", str(tmp_path)]) == 2
+    assert "is exported; other.json is no report of verl-fl-overlay: KeyError" in capsys.readouterr().err
 
 
 def test_a_real_report_is_one(tmp_path):

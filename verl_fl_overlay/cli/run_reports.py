@@ -21,6 +21,7 @@ def summed_up(folder: str) -> dict[str, Any]:
     if not reports:
         raise OverlayError(
             f"{folder} holds no report; every process of a run writes one if VERL_FL_REPORT_DIR={folder} is exported"
+            + "".join(f"; {fault}" for fault in unreadable[:1])
         )
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     processes: Counter[str] = Counter()
@@ -82,14 +83,17 @@ def _row(report: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _required(reports: Iterable[dict[str, Any]]) -> set[str]:
-    """Return the required hooks that are on in a process that trained."""
+    """Return the required hooks that are on in a process that trained; a run need not have a use for all of them.
+
+    SFT without validation infers nothing, and the hooks of another engine are on where that engine is installed.
+    """
     trained = (report for report in reports if report["phase"]["counts"])
     return {h["name"] for report in trained for h in report["hooks"] if h["required"] and h["state"] == "installed"}
 
 
 def _ranks(group: Iterable[dict[str, Any]]) -> str:
     """Return the ranks of these processes, such as 0-3,8; "-" where they have none."""
-    ranks = sorted({int(rank) for report in group if str(rank := report["process"]["rank"]).isdigit()})
+    ranks = sorted({int(rank) for report in group if str(rank := report["process"].get("rank")).isdecimal()})
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -106,7 +110,8 @@ def as_text(result: dict[str, Any]) -> str:
     hooks = [[name, str(told["processes"]), str(told["calls"])] for name, told in result["hooks"].items()]
     lines += ["", *table(["hook", "called in processes", "calls"], hooks)] if hooks else ["", "no hook was called"]
     if result["never called"]:
-        lines += ["", f"required, and called in no process: {', '.join(result['never called'])}"]
+        never = ", ".join(result["never called"])
+        lines += ["", f"required where training does what they are for, and called in no process: {never}"]
     problems = [f"  {problem} ({count} of the processes)" for problem, count in result["problems"].items()]
     return "\n".join([*lines, "", *(["problems", *problems] if problems else ["no problems"])])
 
