@@ -285,10 +285,12 @@ def test_sglangs_plugin(site):
     assert "sglang is not installed" in problem(report, "sglang-plugin-FL is asked for (SGLANG_FL_PREFER)")
     points = "[sglang.srt.platforms]\nsglang_fl = sglang_fl:a\n[sglang.srt.plugins]\nsglang_fl = sglang_fl:b\n"
     write(site, "sglang", "__version__ = '0.5.12'", "0.5.12")
-    write(site, "sglang_fl", "a = b = print", "0.1.0", points=points)
+    write(site, "flag_gems", "", "5.3.4")
+    write(site, "sglang_fl", "a = b = print", "0.1.0", points=points, requires="Requires-Dist: flag-gems==4.2.*\n")
     status, report, _ = doctor(site, asked)
     assert status == 0
     assert problem(report, "sglang_fl 0.1.0 is made for sglang==0.5.11 (").endswith(", and sglang 0.5.12 is here")
+    assert problem(report, "sglang_fl 0.1.0 asks for flag_gems==4.2.*, and flag_gems 5.3.4 is here")
 
 
 def test_flagcx_without_a_plugin(site):

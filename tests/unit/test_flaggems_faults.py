@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from packaging.version import Version
 
@@ -67,3 +69,6 @@ def test_the_command_prints_them_for_the_newest_where_none_is_installed(monkeypa
     told = capsys.readouterr().out
     assert "aten::mse_loss_backward, 5.3.1 to newest: for the reductions" in told
     assert "none is installed" in told
+    assert main(["ops", "--faults", "--json", "mse_loss_backward"]) == 0
+    (fault,) = json.loads(capsys.readouterr().out)
+    assert (fault["key"], fault["since"], fault["until"]) == ("mse_loss_backward", "5.3.1", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         FlagGemsError: there is no FlagGems that can be used here; the faults are printed without one.
     """
     if options.faults:
-        return print_faults(options.pattern)
+        return print_faults(options.pattern, options.json)
     found = operators(options.pattern, options.unsafe)
     if options.json:
         print(json.dumps(found, indent=1))
@@ -58,7 +59,7 @@ def operators(pattern: str = "", only_unsafe: bool = False) -> list[dict[str, An
     ]
 
 
-def print_faults(pattern: str) -> int:
+def print_faults(pattern: str, as_json: bool = False) -> int:
     """Print what is known to be wrong with FlagGems' kernels, on any chip; return 1 if nothing is.
 
     The installed version decides, whether FlagGems can be imported here or not; the newest if none is installed.
@@ -66,6 +67,9 @@ def print_faults(pattern: str) -> int:
     version = library.installed_version()
     found = faults.of_version(library.release(version) if version else faults.NEWEST)
     found = [fault for fault in found if _matches(fault.key, pattern)]
+    if as_json:
+        print(json.dumps([asdict(fault) for fault in found], indent=1))
+        return 0 if found else 1
     for fault in found:
         where = f" [{fault.vendor} alone]" if fault.vendor else ""
         print(f"aten::{fault.key}{where}, {fault.versions}: {fault}")

@@ -83,22 +83,25 @@ def misfits(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Itera
             if not _within(here[fit.other], fitting):
                 made = f"{fit.module} {here[fit.module]} is made for {fit.other}{fitting} ({source})"
                 yield f"{made}, and {fit.other} {here[fit.other]} is here"
-    for whose, asked in _requirements(present, here, verl):
-        if not _within(here[asked.name], str(asked.specifier)):
-            yield f"{whose} asks for {asked.name}{asked.specifier}, and {asked.name} {here[asked.name]} is here"
+    for whose, other, asked in _requirements(present, here, verl):
+        if not _within(here[other], asked):
+            yield f"{whose} asks for {other}{asked}, and {other} {here[other]} is here"
 
 
-def _requirements(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Iterator[tuple[str, Requirement]]:
-    """Yield what the metadata of these modules, and of verl for the engine among them, require of one another."""
+def _requirements(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Iterator[tuple[str, str, str]]:
+    """Yield what the metadata of these modules, and of verl for the engine among them, require of one another.
+
+    That is who requires it, the module, and which versions of it.
+    """
     engine = next((name for name in ("vllm", "sglang") if name in modules), "")
     for module in modules:
         for distribution in VERSIONS[module]:
             for asked in _declared(distribution):
-                if asked.name in modules:
-                    yield f"{module} {here[module]}", asked
+                if (other := asked.name.replace("-", "_")) in modules:
+                    yield f"{module} {here[module]}", other, str(asked.specifier)
     for asked in _declared("verl", engine):
         if asked.name == engine:
-            yield f"verl {verl}", asked
+            yield f"verl {verl}", engine, str(asked.specifier)
 
 
 def _declared(distribution: str, extra: str = "") -> Iterator[Requirement]:

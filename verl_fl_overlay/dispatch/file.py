@@ -52,7 +52,7 @@ def read(file: Path) -> dict[str, Any]:
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
-        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping with {', '.join(VLLM.keys)}")
+        raise OverlayError(f"{file} holds a {type(parsed).__name__}; expected is a mapping, such as prefer: flagos")
     return {str(key): value for key, value in parsed.items()}
 
 
