@@ -278,6 +278,17 @@ def test_a_plugin_that_is_left_out_is_not_asked_for(site):
     assert doctor(site, {**CPU, "VLLM_PLUGINS": "other", "SGLANG_PLUGINS": "__none__"})[1]["components"] == {}
 
 
+def test_what_asks_for_a_plugin_is_told_in_short(site):
+    """Newer versions read variables that the table does not have; an empty list of SGLang's is no list."""
+    of_newer = {f"VLLM_FL_THING_{n}": "1" for n in range(50)}
+    _, report, _ = doctor(site, {**CPU, **of_newer, "SGLANG_PLUGINS": "", "SGLANG_FLAGGEMS_RECORD": "1"})
+    asked = {name: tried["asked for by"] for name, tried in report["components"].items()}
+    assert asked == {
+        "vllm-plugin-FL": "VLLM_FL_THING_0, VLLM_FL_THING_1, VLLM_FL_THING_10, 47 more",
+        "sglang-plugin-FL": "SGLANG_FLAGGEMS_RECORD",
+    }
+
+
 def test_sglangs_plugin(site):
     asked = {**CPU, "SGLANG_FL_PREFER": "flagos"}
     status, report, _ = doctor(site, asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -18,7 +18,7 @@ from verl_fl_overlay.features import flagcx, reason_off, te_fl
 from verl_fl_overlay.flaggems import library
 from verl_fl_overlay.packages import flagos_builds, installed
 from verl_fl_overlay.settings import Settings
-from verl_fl_overlay.settings.variables import names
+from verl_fl_overlay.settings.plugins import SGLANG, VLLM, Plugin
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,16 @@ def _try_flagcx() -> dict[str, Any]:
     return asdict(found) if is_dataclass(found) and not isinstance(found, type) else {"plugin": str(found)}
 
 
-def _asked_for_vllm_plugin(settings: Settings) -> str:
-    if "VLLM_PLUGINS" in settings.given:
-        return f"VLLM_PLUGINS={settings.given['VLLM_PLUGINS']}" if "fl" in settings["VLLM_PLUGINS"] else ""
-    return ", ".join(sorted(name for name in settings.given if name.startswith("VLLM_FL_")))
+def _asked_for_plugin(plugin: Plugin) -> Callable[[Settings], str]:
+    beginnings = (plugin.prefix, f"{plugin.engine.upper()}_FLAGGEMS_")
+
+    def asked(settings: Settings) -> str:
+        listed = settings[plugin.switch]
+        if plugin.switch in settings.given and (listed or plugin is VLLM):  # for SGLang an empty list is no list
+            return f"{plugin.switch}={settings.given[plugin.switch]}" if plugin.entry in listed else ""
+        return _some(name for name in os.environ if name.startswith(beginnings))
+
+    return asked
 
 
 def _try_vllm_plugin() -> dict[str, Any]:
@@ -73,13 +79,6 @@ def _try_vllm_plugin() -> dict[str, Any]:
     return {"versions": _version(vllm), "file": _file(point.module.partition(".")[0]), "platform": str(named)}
 
 
-def _asked_for_sglang_plugin(settings: Settings) -> str:
-    plugins = os.environ.get("SGLANG_PLUGINS", "")
-    if plugins.strip():
-        return f"SGLANG_PLUGINS={plugins}" if "sglang_fl" in names(plugins) else ""
-    return ", ".join(sorted(name for name in os.environ if name.startswith(("SGLANG_FL_", "SGLANG_FLAGGEMS_"))))
-
-
 def _try_sglang_plugin() -> dict[str, Any]:
     sglang = _imported("sglang", "pip install sglang")
     for group in ("sglang.srt.platforms", "sglang.srt.plugins"):
@@ -88,7 +87,7 @@ def _try_sglang_plugin() -> dict[str, Any]:
 
 
 def _asked_for_te_fl(settings: Settings) -> str:
-    return ", ".join(sorted(name for name in settings.given if name.startswith("TE_FL_") and name != "TE_FL_SKIP_CUDA"))
+    return _some(te_fl.asked_for_by(settings))
 
 
 def _try_te_fl() -> dict[str, Any]:
@@ -151,14 +150,14 @@ COMPONENTS = (
     ),
     Component(
         "vllm-plugin-FL",
-        _asked_for_vllm_plugin,
+        _asked_for_plugin(VLLM),
         _try_vllm_plugin,
         "vLLM would go on without the plugin and say so in its log only",
         ("vllm_fl", "vllm", "torch", "flag_gems", "triton"),
     ),
     Component(
         "sglang-plugin-FL",
-        _asked_for_sglang_plugin,
+        _asked_for_plugin(SGLANG),
         _try_sglang_plugin,
         "SGLang would go on without the plugin and say so in its log only",
         ("sglang_fl", "sglang", "torch", "flag_gems", "triton"),
@@ -171,6 +170,12 @@ COMPONENTS = (
         ("transformer_engine", "torch"),
     ),
 )
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first names, and how many more there are."""
+    found = sorted(names)
+    return ", ".join([*found[:3], *([f"{len(found) - 3} more"] if len(found) > 3 else [])])
 
 
 def _imported(module: str, way_on: str) -> ModuleType:

@@ -20,6 +20,11 @@ logger = logging.getLogger("verl_fl_overlay")
 CORE = "transformer_engine.plugin.core"
 
 
+def asked_for_by(settings: Settings) -> list[str]:
+    """Return the variables that ask for TransformerEngine-FL; TE_FL_SKIP_CUDA only says how it is imported."""
+    return [name for name in settings.given if name.startswith("TE_FL_") and name != "TE_FL_SKIP_CUDA"]
+
+
 class TransformerEngineFL(Feature):
     """Acts on every Megatron engine that verl builds."""
 
@@ -91,8 +96,7 @@ class TransformerEngineFL(Feature):
         except Exception as error:  # whatever a component raises while it is imported
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             told = f"TransformerEngine-FL is installed and cannot be imported ({said}): Megatron would go on without it"
-            asked = [name for name in self.settings.given if name.startswith("TE_FL_") and name != "TE_FL_SKIP_CUDA"]
-            if asked:
+            if asked := asked_for_by(self.settings):
                 raise SettingsError(f"{told}; install what is missing, or unset {', '.join(asked)}") from error
             logger.warning("%s", told)
 
