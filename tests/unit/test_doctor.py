@@ -344,11 +344,30 @@ def test_a_stale_plugin_that_breaks_torch_is_told_once(site):
     assert report["problems"] == [f"verl cannot be imported: RuntimeError: {stale}."]
 
 
-def test_te_fl_that_is_another_build(site):
-    write(site, "transformer_engine", "", "2.9.0")
-    status, report, _ = doctor(site, {**CPU, "TE_FL_PREFER": "flagos"})
+@pytest.mark.parametrize(
+    ("package", "variable", "build"),
+    [
+        ("transformer_engine", "TE_FL_PREFER", "TransformerEngine-FL"),
+        ("megatron", "MG_FL_PREFER", "Megatron-LM-FL"),
+    ],
+)
+def test_another_build_than_the_one_asked_for(site, package, variable, build):
+    status, report, _ = doctor(site, {**CPU, variable: "flagos"})
     assert status == 1
-    assert "TransformerEngine-FL is not installed (NVIDIA's build is here)" in problem(report, "TransformerEngine-FL")
+    assert f"{build} is not installed (no build is here)" in problem(report, f"{build} is asked for ({variable})")
+    write(site, package, "", "2.9.0")
+    status, report, _ = doctor(site, {**CPU, variable: "flagos"})
+    assert status == 1
+    assert f"{build} is not installed (NVIDIA's build is here)" in problem(report, f"{build} is asked for ({variable})")
+
+
+def test_megatron_lm_fl_that_is_here(site):
+    write(site, "megatron", "")
+    write(site, "megatron/plugin", "")
+    (site / "megatron" / "plugin" / "decorators.py").write_text("")
+    status, report, _ = doctor(site, {**CPU, "MG_FL_PREFER": "musa"})
+    assert (status, report["problems"]) == (0, [])
+    assert report["components"]["Megatron-LM-FL"]["file"].endswith("decorators.py")
 
 
 def test_reports_that_cannot_be_written(site):

@@ -16,7 +16,7 @@ from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.events import Engine
 from verl_fl_overlay.features import flagcx, reason_off, te_fl
 from verl_fl_overlay.flaggems import library
-from verl_fl_overlay.packages import flagos_builds, installed
+from verl_fl_overlay.packages import FLAGOS_BUILDS, flagos_builds, installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.plugins import SGLANG, VLLM, Plugin
 
@@ -91,9 +91,7 @@ def _asked_for_te_fl(settings: Settings) -> str:
 
 
 def _try_te_fl() -> dict[str, Any]:
-    if not flagos_builds()["TransformerEngine-FL"]:
-        whose = "NVIDIA's build is" if installed("transformer_engine") else "no build is"
-        raise OverlayError(f"TransformerEngine-FL is not installed ({whose} here); install it, or unset TE_FL_*")
+    _need_build("TransformerEngine-FL", "TE_FL_*")
     feature = te_fl.TransformerEngineFL(Settings.parse()[0])
     feature.built(Engine("megatron"))
     told = feature.describe()
@@ -101,6 +99,12 @@ def _try_te_fl() -> dict[str, Any]:
     if here is not None and prefer not in {kind.partition(":")[0] for kind in here}:
         raise OverlayError(f"it is to take {prefer} implementations first and has none here, only {', '.join(here)}")
     return {"file": _file("transformer_engine"), **told}
+
+
+def _try_megatron_fl() -> dict[str, Any]:
+    _need_build("Megatron-LM-FL", "MG_FL_PREFER")
+    importlib.import_module("megatron.plugin.decorators")
+    return {"file": _file("megatron.plugin.decorators")}
 
 
 def _asked_for_an_accelerator(settings: Settings) -> str:
@@ -169,6 +173,12 @@ COMPONENTS = (
         "A Megatron engine would compute with other implementations than those of FlagOS",
         ("transformer_engine", "torch"),
     ),
+    Component(
+        "Megatron-LM-FL",
+        lambda settings: "MG_FL_PREFER" if settings["MG_FL_PREFER"] else "",
+        _try_megatron_fl,
+        "A Megatron engine would compute without the functions of that vendor",
+    ),
 )
 
 
@@ -176,6 +186,12 @@ def _some(names: Iterable[str]) -> str:
     """Return the first names, and how many more there are."""
     found = sorted(names)
     return ", ".join([*found[:3], *([f"{len(found) - 3} more"] if len(found) > 3 else [])])
+
+
+def _need_build(build: str, variables: str) -> None:
+    if not flagos_builds()[build]:
+        whose = "NVIDIA's build is" if installed(FLAGOS_BUILDS[build][0]) else "no build is"
+        raise OverlayError(f"{build} is not installed ({whose} here); install it, or unset {variables}")
 
 
 def _imported(module: str, way_on: str) -> ModuleType:
