@@ -232,7 +232,7 @@ def test_before_the_feature_has_started_verl_answers_for_itself():
         ({"VERL_PLATFORM": "supa"}, "supa", ""),
         ({"VERL_PLATFORM": "nvidia"}, None, "verl has a platform for nvidia (VERL_PLATFORM=nvidia)"),
         ({"VERL_PLATFORM": "huawei"}, None, "verl has a platform for ascend (VERL_PLATFORM=huawei)"),
-        ({"VERL_PLATFORM": "nobody"}, None, "VERL_PLATFORM=nobody"),
+        ({"VERL_PLATFORM": "nobody"}, None, "VERL_PLATFORM=nobody is no chip that is known here"),
     ],
 )
 def test_the_chip_is_chosen(environment, device, reason):

@@ -275,7 +275,7 @@ def test_the_chosen_chip_is_rendered(monkeypatch, capsys, environment, vendor):
     ("environment", "reason"),
     [
         ({"GEMS_VENDOR": "aipu"}, "GEMS_VENDOR=aipu is no vendor that is known here"),
-        ({"VERL_PLATFORM": "nobody"}, "VERL_PLATFORM=nobody"),
+        ({"VERL_PLATFORM": "nobody"}, "VERL_PLATFORM=nobody is no chip that is known here"),
         ({"VERL_FL_DEVICE": "cpu"}, "VERL_FL_DEVICE=cpu"),
     ],
 )

@@ -156,7 +156,10 @@ def chosen(settings: Settings) -> tuple[Chip | None, str]:
     if settings.device == "cpu":
         return CPU, "VERL_FL_DEVICE=cpu"
     named = settings["VERL_PLATFORM"].lower()
-    return (called(named), f"VERL_PLATFORM={named}") if named else find()
+    if not named:
+        return find()
+    chip = called(named)
+    return chip, f"VERL_PLATFORM={named}{'' if chip else ' is no chip that is known here'}"
 
 
 def without_platform(settings: Settings) -> Chip | None:
