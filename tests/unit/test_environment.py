@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from processes import run
 
 from verl_fl_overlay.cli import main
 from verl_fl_overlay.cli.env import as_exports, examine
@@ -274,6 +275,14 @@ def test_the_command_tells_value_source_effect_and_faults(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "no conflicts" in text
     assert "USE_FLAGCX=0" in text.split("not set:")[0]
+
+
+def test_the_json_is_written_to_any_output():
+    env = {"PYTHONIOENCODING": "ascii", "VLLM_FL_CONFIG": "/\u00e4.yaml"}
+    done = run("-m", "verl_fl_overlay", "env", "--json", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    (told,) = json.loads(done.stdout)["warnings"]
+    assert told.startswith("VLLM_FL_CONFIG='/\u00e4.yaml' is no file on this machine")
 
 
 def test_the_command_needs_neither_torch_nor_verl():

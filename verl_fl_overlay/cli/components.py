@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -52,8 +52,7 @@ def _try_flaggems() -> dict[str, Any]:
 
 
 def _try_flagcx() -> dict[str, Any]:
-    found: Any = flagcx.load()
-    return asdict(found) if is_dataclass(found) and not isinstance(found, type) else {"plugin": str(found)}
+    return asdict(flagcx.load())
 
 
 def _asked_for_plugin(plugin: Plugin) -> Callable[[Settings], str]:

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
         for error in result["errors"]:
             print(f"verl-fl env: {error}", file=sys.stderr)
     else:
-        print(json.dumps(result, indent=1, ensure_ascii=False) if options.json else as_text(result))
+        print(json.dumps(result, indent=1) if options.json else as_text(result))
     return 1 if result["errors"] else 0
 
 
