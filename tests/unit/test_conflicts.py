@@ -313,7 +313,7 @@ def test_te_fls_vendors_are_those_of_the_installed_version(tmp_path, monkeypatch
     assert conflicts(Settings.from_environment({"TE_FL_ALLOW_VENDORS": write})) == []
 
 
-OLDER = "VLLM_FL_FLAGOS_BLACKLIST_APPEND is not read by the vllm-plugin-FL that is installed"
+OLDER = "VLLM_FL_FLAGOS_BLACKLIST_APPEND is not read by the vllm-plugin-FL that is installed; newer versions read it"
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ OLDER = "VLLM_FL_FLAGOS_BLACKLIST_APPEND is not read by the vllm-plugin-FL that 
             "vllm_fl/dispatch/io_dumper.py",
             "VLLM_FL_IO_DUMP_TORCH_FUNCS",
             "VLLM_FL_IO_DUMP_WITH_METAS",
-            "VLLM_FL_IO_DUMP_WITH_METAS is not read by the vllm-plugin-FL that is installed",
+            "VLLM_FL_IO_DUMP_WITH_METAS is not read by the vllm-plugin-FL that is installed; newer versions read it",
         ),
         (
             "flag_gems/runtime/backend/device.py",

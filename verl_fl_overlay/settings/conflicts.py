@@ -63,8 +63,8 @@ def _unread(settings: Settings) -> Iterator[str]:
             which = (
                 f"the {variable.component} that is installed" if text is not None else f"{variable.component}'s newest"
             )
-            since = f"; it is read since {variable.since}" if variable.since else ""
-            yield f"{variable.name} is not read by {which}{f'; write {variable.now}' if variable.now else since}"
+            since = f"it is read since {variable.since}" if variable.since else "newer versions read it"
+            yield f"{variable.name} is not read by {which}; {f'write {variable.now}' if variable.now else since}"
 
 
 def _rollout_without_flaggems(settings: Settings) -> Iterator[str]:
