@@ -59,7 +59,15 @@ def test_a_required_hook_that_nobody_called_is_told_and_no_fault(tmp_path, capsy
     trained["hooks"].append({"name": "engine.infer_batch", "state": "installed", "calls": 0, "required": True})
     (tmp_path / "a.json").write_text(json.dumps(trained))
     assert main(["doctor", "--reports", str(tmp_path)]) == 0
-    assert "and called in no process: engine.infer_batch" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "and called in no process: engine.infer_batch" in text
+    assert "no process trained" not in text
+
+
+def test_a_run_in_which_no_process_trained_proves_nothing(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(report("trainer/main_ppo.py")))
+    assert main(["doctor", "--reports", str(tmp_path)]) == 1
+    assert "no process trained with the overlay" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("process", [{"rank": "\u00b2"}, {"rank": None}, {"rank": ["0"]}, {}])
@@ -102,7 +110,9 @@ def test_a_real_report_is_one(tmp_path):
     }
     assert run("-c", "import verl", env=env).returncode == 0
     done = run("-m", "verl_fl_overlay", "doctor", "--reports", tmp_path / "r", "--json", env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = json.loads(done.stdout)["processes"]
+    assert done.returncode == 1, "it only imported verl"
+    result = json.loads(done.stdout)
+    assert (result["trained"], result["problems"]) == (False, {})
+    (row,) = result["processes"]
     assert (row["processes"], row["program"], row["training"]) == (1, "-c", "no")
     assert len(list((tmp_path / "r").iterdir())) == 1, "doctor itself reports nothing there"

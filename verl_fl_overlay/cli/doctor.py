@@ -53,13 +53,15 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the report; return 1 if training cannot go on with the overlay, or would go on without what is asked for.
 
+    Of the reports of a run, return 1 if no process trained, or one has a problem.
+
     Raises:
         OverlayError: there are no reports to sum up.
     """
     if options.reports is not None:
         summed = run_reports.summed_up(options.reports)
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed))
-        return 1 if summed["problems"] else 0
+        return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
     with standard_output.kept():
         result, usable = examine(options.timeout)

@@ -51,6 +51,7 @@ def summed_up(folder: str) -> dict[str, Any]:
         "processes": sorted(rows, key=lambda row: (row["training"], row["program"])),
         "hooks": {name: {"processes": processes[name], "calls": calls[name]} for name in calls if calls[name]},
         "never called": sorted({name for name in calls if not calls[name]} & _required(reports)),
+        "trained": any(report["phase"]["counts"] for report in reports),
         "problems": {**dict(problems), **dict.fromkeys(unreadable, 1)},
     }
 
@@ -112,6 +113,7 @@ def as_text(result: dict[str, Any]) -> str:
     if result["never called"]:
         never = ", ".join(result["never called"])
         lines += ["", f"required where training does what they are for, and called in no process: {never}"]
+    lines += [] if result["trained"] else ["", "no process trained with the overlay"]
     problems = [f"  {problem} ({count} of the processes)" for problem, count in result["problems"].items()]
     return "\n".join([*lines, "", *(["problems", *problems] if problems else ["no problems"])])
 
