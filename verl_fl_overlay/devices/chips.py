@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -92,10 +91,7 @@ def _installed(package: str) -> bool:
 @functools.cache
 def _build(package: str) -> str:
     """Return the build that an installed package's version names, such as xpu of 2.9.0+xpu; it takes milliseconds."""
-    try:
-        return importlib.metadata.version(package).partition("+")[2]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return packages.version(package).partition("+")[2]
 
 
 def find(

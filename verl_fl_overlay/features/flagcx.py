@@ -7,7 +7,6 @@ site-packages, or under FLAGCX_PATH if only the library was built.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -22,6 +21,7 @@ from verl_fl_overlay.errors import FlagCXError
 from verl_fl_overlay.features import flagcx_library
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.features.flagcx_collectives import Collectives
+from verl_fl_overlay.packages import version
 from verl_fl_overlay.settings import Settings
 
 logger = logging.getLogger("verl_fl_overlay")
@@ -127,7 +127,7 @@ def load() -> Loaded:
     plugin = str(getattr(module, "__file__", None) or BACKEND)
     mapped = flagcx_library.mapped()
     conflict = _conflict(plugin, mapped, folder, library)
-    return Loaded(plugin, ", ".join(mapped), _version(), _device(plugin), by, conflict)
+    return Loaded(plugin, ", ".join(mapped), version(BACKEND), _device(plugin), by, conflict)
 
 
 def _device(plugin: str) -> str:
@@ -138,13 +138,6 @@ def _device(plugin: str) -> str:
     if not served:
         raise FlagCXError(f"FlagCX's torch plugin ({plugin}) registered no backend {BACKEND!r}; build it anew")
     return str(served[0])
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(BACKEND)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _conflict(plugin: str, mapped: list[str], folder: str, library: str) -> str:

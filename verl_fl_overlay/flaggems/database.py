@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import importlib.metadata
 import os
 from itertools import count
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import wrapt
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.devices.accelerator import chip_name
 
 VARIABLE = "FLAGGEMS_DB_URL"
@@ -88,9 +88,4 @@ def _claim(folder: Path) -> Path:
 
 
 def _triton_version() -> str:
-    for distribution in ("triton", "flagtree", "pytorch-triton"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "none"
+    return next(filter(None, map(packages.version, ("triton", "flagtree", "pytorch-triton"))), "none")

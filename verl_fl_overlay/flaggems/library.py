@@ -7,7 +7,6 @@ runtime, so it has to wait until the worker has chosen its device.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems import database, faults, tuner
 
@@ -87,10 +87,7 @@ def installed_version() -> str:
     module = sys.modules.get("flag_gems")
     if module is not None:
         return str(getattr(module, "__version__", ""))
-    try:
-        return importlib.metadata.version("flag-gems")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return packages.version("flag-gems")
 
 
 def release(version: str) -> Version | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay import packages
 from verl_fl_overlay.devices.accelerator import chip_name
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.files import write_whole
@@ -112,10 +112,7 @@ def key_here() -> Key:
 
 
 def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return packages.version(distribution) or "none"
 
 
 def find(setting: str) -> tuple[Profile, str] | None:
