@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from verl_fl_overlay.compat import (
+    activation_offload,
     engines,
     flash_attn,
     megatron_attention,
@@ -36,6 +37,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *packing.engine_hooks(),
         *packing.model_hooks(),
         micro_batch.engine_hook(),
+        activation_offload.key_hook(),
         megatron_attention.packed_hook(),
         *megatron_layers.own_layers_hooks(),
         *te_fl.hooks(),

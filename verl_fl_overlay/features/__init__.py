@@ -102,6 +102,7 @@ FEATURES = {
             "attention:Attention",
         ),
         Entry("megatron", "Megatron's models of megatron-core's own layers where TransformerEngine is missing"),
+        Entry("activations", "verl's offload of activations, with right gradients without gradient checkpointing"),
         Entry("ray", "the overlay and its settings in every process that Ray starts", "ray:Ray"),
         Entry("rollout", "rollout's lists of operators extend the chip's own", "rollout:Rollout", _rollout_off),
         Entry("flagcx", "collectives of training through FlagCX", "flagcx:FlagCX", _flagcx_off),
