@@ -64,6 +64,7 @@ GUARDS = {
     "travel; the allocator is told to keep it until then.",
     "contiguous": "sends the memory behind a tensor that is not contiguous, and says nothing; NCCL refuses it, and so "
     "do we.",
+    "sizes": "writes behind an output that is too small for its input; NCCL refuses what does not fit, and so do we.",
     "barrier": "ends a barrier while this rank's kernels are still queued; NCCL waits for them, and so do we.",
     "reductions": "says 'Unhandled ReduceOp' for PREMUL_SUM; we say what it has and what to do.",
     "timeout": "ignores every timeout, so that a rank that fails leaves the others waiting without end; it is told.",

@@ -129,7 +129,7 @@ def test_what_flagcx_does_without_a_word_is_refused_or_told(guarded):
     assert "asks for a reduction that FlagCX does not have" in found["premul"]
     assert found["barrier waited"]
     assert len(found["told"]) == 1
-    assert found["described"]["guards"] == ["barrier", "contiguous", "memory", "reductions", "timeout"]
+    assert found["described"]["guards"] == ["barrier", "contiguous", "memory", "reductions", "sizes", "timeout"]
 
 
 def test_verls_checkpoint_engine_of_nccl_is_refused(guarded):

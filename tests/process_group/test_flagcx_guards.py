@@ -145,6 +145,39 @@ def test_tensors_with_gaps_are_refused_by_nccls_rule(flagcx):
     assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx), VERL_FL_DISABLE="flagcx.contiguous")[0] == "OK slice"
 
 
+def test_outputs_and_inputs_that_do_not_fit_are_refused_by_nccls_rule(flagcx):
+    body = """
+        dist.init_process_group("cpu:flagcx,cuda:gloo")
+        group = dist.group.WORLD
+        new = torch.zeros
+        torch.Tensor.record_stream = lambda tensor, stream: None
+        calls = dict(
+            gather=lambda n: dist.all_gather_into_tensor(new(n), new(4)),
+            scatter=lambda n: dist.reduce_scatter_tensor(new(4), new(n)),
+            gathers=lambda n: group.allgather_into_tensor_coalesced([new(4), new(n)], [new(4), new(4)]),
+            scatters=lambda n: group.reduce_scatter_tensor_coalesced([new(4), new(4)], [new(4), new(n)]),
+            list=lambda n: dist.all_gather([new(n)], new(4)),
+            lists=lambda n: dist.reduce_scatter(new(4), [new(n)]),
+            longer=lambda n: dist.all_gather([new(4)] * (n - 3), new(4)),
+            exchange=lambda n: dist.all_to_all_single(new(4), new(n)),
+            splits=lambda n: dist.all_to_all_single(new(4), new(4), [n], [n]),
+            type=lambda n: dist.all_gather_into_tensor(new(4), new(4, dtype=torch.int if n == 5 else torch.float)),
+            root=lambda n: dist.gather(new(4), [new(n)]),
+            parts=lambda n: dist.scatter(new(4), [new(n)]),
+        )
+        def error(call, n):
+            try:
+                call(n)
+            except Exception as error:
+                return type(error).__name__, "do not fit" in str(error)
+        print("OK", {name: error(call, 4) for name, call in calls.items() if error(call, 4)})
+        print("OK", {name: error(call, 5) for name, call in calls.items() if error(call, 5) != ("FlagCXError", True)})
+"""
+    assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == ["OK {}", "OK {}"]
+    found = run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx), VERL_FL_DISABLE="flagcx.sizes")
+    assert "gather" in found[1], "torch refuses it itself"
+
+
 def test_ignored_timeouts_are_told_once_and_all_is_taken_off_with_the_overlay(flagcx):
     body = """
         import logging
@@ -161,15 +194,18 @@ def test_ignored_timeouts_are_told_once_and_all_is_taken_off_with_the_overlay(fl
             print("OK", activation.report()["features"]["flagcx"]["detail"]["guards"])
             dist.destroy_process_group()
         dist.init_process_group("cpu:flagcx,cuda:gloo")
+        torch.Tensor.record_stream = lambda tensor, stream: print("OK handed over", len(tensor))
+        running = dist.all_reduce(torch.ones(3), async_op=True)
         activation.deactivate()
         dist.all_reduce(torch.ones(4, 4)[:, :2])
         print("OK", [vars(owner)[name] is kept for (owner, name), kept in before.items()])
 """
-    guards = "OK ['barrier', 'contiguous', 'memory', 'reductions', 'timeout']"
+    guards = "OK ['barrier', 'contiguous', 'memory', 'reductions', 'sizes', 'timeout']"
     assert run(body, USE_FLAGCX="1", FLAGCX_PATH=str(flagcx)) == [
         "OK FlagCX ignores timeouts, those of groups (nccl_timeout, 10 minutes if not set) and of Work.wait: if a rank "
         "fails, the others wait for it without end",
         guards,
         guards,
+        "OK handed over 3",
         "OK [True, True, True]",
     ]

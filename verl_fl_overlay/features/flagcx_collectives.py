@@ -19,6 +19,11 @@ COALESCED = ("allreduce_coalesced_", "allgather_into_tensor_coalesced_", "reduce
 POINT_TO_POINT = ("send", "recv_")
 ON_LISTS = ("allgather_", "reduce_scatter_", "gather_", "scatter_", "alltoall_")
 ON_TENSORS = ("broadcast_", "allreduce_", "reduce_", "_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+WHOLE = {
+    **dict.fromkeys(("_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_", "gather_"), 0),
+    **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_", "scatter_"), 1),
+}
+"""Operators with a whole and its parts, one for each rank -> which argument the whole is: the output (0), the input."""
 OPERATORS = (*COALESCED, *POINT_TO_POINT, *ON_LISTS, *ON_TENSORS, "barrier")
 KEPT = 32
 """How many works' tensors are kept at most: before one more, the stream of the caller waits for the oldest work."""
@@ -33,12 +38,13 @@ class Kept(NamedTuple):
 
 
 class Collectives:
-    """The guards that are on, by name: ``memory``, ``contiguous``, ``barrier``, ``reductions``; others do nothing here.
+    """The guards that are on, by name: ``memory``, ``contiguous``, ``sizes``, ``barrier``, ``reductions``.
 
     ``memory``: the tensors of a collective live until a stream waits for it, or for a later one of its group: these run
     one after the other, and where C++ waits, unseen, the later one releases them.  ``contiguous``: a tensor with gaps
-    is refused.  ``barrier``: it waits for the kernels that were queued before.  ``reductions``: one that FlagCX lacks
-    is refused with what to do.
+    is refused.  ``sizes``: an output and an input that do not fit each other are refused.  ``barrier``: it waits for
+    the kernels that were queued before.  ``reductions``: one that FlagCX lacks is refused with what to do.  Other names
+    do nothing here.
     """
 
     def __init__(self, backend: str) -> None:
@@ -60,6 +66,9 @@ class Collectives:
         """Take all guards off again."""
         while self._undo:
             self._undo.pop()()
+        for kept in self.kept.values():
+            kept.work.wait()
+            _hand_over(kept)
         self.on.clear()
         self.kept.clear()
         self._open.clear()
@@ -100,6 +109,8 @@ class Collectives:
                 return operator.redispatch(keys, *given)
             if "contiguous" in self.on and not all(tensor.is_contiguous() for tensor in tensors):
                 _refuse_gaps(name, given)
+            if "sizes" in self.on:
+                _refuse_sizes(name, given, group.size())
             if "barrier" in self.on and name == "barrier":
                 torch.get_device_module(tensors[0].device).current_stream(tensors[0].device).synchronize()
             try:
@@ -216,6 +227,35 @@ def _refuse_gaps(name: str, given: tuple[Any, ...]) -> None:
                     f"{list(tensor.stride())}): FlagCX would take whatever lies in its memory for its numbers; NCCL "
                     "refuses such a tensor too. Give it tensor.contiguous()"
                 )
+
+
+def _refuse_sizes(name: str, given: tuple[Any, ...], ranks: int) -> None:
+    """Raise where FlagCX would read or write behind a tensor, or leave a part of it out, by NCCL's rule.
+
+    A list of parts of different shapes is left to FlagCX, which takes it apart.
+    """
+    fits = True
+    if name in WHOLE:
+        at = WHOLE[name]
+        wholes, parts = (one if isinstance(one, list | tuple) else [one] for one in (given[at], given[1 - at]))
+        for whole, part in zip(wholes, parts, strict=False):  # ranks that are not the root have no whole
+            tensors = list(_tensors([whole]))
+            same = len({tensor.shape for tensor in tensors}) == 1
+            numel = sum(tensor.numel() for tensor in tensors)
+            fits &= all(tensor.dtype == part.dtype for tensor in tensors)
+            fits &= numel == ranks * part.numel() if same else len(tensors) == ranks
+    elif name == "alltoall_base_":
+        out, into, *_ = given
+        fits = out.dtype == into.dtype and (any(given[3:5]) or out.numel() == into.numel())
+        for tensor, splits in zip(given[:2], given[3:5], strict=True):
+            rows = len(tensor) if tensor.dim() else 1
+            fits &= (len(splits), sum(splits)) == (ranks, rows) if splits else rows % ranks == 0
+    if not fits:
+        laid = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in _tensors(given[:2]))
+        raise FlagCXError(
+            f"{name.strip('_')} over {ranks} ranks of tensors that do not fit each other (output, then input: {laid}): "
+            "FlagCX would read or write behind them, or leave a part out; NCCL refuses them too"
+        )
 
 
 def _no_reduction(name: str, error: Exception) -> FlagCXError:
