@@ -1,4 +1,4 @@
-"""verl's offload of activations (enable_activation_offload), which takes a tensor for another one in the same memory."""
+"""verl's offload of activations (enable_activation_offload): it takes a tensor for another one in the same memory."""
 
 from __future__ import annotations
 
