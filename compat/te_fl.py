@@ -62,10 +62,16 @@ def _layer(core: Any, causal: bool) -> Layer:
 
 def _flash(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flagos = type(instance).__module__.startswith(PYTHON[0])
-    if flagos and hasattr(instance, "_forward_impl"):  # a newer one refuses what it does not know itself
-        return wrapped(*args, **kwargs)
     given = inspect.signature(wrapped).bind(*args, **kwargs)
     asked = given.arguments
+    instead = (
+        "write TE_FL_PER_OP=get_flash_attention_class=vendor, or set "
+        "override_transformer_config.attention_backend=unfused"
+    )
+    if flagos and asked["query_layer"].requires_grad:
+        _refuse_gradient(instead)
+    if flagos and hasattr(instance, "_forward_impl"):  # a newer one refuses what it does not know itself
+        return wrapped(*args, **kwargs)
     layout = asked.get("qkv_layout", "sbhd").partition("_")[0]
     window = asked.get("window_size")
     wrong = {
@@ -79,14 +85,24 @@ def _flash(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
     if found:
         raise MegatronError(
             f"TransformerEngine-FL's {type(instance).__name__} was asked for {', '.join(found)}, which it leaves out "
-            "or does not know; its numbers would be wrong. Write TE_FL_PER_OP=get_flash_attention_class=vendor, or set "
-            "override_transformer_config.attention_backend=unfused"
+            f"or does not know; its numbers would be wrong. To go on, {instead}"
         )
     # All sequences have one length here; with their ends beside it the reference implementation takes them for packed.
     asked.update(qkv_layout=layout, cu_seqlens_q=None, cu_seqlens_kv=None)
     if flagos:
         asked["qkv_layout"] = f"{layout}_{layout}_{layout}" if layout == "sbhd" else layout
     return wrapped(*given.args, **given.kwargs)
+
+
+def _refuse_gradient(instead: str) -> None:
+    from verl_fl_overlay.flaggems import faults, library
+
+    version = library.installed_version()
+    if faults.ATTENTION.holds(library.release(version), ""):
+        raise MegatronError(
+            f"TransformerEngine-FL's flagos attention has its gradient from flag_gems {version}: {faults.ATTENTION}. "
+            f"Install flag_gems {faults.ATTENTION.until} or newer, {instead}"
+        )
 
 
 def _call(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,12 +121,11 @@ class Newer(Older):
     _forward_impl = Older.forward
 
 
-def attend(owner: type, kind: str, **asked: Any) -> Any:
+def attend(owner: type, kind: str, gradient: bool = False, **asked: Any) -> Any:
     cls = type(owner.__name__, (owner,), {"__module__": f"{te_fl.BACKENDS}.{kind}.attention"})
     instance = cls()
-    return te_fl._flash(
-        instance.forward, instance, (torch.ones(2, 2, 2, 2),), {"qkv_layout": "sbhd_sbhd_sbhd", **asked}
-    )
+    query = torch.ones(2, 2, 2, 2, requires_grad=gradient)
+    return te_fl._flash(instance.forward, instance, (query,), {"qkv_layout": "sbhd_sbhd_sbhd", **asked})
 
 
 @pytest.mark.parametrize("kind", ["flagos", "reference"])
@@ -157,6 +157,28 @@ def test_a_flagos_attention_that_refuses_by_itself_is_left_alone() -> None:
     assert attend(Newer, "flagos", attn_mask_type="padding_causal")[0] == "sbhd_sbhd_sbhd"
     with pytest.raises(MegatronError):
         attend(Newer, "reference", attn_mask_type="padding_causal")
+
+
+@pytest.mark.parametrize("owner", [Older, Newer])
+@pytest.mark.parametrize(
+    ("kind", "version", "gradient", "refused"),
+    [
+        ("flagos", "5.3.0", True, True),
+        ("flagos", "0.1.0", True, True),
+        ("flagos", "5.3.1", True, False),
+        ("flagos", "5.3.0", False, False),
+        ("reference", "5.3.0", True, False),
+    ],
+)
+def test_flaggems_wrong_gradient_of_attention_is_refused(
+    monkeypatch: Any, owner: Any, kind: str, version: str, gradient: bool, refused: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "flag_gems", SimpleNamespace(__version__=version))
+    if refused:
+        with pytest.raises(MegatronError, match=rf"flag_gems {version}.*issues/3395.*5.3.1 or newer"):
+            attend(owner, kind, gradient)
+    else:
+        assert attend(owner, kind, gradient)[0].startswith("sbhd")
 
 
 class Core:

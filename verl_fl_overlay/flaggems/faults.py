@@ -2,8 +2,8 @@
 
 Every row was looked up in FlagGems' source and in the issue that it links.  No issue was closed by a release when the
 table was written (September 2026), so no row has an ``until`` yet: when a release mends one, that version goes there.
-Not here: kernels that cut a gradient (``safety`` finds these itself), and attention's backward of issue 3395, which was
-mended (pull request 3607, in 5.3.1) before FlagGems put it in the place of an operator of torch.
+Not here: kernels that cut a gradient (``safety`` finds these itself).  ``ATTENTION`` was mended (pull request 3607)
+before FlagGems put it in the place of an operator of torch, and so is no row; TransformerEngine-FL calls it.
 """
 
 from __future__ import annotations
@@ -141,6 +141,12 @@ FAULTS = (
     Fault("_softmax", "the result is wrong on Ascend 910", _GEMS + "6109", vendor="ascend"),
 )
 
+ATTENTION = Fault(
+    "scaled_dot_product_attention_backward",
+    "with some tilings a part of the query's gradient is never written",
+    _GEMS + "3395",
+    until="5.3.1",
+)
 
 NEWEST = Version("9999")
 """Stands for the newest version, where none is installed."""
