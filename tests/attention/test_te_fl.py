@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ def flagos_gemm(
     """Compute as flagos' of December 2025 does: no bias."""
     assert bias is None
     return reference_gemm(
-        A, transA, B, transB, D, quantizer, output_dtype, None, *[None] * 4, grad, None, 0, accumulate, split
+        A, transA, B, transB, D, quantizer, output_dtype, None, *[None] * 3, grad, None, 0, accumulate, split
     )
 
 
@@ -69,6 +70,17 @@ def test_by_itself_a_bias_gets_no_gradient(trial: Any, gemm: Any) -> None:
 @pytest.mark.parametrize("trial", PRODUCTS, ids=lambda trial: trial.name)
 def test_with_the_hook_every_product_is_right(trial: Any, wrapper: Any, gemm: Any) -> None:
     assert outcome(trial, hooked(wrapper, gemm)) <= 1
+
+
+def test_a_gradient_is_also_added_in_fp32_as_megatron_has_it() -> None:
+    def overwrites(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(reference_gemm).bind(*args, **kwargs)
+        into = given.arguments["D"]
+        given.arguments["accumulate"] &= into is not None and into.dtype != torch.float32
+        return reference_gemm(*given.args, **given.kwargs)
+
+    wrong = [trial.name for trial in PRODUCTS if "db" not in trial.name and not outcome(trial, overwrites) <= 1]
+    assert wrong == ["dW, added fp32, 64 to 48", "dW, added fp32, 64 to 64"]
 
 
 def test_a_flagos_product_that_takes_a_bias_is_left_alone() -> None:

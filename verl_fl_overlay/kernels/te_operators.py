@@ -106,7 +106,7 @@ def _products(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, types: Any) -
         return (out, bias_grad) if grad and with_bias else (out,)
 
     fx, fdy, fw, fb = (tensor.float() for tensor in (x, dy, weight, bias))
-    before = torch.full_like(fw, 0.5)
+    before = (fdy.T @ fx).flip(0).bfloat16().float()  # as large as what is added, so that a lost one shows
     kind = f" {fw.shape[1]} to {fw.shape[0]}"
     yield Trial("generic_gemm", f"y = x W',{kind}", lambda g: product(g, weight, x, "TN"), [fx @ fw.T])
     yield Trial(
@@ -116,8 +116,13 @@ def _products(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, types: Any) -
     yield Trial(
         "generic_gemm", f"dW and db,{kind}", lambda g: product(g, x, dy, "NT", with_bias=True), [fdy.T @ fx, fdy.sum(0)]
     )
-    added = [fdy.T @ fx + 0.5]
-    yield Trial("generic_gemm", f"dW, added,{kind}", lambda g: product(g, x, dy, "NT", into=before.bfloat16()), added)
+    added = [fdy.T @ fx + before]
+    for type_, how in ((torch.bfloat16, ""), (torch.float32, " fp32")):
+
+        def adding(gemm: Operator, type_: torch.dtype = type_) -> Sequence[Tensor | None]:
+            return product(gemm, x, dy, "NT", into=before.to(type_, copy=True))
+
+        yield Trial("generic_gemm", f"dW, added{how},{kind}", adding, added)
 
 
 def _adam(given: list[Tensor], lr: float = 0.1, eps: float = 1e-3, decay: float = 0.1, step: int = 3) -> Trial:
