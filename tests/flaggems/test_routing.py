@@ -355,3 +355,15 @@ def test_a_record_that_cannot_be_written_is_warned_about_once(routing, tmp_path,
         with phase.training.inside("train"):
             torch.rand(2) * torch.rand(2)
     assert caplog.text.count("TRAINING_FLAGGEMS_PATH") == 1
+
+
+def test_one_that_cannot_be_registered_for_autograd_is_not_left_to_cut_the_gradient():
+    router = Router([Kernel("where.ScalarOther", lambda condition, a, b: a.detach(), ("CPU", "AutogradNothing"))])
+    a = torch.ones(2, requires_grad=True)
+    router.enter()
+    try:
+        torch.where(a > 0, a, 0.5).sum().backward()
+    finally:
+        router.leave()
+    assert list(router.failed) == ["where.ScalarOther"]
+    assert a.grad is not None

@@ -57,7 +57,7 @@ class Router:
                 self._note_held(kernel.key, holder)
                 continue
             self.held.pop(kernel.key, None)
-            for dispatch_key in kernel.dispatch_keys:
+            for dispatch_key in reversed(kernel.dispatch_keys):  # autograd's first: the others alone cut a gradient
                 claim = f"aten/{kernel.key}/{dispatch_key}"
                 options: dict[str, bool] = {}
                 if claim in taken:
@@ -67,6 +67,7 @@ class Router:
                     library.impl(kernel.key, kernel.function, dispatch_key, **options)
                 except Exception as error:
                     self._note_failed(kernel, dispatch_key, error)
+                    break
 
     def _holder(self, kernel: Kernel, taken: Collection[str]) -> str | None:
         """Return the file that holds one of the kernel's dispatch keys and cannot be overridden; None if none is."""
