@@ -186,8 +186,8 @@ def hooks() -> list[Hook]:
                 wrapper=_flash,
                 feature="te_fl",
                 required=False,
-                why="This attention takes every mask but the causal one for none, and leaves windows out: the numbers "
-                "would be wrong. Only what it computes is let through.",
+                why="This attention takes every mask but the causal one for none, and leaves windows out; with an "
+                "older FlagGems flagos' gradient is wrong. Only what it computes is let through.",
                 upstream=f"{SOURCE}/plugin/core/backends/{kind}/{place.replace('.', '/')}.py",
                 until="TransformerEngine-FL's attention computes or refuses all that it is asked for",
                 needs="transformer_engine",
