@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,17 @@ def flagcx():
     made.start()
     yield made
     made.stop()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_groups_that_were_there_before_are_told_to_have_no_guards(monkeypatch, early):
+    groups = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: early)
+    monkeypatch.setitem(sys.modules, "torch.distributed", groups)
+    monkeypatch.setattr(events, "failures", events.Failures())
+    made = feature.FlagCX(Settings())
+    made.start()
+    made.stop()
+    assert ["no guards" in told for told in events.failures.told().values()] == [True] * early
 
 
 @pytest.mark.parametrize("backend", [None, "nccl", "cpu:gloo,cuda:nccl", "gloo", 3])

@@ -56,7 +56,17 @@ class FlagCX(Feature):
         self.guards = Collectives(BACKEND)
 
     def start(self) -> None:
-        """Answer what verl asks about collectives."""
+        """Answer what verl asks about collectives.
+
+        Raises:
+            FlagCXError: VERL_FL_STRICT=1, and torch has its process groups already.
+        """
+        torch_groups: Any = sys.modules.get("torch.distributed")
+        if torch_groups is not None and torch_groups.is_available() and torch_groups.is_initialized():
+            late = (
+                "torch's process groups were initialised before verl was imported: they may not be FlagCX's, and have "
+            )
+            events.failures.record("FlagCX", FlagCXError(f"{late}no guards. Import verl first"))
         self.undo.callback(events.flagcx_backend.answer(lambda: BACKEND))
         self.undo.callback(events.group_backend.answer(self.for_group))
         self.undo.callback(events.past_torch.answer(refuse))
