@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from process_group.test_flagcx_groups import run
+
+from verl_fl_overlay.features import flagcx_collectives
 
 pytest.importorskip("torch")
 pytest.importorskip("verl")
@@ -105,6 +109,28 @@ def test_works_that_nobody_waits_for_keep_a_bounded_number_of_tensors(flagcx):
         "OK 32 [1, 2, 3]",
         "OK 0 True a later collective of the group was waited for",
     ]
+
+
+def test_threads_that_keep_tensors_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(flagcx_collectives, "_hand_over", lambda kept: None)
+    guards = flagcx_collectives.Collectives("flagcx")
+
+    class Work:
+        def wait(self):
+            guards._release(id(self))
+
+    def keep(group):
+        for _ in range(20000):
+            guards._keep(Work(), group, [])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(keep, "abcd"))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(guards.kept) == flagcx_collectives.KEPT
 
 
 def test_tensors_with_gaps_are_refused_by_nccls_rule(flagcx):

@@ -66,7 +66,7 @@ class Collectives:
         """Take all guards off again."""
         while self._undo:
             self._undo.pop()()
-        for kept in self.kept.values():
+        for kept in list(self.kept.values()):
             kept.work.wait()
             _hand_over(kept)
         self.on.clear()
@@ -167,8 +167,7 @@ class Collectives:
         if work is None:  # somebody has FlagCX gather operators past torch
             return
         self.kept[id(work)] = Kept(work, group, tensors)
-        if len(self.kept) > KEPT:
-            oldest = next(iter(self.kept.values()))
+        for oldest in list(self.kept.values())[:-KEPT]:  # a list, since another thread may keep or release meanwhile
             oldest.work.wait()
             _hand_over(oldest)
 
