@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
     parity.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
-    te_fl_help = "compare TransformerEngine-FL's implementations with fp32 instead; needs no model"
+    te_fl_help = "compare TransformerEngine-FL's implementations with fp32 instead; FlagGems tunes first, for minutes"
     parity.add_argument("--te-fl", action="store_true", help=te_fl_help)
     parity.add_argument("--rows", type=int, default=4, help="sequences in the batch (default: %(default)s)")
     parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
