@@ -26,14 +26,20 @@ VARIANTS = {
 def sent(engine: Any) -> dict[str, list[float]]:
     """Return the weights that a rollout gets, whole."""
     weights, _ = engine.get_per_tensor_param()
-    return {name: weight.double().flatten().tolist() for name, weight in weights}
+    return {name: rounded(weight) for name, weight in weights}
+
+
+def rounded(weight: Any) -> list[float]:
+    """Return the weight in bf16, in which some releases send it."""
+    numbers: list[float] = weight.bfloat16().double().flatten().tolist()
+    return numbers
 
 
 def held(folder: str) -> dict[str, list[float]]:
     """Return the weights of a checkpoint of one rank."""
     found = torch.load(Path(folder, "model_world_size_1_rank_0.pt"), weights_only=False)
     whole = {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in found.items()}
-    return {name: weight.double().flatten().tolist() for name, weight in whole.items()}
+    return {name: rounded(weight) for name, weight in whole.items()}
 
 
 def life(model: str, strategy: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
