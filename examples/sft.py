@@ -128,7 +128,7 @@ def rank_reports(folder: Path) -> list[dict[str, Any]]:
 def never_called(report: dict[str, Any]) -> list[str]:
     """Return the required hooks that were installed in this rank and never called.
 
-    Left out are those on engines that do not run, and on verl's look at trainer.device, which 0.7.0's SFT trainer lacks.
+    Left out are those on engines that do not run, and on verl's look at trainer.device: 0.7.0's SFT trainer has none.
     """
     idle = {h["name"] for h in report["hooks"] if h["required"] and h["state"] == "installed" and not h["calls"]}
     of_engines = {name for name in idle if name.startswith("engine.initialize.")} - {"engine.initialize.fsdp"}
