@@ -7,15 +7,13 @@ sequences of one length and no others; where it is asked for more, it leaves out
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from verl_fl_overlay.compat.megatron_attention import CAUSAL, Layer, attend_packed, seen_mask
 from verl_fl_overlay.errors import MegatronError
 from verl_fl_overlay.events import te_operator_ran
 from verl_fl_overlay.hooks import Call, Hook
-
-if TYPE_CHECKING:
-    from verl_fl_overlay.kernels.sequences import Form
 
 SOURCE = "https://github.com/flagos-ai/TransformerEngine-FL/blob/main/transformer_engine"
 BACKENDS = "transformer_engine.plugin.core.backends"
@@ -50,7 +48,7 @@ def _layer(core: Any, causal: bool) -> Layer:
     from verl_fl_overlay.kernels.sequences import ANY, Form
 
     left, right = core.window_size or (ANY, ANY)
-    form: Form = Form(float(core.flash_attention.softmax_scale), causal, (int(left), ANY if causal else int(right)))
+    form = Form(float(core.flash_attention.softmax_scale), causal, (int(left), ANY if causal else int(right)))
     return Layer(
         form,
         core.attention_dropout if core.training else 0.0,
@@ -88,9 +86,9 @@ def _flash(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
             f"or does not know; its numbers would be wrong. To go on, {instead}"
         )
     # All sequences have one length here; with their ends beside it the reference implementation takes them for packed.
-    asked.update(qkv_layout=layout, cu_seqlens_q=None, cu_seqlens_kv=None)
-    if flagos:
-        asked["qkv_layout"] = f"{layout}_{layout}_{layout}" if layout == "sbhd" else layout
+    asked.update(cu_seqlens_q=None, cu_seqlens_kv=None)
+    if not flagos:  # the reference looks up a layout of one word
+        asked["qkv_layout"] = layout
     return wrapped(*given.args, **given.kwargs)
 
 
@@ -151,46 +149,38 @@ def _adam(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def hooks() -> list[Hook]:
     """Return what every release needs where TransformerEngine-FL is installed."""
+    hook = partial(Hook, feature="te_fl", required=False, needs="transformer_engine")
     return [
-        Hook(
+        hook(
             name="te_fl.attention",
             module="megatron.core.extensions.transformer_engine",
             attribute="TEDotProductAttention.forward",
             wrapper=_forward,
-            feature="te_fl",
-            required=False,
             why="TransformerEngine-FL's own attention takes no packed sequences, which verl gives by default; the "
             "overlay's computes them. verl's mask of a padded batch is left to the causal one.",
             upstream=f"{SOURCE}/plugin/core/backends/flagos/attention/dot_product_attention/backends.py",
             until="TransformerEngine-FL's flagos and reference attention take packed sequences",
-            needs="transformer_engine",
         ),
-        Hook(
+        hook(
             name="te_fl.call",
             module="transformer_engine.plugin.core.manager",
             attribute="OpManager.call",
             wrapper=_call,
-            feature="te_fl",
-            required=False,
             why="TransformerEngine-FL goes on with another implementation where the first one fails; the overlay "
             "counts which one ran.",
             upstream=f"{SOURCE}/plugin/core/manager.py",
             until="TransformerEngine-FL tells which implementations ran",
-            needs="transformer_engine",
         ),
         *(
-            Hook(
+            hook(
                 name=f"te_fl.flash.{kind}",
                 module=f"{BACKENDS}.{kind}.{place}",
                 attribute=f"{owner}.forward",
                 wrapper=_flash,
-                feature="te_fl",
-                required=False,
                 why="This attention takes every mask but the causal one for none, and leaves windows out; with an "
                 "older FlagGems flagos' gradient is wrong. Only what it computes is let through.",
                 upstream=f"{SOURCE}/plugin/core/backends/{kind}/{place.replace('.', '/')}.py",
                 until="TransformerEngine-FL's attention computes or refuses all that it is asked for",
-                needs="transformer_engine",
             )
             for kind, place, owner in (
                 ("flagos", "attention.dot_product_attention.backends", "FlashAttentionFL"),
@@ -198,18 +188,15 @@ def hooks() -> list[Hook]:
             )
         ),
         *(
-            Hook(
+            hook(
                 name=f"te_fl.gemm.{kind}",
                 module=f"{BACKENDS}.{kind}.impl.gemm",
                 attribute=function,
                 wrapper=wrapper,
-                feature="te_fl",
-                required=False,
                 why="In the backward pass a bias asks for its gradient; the reference adds the bias to the weight's "
                 "gradient instead and returns none, and older flagos ones take no bias at all.",
                 upstream=f"{SOURCE}/plugin/core/backends/{kind}/impl/gemm.py",
                 until="TransformerEngine-FL's products return the gradient of a bias",
-                needs="transformer_engine",
             )
             for kind, function, wrapper in (
                 ("flagos", "generic_gemm_fl", _flagos_gemm),
@@ -217,17 +204,14 @@ def hooks() -> list[Hook]:
             )
         ),
         *(
-            Hook(
+            hook(
                 name=f"te_fl.adam.{kind}",
                 module=f"{BACKENDS}.{kind}.impl.{place}",
                 attribute=function,
                 wrapper=_adam,
-                feature="te_fl",
-                required=False,
                 why="This Adam rounds weights in fp32 to the model's type, and does not know L2; both are refused.",
                 upstream=f"{SOURCE}/plugin/core/backends/{kind}/impl/{place}.py",
                 until="TransformerEngine-FL's Adam computes or refuses all that it is asked for",
-                needs="transformer_engine",
             )
             for kind, place, function in (
                 ("flagos", "fused_adam", "multi_tensor_adam_fl"),

@@ -30,13 +30,17 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
 
     These are all of the stack that are set, less what ``kept_back`` names, and ``LOADED_BY`` with the overlay in it.
     """
-    given, kept = _of_the_stack(environment), kept_back(environment)
+    given = _of_the_stack(environment)
+    kept = _kept_of(given)
     return {**{name: text for name, text in given.items() if name not in kept}, LOADED_BY: with_overlay(given)}
 
 
 def kept_back(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of the stack that are set and that no other process is given, each with the reason."""
-    given = _of_the_stack(environment)
+    return _kept_of(_of_the_stack(environment))
+
+
+def _kept_of(given: Mapping[str, str]) -> dict[str, str]:
     secrets = {name: "it holds a password, a token or a key" for name, text in given.items() if secret(name, text)}
     return {**secrets, **{name: "it differs between processes" for name in OF_ONE_PROCESS if name in given}}
 
