@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from verl_fl_overlay import __version__
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.errors import OverlayError
 
 
@@ -18,9 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (doctor, ops, env, dispatch, check, pin, tune, warmup, parity):
         command.add(commands)
-    options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        options = parser.parse_args(arguments)
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        return terminal.reader_is_gone()
     except OverlayError as error:
         refusal = str(error)
     except ModuleNotFoundError as error:
