@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 LEFT_BY_READER = 141
 """Exit status after the reader of a pipe has gone: 128 + SIGPIPE, as a shell gives it to other programs."""
@@ -37,6 +37,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where the right arguments stand; exit with 2."""
         self.exit(2, f"{self.prog}: {message}\n{' ' * len(self.prog)}  what it takes: {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help; argparse itself does not tell where that fails."""
+        (file or sys.stderr).write(message)
 
 
 def explain(
@@ -212,6 +216,6 @@ def prepare() -> bool:
     return sys.stdout is not None
 
 
-def give_up_output() -> None:
-    """Let nothing more be written to standard output, which takes nothing more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def give_up(stream: TextIO) -> None:
+    """Let nothing more be written to a standard stream that takes nothing more; the interpreter's end would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems.profile import Profile
 from verl_fl_overlay.settings.variables import names
 
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, or show what was measured; return 130 after an interruption."""
     from verl_fl_overlay.flaggems import profile as profiles
 
+    if options.out.exists() and not options.out.is_file():
+        raise OverlayError(f"--out {options.out} is no file; name one for the profile")
     try:
         if options.show:
             profile = profiles.load(options.out)
