@@ -7,6 +7,7 @@ walked by itself.  Most of this runs where neither verl nor torch is installed.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -137,35 +138,41 @@ ODD = {
     "PYTHONUTF8": "0",
     "PYTHONCOERCECLOCALE": "0",
     "HOME": "/proc/nothing",
-    "VERL_FL_REPORT_DIR": "/proc/\u00e9",
+    "USE_FLAGGEMS": "1",
 }
 
 
 @bare
 @each_command
 def test_where_much_is_odd_at_once(name, tmp_path):
-    """A folder that was removed, nothing to read, a narrow window, letters that cannot be written, no home."""
+    """A folder that was removed, no standard input, a narrow window, letters that cannot be written, no home."""
+    write_verl(tmp_path / "site", {"__init__.py": "raise RuntimeError('kein Ger\u00e4t')"})
     plain = walk(name, tmp_path)
     odd = walk(name, tmp_path, 'rmdir ../here; exec "$@" <&-', **ODD)
     assert odd.returncode == plain.returncode
     assert bool(odd.stdout) == bool(plain.stdout)
+    if name == "doctor":
+        assert r"kein Ger\xe4t" in odd.stdout
+        assert "FlagGems is not installed" in odd.stdout, "what is tried in a process of its own tells of it"
 
 
 def test_with_streams_that_take_nothing(tmp_path):
     """Before any command is asked: no JSON goes elsewhere, and where the reason cannot be told, the status tells it."""
 
-    def status(redirected: str) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", "verl_fl_overlay", "check", "nothing"]
-        shell = ["bash", "-c", f'"$@" {redirected}', "bash", *command]
-        done = subprocess.run(
-            shell, env=clean_environment(PLAIN), cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+    def run(redirected: str, *arguments: str) -> tuple[int, str, str]:
+        shell = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, "-m", "verl_fl_overlay", *arguments]
+        site = write_verl(tmp_path / "site", {"__init__.py": "import os\nos.write(1, b'a library says this')"})
+        env = clean_environment({**PLAIN, "PYTHONPATH": f"{site}:{HERE}"})
+        done = subprocess.run(shell, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
     closed = "verl-fl: standard output is closed, and all that a command says goes there\n"
-    assert status(">&-") == (2, "", closed)
+    assert run(">&-", "env") == (2, "", closed)
     for nothing in ("2>&-", "2>/dev/full", "<&- >&- 2>&-"):
-        assert status(nothing) == (2, "", "")
+        assert run(nothing, "check", "nothing") == (2, "", "")
+    status, told, _ = run("<&- 2>&-", "doctor", "--json")  # it sends to standard error what others print meanwhile
+    assert status == 1
+    assert json.loads(told)["problems"]
 
 
 @each_command
