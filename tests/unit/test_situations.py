@@ -57,8 +57,13 @@ def given(parser: argparse.ArgumentParser, folder: Path) -> list[str]:
     return [a.choices[0] if a.choices else str(folder / known.get(a.metavar, "x")) for a in positional]
 
 
-def walk(name: str, folder: Path, shell: str = '"$@"', **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, by ``shell`` with the command as "$@"; check what holds for each command in each situation."""
+def walk(
+    name: str, folder: Path, shell: str = '"$@"', *, heard: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, by ``shell`` with the command as "$@"; check what holds for each command in each situation.
+
+    Unless it is not ``heard``, a command that refuses says why.
+    """
     parser = commands.COMMANDS[name]
     command = [sys.executable, "-m", "verl_fl_overlay", *name.split(), *given(parser, folder)]
     (folder / "here").mkdir(exist_ok=True)
@@ -76,7 +81,7 @@ def walk(name: str, folder: Path, shell: str = '"$@"', **environment: str) -> su
         assert sign not in done.stdout + done.stderr, done.stderr
     assert done.returncode in {*commands.statuses(parser), terminal.LEFT_BY_READER}
     assert len(said) <= 2, done.stderr
-    if done.returncode == 2:
+    if done.returncode == 2 and heard:
         assert said[0].startswith(f"verl-fl {name}: "), done.stderr
         assert len(said[0]) > len(f"verl-fl {name}: ") + 20, "it says what to do"
     return done
@@ -106,6 +111,8 @@ def test_into_a_pipe_that_nobody_reads(name, tmp_path):
     """Less than the buffer is written when the command is done, and more than it before."""
     done = walk(name, tmp_path, '"$@" | true; exit ${PIPESTATUS[0]}')
     assert done.returncode in (terminal.LEFT_BY_READER, 2)
+    both = walk(name, tmp_path, '"$@" 2>&1 | true; exit ${PIPESTATUS[0]}', heard=False)
+    assert both.returncode in (terminal.LEFT_BY_READER, 2)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

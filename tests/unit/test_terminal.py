@@ -185,6 +185,19 @@ def test_colours_do_not_move_a_column():
     assert [line.replace(BOLD, "").replace("\x1b[0m", "").replace("\x1b[32m", "") for line in lines] == bare
 
 
+def test_a_clock_runs_on_a_terminal():
+    program = "from verl_fl_overlay.cli import terminal\nwith terminal.step('1/2 a step'): print('output')"
+    ours, its = pty.openpty()
+    env = clean_environment({"TERM": "xterm", "COLUMNS": "80"})
+    done = subprocess.run([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, stderr=its, check=True)
+    os.close(its)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.stdout == b"output\n"
+    assert "0:00:00" in shown
+    assert shown.endswith("1/2 a step: 0 s\r\n")
+
+
 def test_progress_is_no_output(capfd):
     with terminal.step("1/2 a step"):
         terminal.progress("within")

@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where its errors are told; the end of the interpreter would do it too
     except BrokenPipeError:
-        terminal.give_up(sys.stdout)
+        terminal.give_up()
         return terminal.LEFT_BY_READER
     except KeyboardInterrupt:
         _refused(called, "interrupted")
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _refused(called, f"{error.filename}: {error.strerror}")
-        terminal.give_up(sys.stdout)
+        terminal.give_up()
         return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror or error}")
     except ModuleNotFoundError as error:
         if error.name != "torch":  # torch is an extra; commands that run a step or a kernel need it
@@ -112,5 +112,5 @@ def _refused(called: str, reason: str) -> int:
     try:
         print(f"{called}: {reason}", file=sys.stderr)
     except OSError:  # where nothing can be said, the exit status says it
-        terminal.give_up(sys.stderr)
+        terminal.give_up()
     return 2

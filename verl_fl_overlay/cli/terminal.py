@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 LEFT_BY_READER = 141
 """Exit status after the reader of a pipe has gone: 128 + SIGPIPE, as a shell gives it to other programs."""
@@ -191,7 +191,8 @@ def step(told: str) -> Iterator[None]:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
             shown = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            clock = stack.enter_context(Progress(*shown, console=Console(stderr=True), transient=True))
+            clock = Progress(*shown, console=Console(stderr=True), transient=True, redirect_stdout=False)
+            stack.enter_context(clock)
             clock.add_task(told, total=None)
         else:
             progress(f"{told} ...")
@@ -216,6 +217,10 @@ def prepare() -> bool:
     return sys.stdout is not None
 
 
-def give_up(stream: TextIO) -> None:
+def give_up() -> None:
     """Let nothing more be written to a standard stream that takes nothing more; the interpreter's end would fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -124,6 +124,8 @@ def tune_model(
         os.environ.pop(variable, None)
     gems = library.load()
     check(skip, "--skip", gems)
-    step = trial.steps(trial.Trial(model, rows, length, micro_batch))
+    with terminal.step("verl's engine is built on the model"):
+        step = trial.steps(trial.Trial(model, rows, length, micro_batch))
+    say("a step is run and its operators are measured, a line for each ...")
     workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
     return tune(step, gems, key_here(), workload, file, skip=skip, say=say)
