@@ -21,6 +21,7 @@ import verl_fl_overlay
 from verl_fl_overlay import cli
 from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.files import write_whole
+from verl_fl_overlay.flaggems.profile import SHIPPED
 
 bare = pytest.mark.skipif(
     any(map(find_spec, ("verl", "torch", "flag_gems"))), reason="is about a machine without verl, torch and FlagGems"
@@ -218,6 +219,15 @@ def test_with_files_that_are_none(name, tmp_path, capsys, monkeypatch):
             assert "Traceback" not in told.err + told.out
             assert len(told.err.splitlines()) <= 2 + told.err.count(" ...\n")
             assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("file", ["/proc/nothing/x.png", "/dev/zero", "/"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(file, tmp_path, capsys):
+    profile = str(SHIPPED / "nvidia_h100.json")
+    assert cli.main(["tune", "--show", "--out", profile, "--plot", file]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"verl-fl tune: --plot {file}")
 
 
 def test_after_control_c(monkeypatch, capsys):

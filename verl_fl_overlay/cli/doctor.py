@@ -274,7 +274,6 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
         **{name: version for name, version in result["versions"].items() if name not in pinned},
         **{name: checked_release.pinned(about) for name, about in pinned.items()},
         "device": result["device"],
-        "attention": _attention(result["features"]),
         "settings": _settings(result["settings"]),
     }
     lines = [*terminal.table((), told.items(), wide=wide), ""]
@@ -283,7 +282,7 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             (name, about["asked for by"], _yes(not about["fault"]), _found(about))
             for name, about in result["components"].items()
         ]
-        lines += [*terminal.table(("tried", "asked for by", "can be used", "what is here"), tried, wide=wide), ""]
+        lines += [*terminal.table(("tried", "asked for by", "can be used", "found"), tried, wide=wide), ""]
     if verl["shim"]:
         features = [
             (name, "yes" if about["on"] else "no", about["summary"] if about["on"] else about["reason"])
@@ -336,13 +335,6 @@ def _to_look_at(hook: dict[str, Any]) -> bool:
 
 def _found(told: dict[str, Any]) -> str:
     return _value({name: text for name, text in told.items() if text and name not in ("asked for by", "fault")})
-
-
-def _attention(features: dict[str, Any]) -> str:
-    """Say whose functions flash_attention_2 has here, what computes them, and why."""
-    told = features.get("attention", {}).get("detail", {})
-    computed = "; ".join(f"{problem}: {backend}" for problem, backend in told.get("backends", {}).items())
-    return "; ".join(filter(None, (told.get("flash_attention_2"), computed))) or "-"
 
 
 def _detail(name: str, detail: dict[str, Any], wide: bool) -> list[str]:
