@@ -18,6 +18,9 @@ TARGET = (
     f"of {OTHERS}: NAME==VERSION, NAME==latest, a wheel, an sdist, or the folder in which it lies"
 )
 
+DIFF = " " * 6
+"""What stands before a line of a diff, which is code and is not wrapped."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
@@ -72,7 +75,9 @@ def as_text(report: Report, every: bool = False, wide: bool = False) -> str:
     lines = [*terminal.sentences([what, *packages_as_text(report)], wide=wide), ""]
     for name, told, under in shown:
         status = terminal.Good(told) if told == Status.OK.value else told
-        lines += [*terminal.table((), [(name.ljust(width), status)], wide=wide), *terminal.sentences(under, wide=wide)]
+        lines += terminal.table((), [(name.ljust(width), status)], wide=wide)
+        for text in under:
+            lines += terminal.sentences([text], wide=wide or text.startswith(DIFF))
     lines += [] if every else [*([""] if shown else []), *terminal.sentences([_counted(rows, shown)], wide=wide)]
     verdict = (terminal.Good if report.holds else terminal.Bad)(report.verdict)
     return "\n".join([*lines, "", *terminal.sentences([verdict], wide=wide)])
@@ -102,7 +107,7 @@ def _means(meaning: str) -> list[str]:
 def _change(comparison: Comparison, of_what: str) -> list[str]:
     detail = f" {comparison.detail}" if comparison.detail else ""
     first = f"    {of_what}{comparison.status.value}{detail} (against {comparison.package} {comparison.against})"
-    return [first, *(f"      {line}" for line in comparison.diff)]
+    return [first, *(f"{DIFF}{line}" for line in comparison.diff)]
 
 
 def _worst(comparisons: Iterable[Comparison]) -> Comparison:
