@@ -36,7 +36,7 @@ class Built:
 
 
 def hatchling(tree: Path, kinds: list[str], backend: Path) -> list[Path]:
-    """Build ``kinds`` ("-t", "wheel" ...) with the backend in ``backend``, as pip and uv do in their own environment."""
+    """Build ``kinds`` ("-t", "wheel" ...) with the backend in ``backend``, as pip and uv do where nobody sees it."""
     into = tree.parent / f"dist-{tree.name}"
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(into), *kinds]
     done = subprocess.run(
@@ -157,7 +157,7 @@ def test_only_three_hard_dependencies(built):
 
 
 def test_no_extra_brings_what_constraints_must_hold(built):
-    """An extra has no constraints: with verl, torch or FlagGems in one, pip takes other versions than those that fit."""
+    """An extra has no constraints: with verl or FlagGems in one, pip takes versions that do not fit."""
     needs = [text for text in built.metadata.get_all("Requires-Dist") if "extra ==" in text]
     assert {re.split(r"\W", text)[0] for text in needs} == {"pyyaml", "matplotlib"}
 
