@@ -12,7 +12,7 @@ from processes import run
 
 import verl_fl_overlay
 from verl_fl_overlay import compat
-from verl_fl_overlay.cli import main
+from verl_fl_overlay.cli import install_hint, main
 from verl_fl_overlay.cli.install_hint import ADDITIONS, MAKE, harmless, hints
 from verl_fl_overlay.cli.versions import Unmet, constraints
 from verl_fl_overlay.devices.chips import CHIPS
@@ -119,6 +119,27 @@ def test_the_matrix_runs_what_is_hinted():
     engine_needs = re.search(r"ENGINE_NEEDS = \(([^)]*)\)", nox)
     assert engine_needs
     assert re.findall(r'"(\w+)"', engine_needs[1]) == PINNED.split()[1:]
+
+
+def test_the_documented_output_is_the_commands(monkeypatch, capsys):
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    shown = text.partition("$ verl-fl install-hint flaggems\n")[2].partition("```")[0]
+    monkeypatch.setattr(install_hint, "versions", lambda: {"Python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1"})
+    monkeypatch.setattr(install_hint.chips, "chosen", lambda settings: (None, "no vendor's package or tool is there"))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["install-hint", "flaggems", "--verl", "0.9.1"]) == 0
+    told = re.sub(r"-c \S+/compat/", "-c COMPAT/", capsys.readouterr().out)
+    assert told == re.sub(r"-c \S+/compat/", "-c COMPAT/", shown)
+    assert set(re.findall(r"`([\w-]+)`", text.partition("COMPONENT is ")[2].partition(". ")[0])) == ADDITIONS.keys()
+
+
+@pytest.mark.parametrize("release", compat.RELEASES)
+def test_the_documented_constraints_are_those_of_the_release(release):
+    (row,) = re.findall(rf"^\| {release} \|.*$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    numpy, transformers = re.findall(r"[\d.]+[\d]", row)[-2:]
+    pins = constraints(release).read_text().split()
+    assert f"numpy=={numpy}" in pins
+    assert f"transformers=={transformers}" in pins
 
 
 def test_harmless_is_what_the_hint_leaves_unmet():

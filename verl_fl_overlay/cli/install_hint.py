@@ -94,7 +94,7 @@ ADDITIONS: Mapping[str, tuple[Way, ...]] = {
         Way(
             "Or flag-gems 5.0.2, without the versions that it pins: numpy 1.26.4, packaging 26.0 and others. `pip "
             "check` names them from then on, and doctor has them as notes: FlagGems runs all the same.",
-            ("pip install --no-deps flag-gems==5.0.2", "pip install {held} sqlalchemy==2.0.48 PyYAML==6.0.3"),
+            ("pip install {held} sqlalchemy==2.0.48 PyYAML==6.0.3", "pip install --no-deps flag-gems==5.0.2"),
             unmet=tuple(("flag_gems", "==5.0.2", other) for other in ("numpy", "packaging", "sqlalchemy", "pyyaml")),
         ),
         Way(f"Newer ones are not on the index, and no line for them was tried: {GITHUB}/FlagGems"),
