@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -151,9 +150,7 @@ def installer_environment() -> dict[str, str]:
 
 
 def install_overlay(session: nox.Session, *more: str) -> None:
-    """Install this tree's wheel, and ``more``; what an earlier build left behind would be taken into it."""
-    for left in ("build", "verl_fl_overlay.egg-info"):
-        shutil.rmtree(HERE / left, ignore_errors=True)
+    """Install this tree's wheel, and ``more``."""
     session.install(".", *more)
 
 

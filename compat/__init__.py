@@ -147,7 +147,7 @@ def select(verl: InstalledVerl) -> Shim:
     if base < OLDEST:
         raise UnsupportedVerlError(
             f"verl {verl.version} is here; verl-fl-overlay needs verl >= {OLDEST} (tested: {', '.join(RELEASES)}). "
-            "Upgrade it with: pip install 'verl>=0.7.0' - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
+            "Upgrade it with: verl-fl install-hint verl - or take verl_fl_overlay out of VERL_USE_EXTERNAL_MODULES."
         )
     # A version after the newest release may have moved the files that the probe looks for, so the version decides.
     name = _name_by_probe(verl) if version.is_devrelease and base <= Version(RELEASES[-1]) else None

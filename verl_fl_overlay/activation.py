@@ -98,7 +98,7 @@ def _started() -> Overlay:
     found = compat.find_verl()
     if found is None:
         raise UnsupportedVerlError(
-            f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: pip install verl"
+            f"no verl is installed here; verl-fl-overlay needs verl >= {compat.OLDEST}: verl-fl install-hint verl"
         )
     shim = compat.select(found)
     found_conflicts = [*conflicts(settings), *_too_late(settings)]

@@ -80,7 +80,7 @@ def test_no_verl_at_all(tmp_path):
     done = run("-m", "verl_fl_overlay", "doctor", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert "verl cannot be imported" in done.stdout
-    assert "pip install verl" in done.stdout
+    assert "verl-fl install-hint verl" in done.stdout
     assert python("import verl_fl_overlay", env={}).returncode == 0, "importing it alone does nothing"
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import packaging as packaging_module
 import pytest
 from processes import run
 
@@ -227,7 +230,7 @@ PLUGIN = "def register(): return 'vllm_fl.Platform'\nclass Platform: pass"
         ("def register(): return 'vllm_fl.Gone'", "0.2.0", "0.20.2", "AttributeError"),
         ("import flag_gems_that_is_missing", "0.2.0", "0.20.2", "No module named 'flag_gems_that_is_missing'"),
         (None, "", "0.20.2", "no installed package has the entry point 'fl' of vllm.platform_plugins"),
-        (PLUGIN, "0.2.0", "", "vllm is not installed: pip install vllm"),
+        (PLUGIN, "0.2.0", "", "vllm is not installed: verl-fl install-hint vllm"),
     ],
 )
 @pytest.mark.parametrize("asked", ["VLLM_PLUGINS=fl", "VLLM_FL_STRICT=1"])
@@ -414,3 +417,69 @@ def test_the_text_has_no_calls_and_names_what_was_tried(site):
     assert any(
         line.startswith("hooks: ") and line.endswith("all are as they should be: --all lists them") for line in lines
     )
+
+
+VERL_NEEDS = "Metadata-Version: 2.1\nName: verl\nVersion: 0.9.1\nRequires-Dist: numpy>=2\nRequires-Dist: tensordict\n"
+
+
+def needs(site: Path, numpy: str, packaging: str = "25.0") -> None:
+    """Let the fabricated verl need numpy 2 and a tensordict, which needs a packaging that is older than 26."""
+    (site / "verl-0.9.1.dist-info" / "METADATA").write_text(VERL_NEEDS)
+    write(site, "numpy", "", numpy)
+    write(site, "tensordict", "", "0.10.0", requires="Requires-Dist: packaging<26\nRequires-Dist: orjson\n")
+    write(site, "orjson", "", "3.0")
+    shutil.copytree(Path(packaging_module.__file__).parent, site / "packaging")  # the real one, of another version
+    write(site, "packaging", (site / "packaging" / "__init__.py").read_text(), packaging)
+
+
+def test_requirements_that_are_met_are_not_told(site):
+    needs(site, "2.2.6")
+    status, report, _ = doctor(site, CPU)
+    assert (status, report["problems"], report["notes"]) == (0, [], [])
+
+
+def test_a_requirement_of_verl_that_somebody_broke_is_a_problem_with_the_way_out(site):
+    needs(site, "1.26.4")
+    status, report, _ = doctor(site, CPU)
+    assert status == 1
+    told = problem(report, "verl 0.9.1 asks for numpy>=2, and numpy 1.26.4 is here. Put it right with: pip install ")
+    _, _, option, file, asked = shlex.split(told.partition("right with: ")[2])
+    assert (option, asked) == ("-c", "numpy>=2")
+    assert "numpy==2.2.6" in Path(file).read_text().split()
+
+
+def test_what_verl_needs_through_another_is_a_note(site):
+    needs(site, "2.2.6", packaging="26.1")
+    status, report, _ = doctor(site, CPU)
+    assert (status, report["problems"]) == (0, [])
+    assert report["notes"] == ["tensordict 0.10.0 asks for packaging<26, and packaging 26.1 is here"]
+
+
+def test_a_requirement_that_is_missing_is_a_note(site):
+    needs(site, "2.2.6")
+    shutil.rmtree(site / "orjson-3.0.dist-info")
+    status, report, _ = doctor(site, CPU)
+    assert (status, report["problems"]) == (0, [])
+    assert report["notes"] == ["tensordict 0.10.0 asks for orjson, and it is not installed"]
+
+
+@pytest.mark.parametrize(("version", "known"), [("5.0.2", True), ("5.3.4", False)])
+def test_what_the_hint_leaves_unmet_is_a_note(site, version, known):
+    """The fabricated FlagGems cannot be used on a CPU; what its metadata ask for is told all the same."""
+    needs(site, "2.2.6")
+    write(site, "flag_gems", "raise RuntimeError('no chip')", version, requires="Requires-Dist: numpy==1.26.4\n")
+    _, report, _ = doctor(site, GEMS)
+    told = f"flag_gems {version} asks for numpy==1.26.4, and numpy 2.2.6 is here"
+    assert (told in report["notes"], told in report["problems"]) == (known, not known)
+    _, report, _ = doctor(site, CPU)  # nobody asks for FlagGems
+    assert told not in report["notes"] + report["problems"]
+
+
+def test_a_torch_that_was_built_for_numpy_1(site):
+    torch(site, devices=1)
+    (site / "torch-2.11.0.dist-info").rename(site / "torch-2.2.2.dist-info")
+    metadata = site / "torch-2.2.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("2.11.0", "2.2.2"))
+    write(site, "numpy", "", "2.2.6")
+    _, report, _ = doctor(site, CPU)
+    assert problem(report, "torch 2.2.2 is made for numpy<2 (").endswith(", and numpy 2.2.6 is here")

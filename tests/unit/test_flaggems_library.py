@@ -39,20 +39,20 @@ def enable(lib=None, unused=None, registrar=Register, record=False, once=False, 
 @pytest.mark.parametrize("text", [FOUR, "def enable(lib=None): pass"])
 def test_one_before_5_is_refused_by_what_its_enable_takes(monkeypatch, tmp_path, no_database, text):
     a_module(tmp_path, monkeypatch, text)
-    with pytest.raises(FlagGemsError, match=r"takes no registrar that can be asked.*>= 5\.0\.0.*pip install"):
+    with pytest.raises(FlagGemsError, match=r"takes no registrar that can be asked.*>= 5\.0\.0.*install-hint flaggems"):
         library.load()
 
 
 def test_no_flag_gems_no_triton_and_an_unknown_chip_are_told_apart(monkeypatch, tmp_path, no_database):
     a_module(tmp_path, monkeypatch, "import no_such_triton")
-    with pytest.raises(FlagGemsError, match="it needs no_such_triton: pip install no_such_triton"):
+    with pytest.raises(FlagGemsError, match="it needs no_such_triton: verl-fl install-hint flaggems"):
         library.load()
     a_module(tmp_path, monkeypatch, "raise RuntimeError('No device were detected on your machine ! ')")
     with pytest.raises(FlagGemsError, match=r"No device were detected.*GEMS_VENDOR names it"):
         library.load()
     (tmp_path / "flag_gems.py").unlink()
     monkeypatch.setattr(sys, "meta_path", [_Nothing, *sys.meta_path])
-    with pytest.raises(FlagGemsError, match="FlagGems is not installed: pip install"):
+    with pytest.raises(FlagGemsError, match="FlagGems is not installed: verl-fl install-hint flaggems"):
         library.load()
 
 

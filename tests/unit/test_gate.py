@@ -73,7 +73,7 @@ def test_hooks_whose_module_is_not_there_are_told_apart(tmp_path, version):
 
 @pytest.mark.parametrize("version", ["0.6.1", "0.1", "0.6.9.dev1"])
 def test_too_old(version):
-    with pytest.raises(UnsupportedVerlError, match=rf"verl {version} is here.*needs verl >= 0.7.0.*pip install"):
+    with pytest.raises(UnsupportedVerlError, match=rf"verl {version} is here.*needs verl >= 0.7.0.*install-hint verl"):
         select(InstalledVerl(version, ""))
 
 

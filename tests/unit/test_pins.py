@@ -49,7 +49,7 @@ def test_pins_are_what_the_release_has(release: str) -> None:
 def test_every_release_has_pins_and_constraints() -> None:
     assert {file.stem for file in (FOLDER / "pins").glob("*.json")} == set(compat.RELEASES)
     constraints = {file.stem.removeprefix("verl-") for file in (FOLDER / "constraints").glob("verl-*.txt")}
-    assert not constraints or constraints == set(compat.RELEASES)  # they are not installed with the package
+    assert constraints == set(compat.RELEASES)
 
 
 def test_adding_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from verl_fl_overlay.errors import OverlayError, nearest
 
 COMMANDS = {
     "Before a run": {
+        "install-hint": "print the lines that install a component into this environment without breaking verl",
         "doctor": "try every hook and every component that is asked for, and report",
         "env": "show every variable of the stack, what it does and what is wrong with it",
         "warmup": "fill the kernels' caches: run one step of a model in this environment",

@@ -68,8 +68,8 @@ def _asked_for_plugin(plugin: Plugin) -> Callable[[Settings], str]:
 
 
 def _try_vllm_plugin() -> dict[str, Any]:
-    vllm = _imported("vllm", "pip install vllm")
-    point = _entry_point("vllm.platform_plugins", "fl", "vllm-plugin-FL")
+    vllm = _imported("vllm")
+    point = _entry_point("vllm.platform_plugins", "fl", "vllm-fl")
     named = point.load()()
     if not named:
         raise OverlayError("the plugin takes this machine for none of its own, so vLLM uses its own platform")
@@ -79,9 +79,9 @@ def _try_vllm_plugin() -> dict[str, Any]:
 
 
 def _try_sglang_plugin() -> dict[str, Any]:
-    sglang = _imported("sglang", "pip install sglang")
+    sglang = _imported("sglang")
     for group in ("sglang.srt.platforms", "sglang.srt.plugins"):
-        _entry_point(group, "sglang_fl", "sglang-plugin-FL").load()
+        _entry_point(group, "sglang_fl", "sglang-fl").load()
     return {"versions": _version(sglang), "file": _file("sglang_fl")}
 
 
@@ -90,7 +90,7 @@ def _asked_for_te_fl(settings: Settings) -> str:
 
 
 def _try_te_fl() -> dict[str, Any]:
-    _need_build("TransformerEngine-FL", "TE_FL_*")
+    _need_build("TransformerEngine-FL", "te-fl", "TE_FL_*")
     feature = te_fl.TransformerEngineFL(Settings.parse()[0])
     feature.built(Engine("megatron"))
     told = feature.describe()
@@ -101,7 +101,7 @@ def _try_te_fl() -> dict[str, Any]:
 
 
 def _try_megatron_fl() -> dict[str, Any]:
-    _need_build("Megatron-LM-FL", "MG_FL_PREFER")
+    _need_build("Megatron-LM-FL", "megatron-fl", "MG_FL_PREFER")
     importlib.import_module("megatron.plugin.decorators")
     return {"file": _file("megatron.plugin.decorators")}
 
@@ -187,22 +187,26 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join([*found[:3], *([f"{len(found) - 3} more"] if len(found) > 3 else [])])
 
 
-def _need_build(build: str, variables: str) -> None:
+def _need_build(build: str, hint: str, variables: str) -> None:
     if not flagos_builds()[build]:
         whose = "NVIDIA's build is" if installed(FLAGOS_BUILDS[build][0]) else "no build is"
-        raise OverlayError(f"{build} is not installed ({whose} here); install it, or unset {variables}")
+        raise OverlayError(
+            f"{build} is not installed ({whose} here): verl-fl install-hint {hint}, or unset {variables}"
+        )
 
 
-def _imported(module: str, way_on: str) -> ModuleType:
+def _imported(module: str) -> ModuleType:
     if not installed(module):
-        raise OverlayError(f"{module} is not installed: {way_on}")
+        raise OverlayError(f"{module} is not installed: verl-fl install-hint {module}")
     return importlib.import_module(module)
 
 
 def _entry_point(group: str, name: str, whose: str) -> EntryPoint:
     found = list(entry_points(group=group, name=name))
     if not found:
-        raise OverlayError(f"no installed package has the entry point {name!r} of {group}: install {whose}")
+        raise OverlayError(
+            f"no installed package has the entry point {name!r} of {group}: verl-fl install-hint {whose}"
+        )
     return found[0]
 
 

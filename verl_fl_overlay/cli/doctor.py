@@ -10,17 +10,19 @@ import argparse
 import importlib
 import json
 import os
+import shlex
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import check as checked_release
-from verl_fl_overlay.cli import env, run_reports, standard_output, terminal
+from verl_fl_overlay.cli import env, install_hint, run_reports, standard_output, terminal
 from verl_fl_overlay.cli.attempt import Result, attempt, one_line, reason
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
-from verl_fl_overlay.cli.versions import misfits, versions
+from verl_fl_overlay.cli.versions import VERSIONS, Unmet, misfits, unmet, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
@@ -31,6 +33,9 @@ from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.packages import folders, installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
+
+NEEDED = ("verl", "verl-fl-overlay")
+"""The distributions without which nothing trains with the overlay."""
 
 TIMEOUT = 180.0
 """Seconds that the import of a component may take."""
@@ -128,12 +133,41 @@ def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
     }
     if ACCELERATOR in result["components"]:
         result["device"] = result["components"][ACCELERATOR].get("device", "none")
+    release = str(result["verl"]["version"])
+    broken, result["notes"], unable = _requirements(asked, here, release)
+    result["problems"] += misfits(("torch", "numpy"), here, release)
     for component, tried in results.items():
-        fits = misfits(component.modules, here, str(result["verl"]["version"]))
+        fits = misfits(component.modules, here, release)
         told = [_fault(component, asked[component], tried), tried.told.get("conflict", ""), *fits]
         so_far = [one_line(problem) for problem in result["problems"]]
         result["problems"] += [text for text in told if text and one_line(text) not in "\n".join(so_far)]
-    return result, usable and not any(tried.fault for tried in results.values())
+    result["problems"] += broken
+    return result, usable and not unable and not any(tried.fault for tried in results.values())
+
+
+def _requirements(
+    asked: Iterable[Component], here: Mapping[str, str], release: str
+) -> tuple[list[str], list[str], bool]:
+    """Return the unmet requirements that are problems, those that are notes, and whether one stops the training.
+
+    A problem is a wrong version of what verl, the overlay or a component that is asked for requires itself; verl and
+    the overlay cannot do with one.  What is missing altogether is a note: a module that cannot be imported is told
+    where it is needed.
+    """
+    modules = {module for component in asked for module in component.modules}
+    found = list(unmet([*NEEDED, *(name for module in modules for name in VERSIONS[module])], here))
+    wrong = [one for one in found if one.here and not one.deep and not install_hint.harmless(one)]
+    own = [one for one in wrong if one.whose in NEEDED]
+    problems = [f"{one}{_way_out(one, release)}" for one in wrong]
+    return problems, [str(one) for one in found if one not in wrong], bool(own)
+
+
+def _way_out(one: Unmet, release: str) -> str:
+    """Return the line that gives verl, or the overlay, the version that it asks for."""
+    if one.whose not in NEEDED:
+        return ""
+    fitting = shlex.quote(f"{one.other}{one.fitting}")
+    return f". Put it right with: {' '.join(filter(None, ('pip install', install_hint.held(release), fitting)))}"
 
 
 def _fault(component: Component, by: str, tried: Result) -> str:
@@ -218,7 +252,7 @@ def _import_verl() -> None:
         raise
     except Exception as error:  # whatever verl raises, or another module that VERL_USE_EXTERNAL_MODULES names
         missing = isinstance(error, ImportError) and error.name == "verl"
-        needed = f"Needed is verl >= {compat.OLDEST}: pip install verl"
+        needed = f"Needed is verl >= {compat.OLDEST}: verl-fl install-hint verl"
         advice = needed if missing else "Where it fails: python -c 'import verl'"
         raise UnsupportedVerlError(f"verl cannot be imported: {reason(error)}. {advice}") from error
 
@@ -293,7 +327,10 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             lines += _detail(name, feature.get("detail", {}), wide)
     if result["hooks"]:
         lines += ["", *_hooks(result["hooks"], every, wide)]
-    return "\n".join([*lines, "", *terminal.problems(result["problems"], wide=wide)])
+    notes = (
+        ["", terminal.title("notes"), *terminal.sentences(result["notes"], "  ", wide=wide)] if result["notes"] else []
+    )
+    return "\n".join([*lines, *notes, "", *terminal.problems(result["problems"], wide=wide)])
 
 
 def _verl(verl: dict[str, Any]) -> str:

@@ -1,20 +1,27 @@
-"""The versions that are here, and whether they fit one another."""
+"""The versions that are here, whether they fit one another, and those that verl was run with."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from verl_fl_overlay import compat
 from verl_fl_overlay.packages import installed, version
 
 VERSIONS = {
     "torch": ("torch",),
+    "numpy": ("numpy",),
     "triton": ("triton", "flagtree", "pytorch-triton", "triton-ascend"),
     "flag_gems": ("flag-gems",),
     "flagcx": ("flagcx",),
@@ -28,7 +35,18 @@ VERSIONS = {
     "flash_attn": ("flash-attn",),
     "wrapt": ("wrapt",),
 }
-"""Module -> the distributions that bring it."""
+"""Module -> the distributions that bring it, one of which is enough."""
+
+_MODULES = {distribution: module for module, several in VERSIONS.items() for distribution in several}
+
+
+def constraints(verl: str) -> Path | None:
+    """Return the file of versions in which the release ``verl`` was run; None if there is none for it."""
+    try:
+        file = Path(compat.__file__).with_name("constraints") / f"verl-{Version(verl).base_version}.txt"
+    except InvalidVersion:
+        return None
+    return file if file.is_file() else None
 
 
 def versions() -> dict[str, str]:
@@ -63,6 +81,7 @@ FITS = (
     Fit(
         "sglang_fl", ">=0", "sglang", "==0.5.11", "https://github.com/flagos-ai/sglang-plugin-FL/blob/4eb5b2a/README.md"
     ),
+    Fit("torch", "<2.3", "numpy", "<2", "https://github.com/pytorch/pytorch/issues/107302"),
     Fit("flag_gems", ">=5.0.2,<5.3", "torch", ">=2.5,<2.10", f"{_GEMS}/v5.0.2/pyproject.toml"),
     Fit("flag_gems", ">=5.3", "torch", ">=2.5,<2.12", f"{_GEMS}/v5.3.4/pyproject.toml"),
     Fit("flag_gems", ">=5.0.2", "triton", ">=3.0,<3.7", f"{_GEMS}/v5.0.2/pyproject.toml, {_VLLM_FL}/main/README.md"),
@@ -83,38 +102,79 @@ def misfits(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Itera
             if not _within(here[fit.other], fitting):
                 made = f"{fit.module} {here[fit.module]} is made for {fit.other}{fitting} ({source})"
                 yield f"{made}, and {fit.other} {here[fit.other]} is here"
-    for whose, other, asked in _requirements(present, here, verl):
-        if not _within(here[other], asked):
-            yield f"{whose} asks for {other}{asked}, and {other} {here[other]} is here"
+    for engine in ("vllm", "sglang"):
+        if engine in present:
+            for asked in _wanted(_metadata("verl")[1], engine):
+                if asked.name == engine and not _within(here[engine], str(asked.specifier)):
+                    yield str(Unmet("verl", verl, engine, str(asked.specifier), here[engine]))
 
 
-def _requirements(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Iterator[tuple[str, str, str]]:
-    """Yield what the metadata of these modules, and of verl for the engine among them, require of one another.
+@dataclass(frozen=True)
+class Unmet:
+    """A requirement that the versions which are here do not meet: ``whose`` of ``version`` asks for ``other``.
 
-    That is who requires it, the module, and which versions of it.
+    ``here`` is the version of ``other`` that is here, "" if it is not installed.  It is ``deep`` if nothing that was
+    asked about requires it itself.
     """
-    engine = next((name for name in ("vllm", "sglang") if name in modules), "")
-    for module in modules:
-        for distribution in VERSIONS[module]:
-            for asked in _declared(distribution):
-                if (other := asked.name.replace("-", "_")) in modules:
-                    yield f"{module} {here[module]}", other, str(asked.specifier)
-    for asked in _declared("verl", engine):
-        if asked.name == engine:
-            yield f"verl {verl}", engine, str(asked.specifier)
+
+    whose: str
+    version: str
+    other: str
+    fitting: str
+    here: str
+    deep: bool = False
+
+    def __str__(self) -> str:
+        """Return the sentence that tells it."""
+        found = f"{self.other} {self.here} is here" if self.here else "it is not installed"
+        return f"{self.whose} {self.version} asks for {self.other}{self.fitting}, and {found}"
 
 
-def _declared(distribution: str, extra: str = "") -> Iterator[Requirement]:
+def unmet(distributions: Iterable[str], here: Mapping[str, str]) -> Iterator[Unmet]:
+    """Yield which requirements are not met, of these distributions and of all that they require, as ``pip check`` does.
+
+    Only metadata are read.  ``here`` (module -> version) goes before them.
+    """
+    read = functools.cache(_metadata)
+    roots = {canonicalize_name(name) for name in distributions}
+    waiting = deque((name, "") for name in sorted(roots))
+    seen = set(waiting)
+    while waiting:
+        whose, extra = waiting.popleft()
+        told, texts = read(whose)
+        for asked in _wanted(texts, extra):
+            name = canonicalize_name(asked.name)
+            module = _MODULES.get(name, name)
+            found = here.get(module) or read(name)[0]
+            if found and _within(found, str(asked.specifier)):
+                new = {(name, more) for more in ("", *asked.extras)} - seen
+                seen |= new
+                waiting.extend(sorted(new))
+            elif found or not any(map(version, VERSIONS.get(module, ()))):  # a vendor's triton has a name of its own
+                label = _MODULES.get(whose, whose)
+                yield Unmet(label, here.get(label) or told, module, str(asked.specifier), found, whose not in roots)
+
+
+def _metadata(distribution: str) -> tuple[str, list[str]]:
+    """Return version and requirements of an installed distribution; "" and none if it is not installed."""
     try:
-        texts = importlib.metadata.requires(distribution) or []
+        told = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return
+        return "", []
+    return told["Version"], told.get_all("Requires-Dist") or []
+
+
+def _wanted(texts: Iterable[str], extra: str) -> Iterator[Requirement]:
+    """Yield the requirements that hold on this machine, for ``extra`` if that is not ""."""
     for text in texts:
+        if not extra and "extra ==" in text:  # most are of extras, and reading one takes a tenth of a millisecond
+            continue
         try:
             asked = Requirement(text)
-        except InvalidRequirement:
+            wanted = asked.marker is None or asked.marker.evaluate({"extra": extra})
+        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName):
             continue
-        if asked.marker is None or asked.marker.evaluate({"extra": extra}):
+        if wanted:
             yield asked
 
 

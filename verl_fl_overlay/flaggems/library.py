@@ -23,7 +23,7 @@ from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems import database, faults, tuner
 
 OLDEST = Version("5.0.0")
-INSTALL = "pip install 'flag-gems>=5.0.0'"
+INSTALL = "verl-fl install-hint flaggems"
 
 
 class FlagGemsError(OverlayError):
@@ -127,7 +127,7 @@ def _import() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name == "flag_gems":
             raise FlagGemsError(f"FlagGems is not installed: {INSTALL}") from error
-        raise FlagGemsError(f"flag_gems cannot be imported, it needs {error.name}: pip install {error.name}") from error
+        raise FlagGemsError(f"flag_gems cannot be imported, it needs {error.name}: {INSTALL}") from error
     except Exception as error:  # its probing of the chip may raise anything
         said = " ".join(str(error).split()).rstrip(". ")
         raise FlagGemsError(
