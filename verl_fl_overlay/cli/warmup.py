@@ -6,8 +6,11 @@ import argparse
 import time
 from typing import Any
 
+from verl_fl_overlay.cli import model_folder
 from verl_fl_overlay.cli.trial import kernels_of, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
+from verl_fl_overlay.devices.accelerator import accelerator
+from verl_fl_overlay.settings import Settings
 
 
 def add(commands: Any) -> None:
@@ -20,11 +23,23 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the step and say which kernels it used."""
+    """Run the step and say which kernels it used; on a CPU say that it uses none."""
+    trial = Trial(options.model, options.rows, options.length, micro_batch=options.rows)
+    trial = model_folder.checked(trial)
+    if on_cpu := _on_cpu():
+        print(f"nothing to warm: {on_cpu}, and a CPU computes without Triton's kernels; run warmup where training runs")
+        return 0
     begun = time.perf_counter()
-    used = kernels_of(run_with_overlay(Trial(options.model, options.rows, options.length, micro_batch=options.rows)))
+    used = kernels_of(run_with_overlay(trial))
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
     print(f"  attention: {used['attention'].get('backends', {}) if 'attention' in used else 'off'}")
     print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")
     print(f"  fused modules: {used['fused'].get('checks', {}) if 'fused' in used else 'off'}")
     return 0
+
+
+def _on_cpu() -> str:
+    """Return why training here runs on the CPU, "" if it does not."""
+    if Settings.from_environment().device == "cpu":
+        return "VERL_FL_DEVICE=cpu"
+    return "" if accelerator() else "torch sees no accelerator here"
