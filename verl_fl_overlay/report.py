@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 from verl_fl_overlay import compat, events, features
 from verl_fl_overlay.devices import chips
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.files import RegularFile, this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
@@ -23,16 +25,11 @@ from verl_fl_overlay.settings.table import misspelt, shown
 
 def build(overlay: Overlay | None) -> dict[str, Any]:
     """Return the report of this process; ``overlay`` is its overlay, None before verl was imported."""
-    found = compat.find_verl()
     hooks = overlay.hooks.report() if overlay else []
     return {
         "summary": summary(overlay) if overlay else "",
         "overlay": _version(),
-        "verl": {
-            "version": found.version if found else None,
-            "shim": overlay.shim.name if overlay else None,
-            "supported": overlay is not None and overlay.hooks.refusal is None,
-        },
+        "verl": _verl(overlay),
         "torch": _torch_version(),
         "device": _device(overlay),
         "process": {
@@ -96,6 +93,20 @@ def problems(overlay: Overlay | None, hooks: list[HookStatus]) -> list[str]:
 
 def _version() -> str:
     return str(sys.modules["verl_fl_overlay"].__version__)
+
+
+def _verl(overlay: Overlay | None) -> dict[str, Any]:
+    """Return which verl is here and whether the overlay has hooks for it, also where something else keeps it off."""
+    found = compat.find_verl()
+    shim = overlay.shim if overlay else None
+    if overlay is None and found is not None:
+        with contextlib.suppress(OverlayError):
+            shim = compat.select(found)
+    return {
+        "version": found.version if found else None,
+        "shim": shim.name if shim else None,
+        "supported": shim is not None and (overlay is None or overlay.hooks.refusal is None),
+    }
 
 
 def _hook(status: HookStatus) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from processes import run
 
 import verl_fl_overlay
+from verl_fl_overlay.cli.doctor import as_text
 
 HERE = str(Path(verl_fl_overlay.__file__).parents[1])
 
@@ -341,7 +342,40 @@ def test_a_stale_plugin_that_breaks_torch_is_told_once(site):
     (site / "verl" / "__init__.py").write_text(INIT + "import torch")
     status, report, _ = doctor(site, NAMED)
     assert status == 1
-    assert report["problems"] == [f"verl cannot be imported: RuntimeError: {stale}."]
+    assert report["problems"] == [f"verl cannot be imported: RuntimeError: {stale}, raised in torch."]
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"VERL_FL_DEVICE": "gpu"}, "VERL_FL_DEVICE='gpu': allowed is one of 'auto', 'cpu'"),
+        ({"VERL_FL_DISABLE": "nothing.such"}, "VERL_FL_DISABLE names hooks that do not exist for this verl"),
+        ({"VERL_FL_OPS": "mm", "TRAINING_FL_FLAGOS_WHITELIST": "mm"}, "both choose training's operators"),
+        ({"FLAGCX_PATH": "/nowhere", "VERL_FL_STRICT": "1"}, "VERL_FL_STRICT=1, and these settings do not do"),
+        ({"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay,broken"}, "OSError: no libthis.so, raised in broken"),
+    ],
+)
+def test_what_keeps_the_overlay_off_is_not_said_of_verl(site, environment, said):
+    write(site, "broken", "raise OSError('no libthis.so')")
+    status, report, _ = doctor(site, {**CPU, **environment})
+    assert status == 1
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+    assert said in "\n".join(report["problems"])
+    report.update({"versions": {}, "overlay folder": "x"})
+    assert "NOT SUPPORTED" not in as_text(report)
+
+
+@pytest.mark.parametrize("missing", [{}, {"torch": "raise OSError('libcudart.so: cannot open')"}])
+def test_a_verl_that_needs_what_is_missing_or_broken_is_supported(site, missing):
+    for module, code in missing.items():
+        write(site, module, code)
+    (site / "verl" / "__init__.py").write_text("__version__ = '0.9.1'\nimport torch")
+    status, report, _ = doctor(site, CPU)
+    assert status == 1
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+    assert "verl cannot be imported" in report["problems"][0]
+    assert "torch" in report["problems"][0]
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,21 @@ import argparse
 import importlib
 import json
 import os
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import env, run_reports, standard_output
-from verl_fl_overlay.cli.attempt import Result, attempt, one_line
+from verl_fl_overlay.cli.attempt import Result, attempt, one_line, reason
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
 from verl_fl_overlay.cli.run_reports import table
 from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
-from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
+from verl_fl_overlay.errors import HookError, OverlayError, UnsupportedVerlError
 from verl_fl_overlay.files import this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
@@ -122,6 +123,7 @@ def _fault(component: Component, by: str, tried: Result) -> str:
 def _examine_verl() -> tuple[dict[str, Any], bool]:
     """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
     refusals: list[str] = []
+    by_verl = False  # whether a refusal is about verl itself
     notes: dict[str, str] = {}
     found: check.Report | None = None
     try:
@@ -137,6 +139,7 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
+        by_verl = isinstance(error, UnsupportedVerlError | HookError)
     findings = {finding.hook.name: finding for finding in found.findings} if found else {}
     active = activation.active()
     untold = _rehearse(active) if active else ""
@@ -145,6 +148,7 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
         named = any(f"hook {status.hook.name!r}" in refusal for refusal in refusals)  # what the process itself refused
         if finding and finding.fatal and _serves(status) and not named:
             refusals.append(f"hook {status.hook.name}: {finding.meaning}")
+            by_verl = True
     result = activation.report()
     for hook in result["hooks"]:
         finding = findings.get(hook["name"])
@@ -155,15 +159,16 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
     result["packages"] = check.packages(found) if found else {}
     unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
     result["problems"] += [told for told in (unloaded, untold) if told]
-    if refusals:
+    if by_verl:
         result["verl"]["supported"] = False
+    if refusals:
         inactive = "the overlay is not active"
         checked = env.examine(os.environ)  # an overlay that is off has not checked it
         others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
         told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
         result["problems"] = refusals + told
     reported = not (active and active.report_file and active.report_file.fault)
-    return result, bool(result["verl"]["supported"]) and reported and (not unloaded or by_another)
+    return result, not refusals and reported and (not unloaded or by_another)
 
 
 def _checked() -> check.Report | None:
@@ -194,7 +199,18 @@ def _import_verl() -> None:
     except Exception as error:  # whatever verl raises, or another module that VERL_USE_EXTERNAL_MODULES names
         missing = isinstance(error, ImportError) and error.name == "verl"
         advice = f" Needed is verl >= {compat.OLDEST}: pip install verl" if missing else ""
-        raise UnsupportedVerlError(f"verl cannot be imported: {type(error).__name__}: {error}.{advice}") from error
+        raise OverlayError(f"verl cannot be imported: {reason(error)}{_raised_in(error)}.{advice}") from error
+
+
+def _raised_in(error: Exception) -> str:
+    """Return ", raised in torch" where another package than verl raised it, "" where it is verl itself."""
+    modules_passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [package for name in modules_passed if (package := name.partition(".")[0]) not in _IMPORTERS]
+    return f", raised in {packages[-1]}" if packages and packages[-1] != "verl" else ""
+
+
+_IMPORTERS = ("", "importlib", "wrapt", "verl_fl_overlay")
+"""What stands in the traceback of every import."""
 
 
 def _unloaded(version: str) -> tuple[str, bool]:
@@ -246,7 +262,7 @@ def as_text(result: dict[str, Any]) -> str:
         "verl-fl-overlay": f"{result['overlay']} in {result['overlay folder']}",
         "verl": f"{verl['version'] or 'not installed'}"
         + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
-        + ("" if verl["supported"] else "  NOT SUPPORTED"),
+        + ("" if verl["supported"] or not verl["version"] else "  NOT SUPPORTED"),
         **{name: version for name, version in result["versions"].items() if name not in pinned},
         **dict(line.split(maxsplit=1) for line in check.packages_as_text(pinned, 0)),
         "device": result["device"],
