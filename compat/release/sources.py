@@ -160,14 +160,18 @@ def _open(target: str, scratch: Path) -> Tree:
             "the folder in which verl/ lies, or CHECKOUT@REF"
         )
     if package == VERL:
-        _refuse_older(version)
+        refuse_older(version)
     _download(package, version, scratch)
     tree = _held("the package index", [Tree(scratch, "the package index", package=package)])
     return replace(tree, origin=f"{tree.origin}{_newer(tree)}") if version == NEWEST else tree
 
 
-def _refuse_older(version: str) -> None:
-    """Refuse a verl that is older than all that have hooks; what is no version at all is told by the gate."""
+def refuse_older(version: str) -> None:
+    """Refuse a verl that is older than all that have hooks; what is no version at all is told elsewhere.
+
+    Raises:
+        UnsupportedVerlError: it is older.
+    """
     with suppress(InvalidVersion):
         if version != NEWEST and Version(Version(version).base_version) < compat.OLDEST:
             raise UnsupportedVerlError(
@@ -197,7 +201,7 @@ def _held(origin: str, trees: list[Tree]) -> Tree:
     """
     if found := next((tree for tree in trees if tree.version), None):
         if found.package == VERL:
-            _refuse_older(found.version)
+            refuse_older(found.version)
         return found
     packages = dict.fromkeys(tree.package for tree in trees)
     names, files = (

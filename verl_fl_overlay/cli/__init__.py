@@ -12,12 +12,12 @@ from verl_fl_overlay.errors import OverlayError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; if the overlay refuses, print the reason and return 2."""
-    from verl_fl_overlay.cli import check, dispatch, doctor, env, ops, parity, pin, tune, warmup
+    from verl_fl_overlay.cli import check, config, dispatch, doctor, env, ops, parity, pin, tune, warmup
 
     parser = argparse.ArgumentParser(prog="verl-fl", description="verl with FlagOS, as an overlay of hooks.")
     parser.add_argument("--version", action="version", version=f"verl-fl-overlay {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (doctor, ops, env, dispatch, check, pin, tune, warmup, parity):
+    for command in (doctor, config, ops, env, dispatch, check, pin, tune, warmup, parity):
         command.add(commands)
     try:
         options = parser.parse_args(arguments)

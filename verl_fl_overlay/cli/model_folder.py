@@ -54,6 +54,26 @@ class Model:
         named = (self.text.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
         return next((number for number in named if isinstance(number, int) and number > 0), None)
 
+    @property
+    def layers_without_attention(self) -> bool:
+        """Whether some layers are linear attention, a state-space model or convolutions, by what describes them."""
+        types = self.text.get("layer_types")
+        if isinstance(types, list):
+            return not all(str(kind).endswith("attention") and not str(kind).startswith("linear") for kind in types)
+        return any(key.startswith(("linear_", "mamba_", "conv_L_")) for key in self.text)
+
+    @property
+    def words(self) -> int | None:
+        """How many tokens the tokenizer numbers, None if it has no tokenizer.json that tells."""
+        try:
+            tokenizer = json.loads((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+            vocabulary = tokenizer["model"]["vocab"]
+            added = [token["id"] for token in tokenizer.get("added_tokens", ())]
+            known = vocabulary.values() if isinstance(vocabulary, dict) else (len(vocabulary) - 1,)
+            return 1 + int(max([*known, *added]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
 
 def opened(name: str) -> Model:
     """Return the model in the folder ``name``; a model of the hub that was downloaded may be named by its id.
