@@ -20,6 +20,7 @@ from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.packages import version
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES
+from verl_fl_overlay.settings.conflicts import Remark
 from verl_fl_overlay.settings.table import misspelt, shown
 
 
@@ -44,6 +45,7 @@ def build(overlay: Overlay | None) -> dict[str, Any]:
         "environment": {n: shown(n, t) for n, t in overlay.settings.given.items()} if overlay else {},
         "features": _features(overlay, hooks),
         "problems": problems(overlay, hooks),
+        "remarks": [text for text in overlay.conflicts if isinstance(text, Remark)] if overlay else [],
     }
 
 
@@ -81,7 +83,7 @@ def problems(overlay: Overlay | None, hooks: list[HookStatus]) -> list[str]:
     if overlay is None:
         found.append("the overlay is not active: verl has not been imported in this process")
     else:
-        found += overlay.conflicts
+        found += [text for text in overlay.conflicts if not isinstance(text, Remark)]
         found += overlay.shim.warnings()
         found += [overlay.report_file.fault] if overlay.report_file and overlay.report_file.fault else []
         if overlay.hooks.refusal is not None:

@@ -429,8 +429,11 @@ def test_what_others_print_is_no_part_of_the_report(site):
 
 
 def test_doctor_leaves_no_report(site):
-    status, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / "reports")})
-    assert (status, report["problems"]) == (0, [])
+    for folder in ("none/reports", "reports", "reports"):
+        status, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / folder)})
+        assert (status, report["problems"]) == (0, [])
+        assert not (site / "none").exists()
+        (site / "reports").mkdir(exist_ok=True)
     assert list((site / "reports").iterdir()) == []
 
 
@@ -444,3 +447,10 @@ def test_the_text_has_no_calls_and_names_what_was_tried(site):
     assert "flag_gems       5.3.4" in lines
     assert any(line.split() == ["FlagGems", "USE_FLAGGEMS=1", "no"] for line in lines)
     assert any(line.split() == ["hook", "required", "pinned", "installed", "target"] for line in lines)
+
+
+def test_a_remark_is_no_problem(site):
+    status, report, _ = doctor(site, {**CPU, "VERL_FL_PROFILE": "x.json"})
+    assert (status, report["problems"]) == (0, [])
+    (remark,) = report["remarks"]
+    assert remark.startswith("VERL_FL_PROFILE='x.json' is a relative path")

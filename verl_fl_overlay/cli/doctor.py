@@ -11,7 +11,8 @@ import importlib
 import json
 import os
 import traceback
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
-from verl_fl_overlay.errors import HookError, OverlayError, UnsupportedVerlError
+from verl_fl_overlay.errors import HookError, OverlayError, UnsupportedVerlError, first_line
 from verl_fl_overlay.files import this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
@@ -64,19 +65,24 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed))
         return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
+    folder = Path(Settings.parse()[0].report_dir).absolute()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with standard_output.kept():
         result, usable = examine(options.timeout)
     print(json.dumps(result, indent=1) if options.json else as_text(result))
-    _leave_no_report()
+    _leave_no_report(made)
     return 0 if usable else 1
 
 
-def _leave_no_report() -> None:
-    """Take back the report of this process: it is no part of a run."""
+def _leave_no_report(made: Sequence[Path]) -> None:
+    """Take back the report of this process and the folders that it ``made``: it is no part of a run."""
     active = activation.active()
     if active is not None and active.report_file is not None and not active.report_file.fault:
         activation.deactivate()
         (Path(active.settings.report_dir) / f"{this_process()}.json").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, since a run writes there now
+        for place in made:
+            place.rmdir()
 
 
 def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
@@ -187,7 +193,7 @@ def _rehearse(active: Overlay) -> str:
     try:
         active.features.rehearse()
     except Exception as error:  # whatever torch and the chip raise
-        return f"attention cannot be tried here: {type(error).__name__}: {error}".splitlines()[0]
+        return f"attention cannot be tried here: {first_line(error)}"
     return ""
 
 
@@ -235,7 +241,7 @@ def _import_target(status: HookStatus) -> str:
         raise
     except Exception as error:  # whatever a third-party module raises while it is imported
         if status.state is State.WAITING:
-            return f"import of {module} raises {type(error).__name__}: {error}".splitlines()[0]
+            return f"import of {module} raises {first_line(error)}"
     return f"{module} was imported, and the hook was not called to it" if status.state is State.WAITING else ""
 
 
@@ -295,6 +301,7 @@ def as_text(result: dict[str, Any]) -> str:
         details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
         lines += (["", "notes", *details]) if details else []
     lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
+    lines += ["", "remarks", *(f"  {remark}" for remark in result["remarks"])] if result["remarks"] else []
     return "\n".join(lines)
 
 
