@@ -74,7 +74,7 @@ def test_every_chip_has_its_exports(vendor, capsys):
     chip = chips.CHIPS.get(vendor, chips.CPU)
     assert found.get("VERL_PLATFORM") == (None if vendor in ("nvidia", "amd", "ascend", "cpu") else vendor)
     assert found.get("VERL_FL_DEVICE") == ("cpu" if vendor == "cpu" else None)
-    assert found.get("VLLM_PLUGINS") == (None if vendor in ("nvidia", "amd", "cpu") else "fl")
+    assert found.get("VLLM_PLUGINS") == (None if vendor in ("nvidia", "amd", "ascend", "cpu") else "fl")
     assert found.get("USE_FLAGCX") == (None if chip.backend else "1")
     assert {*found} <= {*TABLE}, "an export that nobody reads"
 
@@ -95,8 +95,11 @@ def test_the_release_that_is_installed_and_the_chip_that_is_here_are_taken(monke
 
 
 def test_what_earlier_releases_lack(capsys):
-    ppo = overrides(told(capsys, "--verl", "0.7.1", "--chip", "nvidia", "--task", "ppo"))
-    assert ppo["critic.model.use_remove_padding"] == "True"
+    found = told(capsys, "--verl", "0.7.1", "--chip", "nvidia", "--task", "ppo")
+    assert overrides(found)["critic.model.use_remove_padding"] == "True"
+    assert found["notes"] == [
+        "not needed: attn_implementation, use_fused_kernels; verl's defaults run with the overlay"
+    ]
     sft = overrides(told(capsys, "--verl", "0.7.0", "--chip", "mthreads", "--task", "sft"))
     assert sft["trainer.device"] == "musa"
     assert "trainer.device" not in overrides(told(capsys, "--verl", "0.8.0", "--chip", "mthreads", "--task", "sft"))

@@ -27,8 +27,6 @@ from verl_fl_overlay.settings.plugins import SGLANG, VLLM
 from verl_fl_overlay.settings.variables import names
 
 ROLLOUTS = {"vllm": VLLM, "sglang": SGLANG}
-SERVED_BY_ENGINE = ("nvidia", "amd")
-"""Vendors whose chips vLLM and SGLang serve without a plugin."""
 
 LAYER_KERNELS = ("fla", "causal_conv1d")
 """The packages with kernels that keep packed sequences apart in layers without attention."""
@@ -98,7 +96,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
         options.engine,
         options.rollout,
         chip.device,
-        str(model.folder.absolute()) if model else "",
+        os.path.abspath(model.folder) if model else "",
         options.prompt,
         options.response,
         packs=model is None or not model.layers_without_attention or all(map(installed, LAYER_KERNELS)),
@@ -176,7 +174,7 @@ def _exports(job: Job, chip: Chip) -> Iterator[Export]:
             "USE_FLAGCX", "1", "torch has no other collectives for this chip; FLAGCX_PATH says where FlagCX is"
         )
     plugin = ROLLOUTS[job.rollout]
-    if job.task != "sft" and chip is not chips.CPU and chip.vendor not in SERVED_BY_ENGINE:
+    if job.task != "sft" and chip is not chips.CPU and chip.vendor not in chips.KNOWN_TO_VERL:
         listed = names(os.environ.get(plugin.switch, ""))
         value = ",".join(listed if plugin.entry in listed else (*listed, plugin.entry))
         yield Export(plugin.switch, value, f"{plugin.engine} runs on this chip with {plugin.name}, and no other plugin")
@@ -185,8 +183,9 @@ def _exports(job: Job, chip: Chip) -> Iterator[Export]:
 def _notes(job: Job, model: Model | None) -> Iterator[str]:
     if str(job.release) not in compat.RELEASES:
         yield f"verl {job.release} was not tested; verl-fl check {job.release} tells whether the hooks hold"
-    if job.packs:
-        yield "not needed: attn_implementation, use_remove_padding, use_fused_kernels; verl's defaults run and are fast"
+    said = " ".join(override.key for override in overrides.overrides(job))
+    keys = ("attn_implementation", "use_remove_padding", "use_fused_kernels")
+    yield f"not needed: {', '.join(key for key in keys if key not in said)}; verl's defaults run with the overlay"
     if job.line < (0, 8) and job.engine == "megatron" and job.task != "sft":
         yield "the Megatron workers of this release were not run with the overlay; those of 0.8.0 and later were"
     if model is not None and model.words is not None and model.words < model.text.get("vocab_size", 0):
