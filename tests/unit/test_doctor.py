@@ -362,6 +362,8 @@ def test_what_keeps_the_overlay_off_is_not_said_of_verl(site, environment, said)
     assert status == 1
     assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
     assert said in "\n".join(report["problems"])
+    variables = [text.partition("=")[0].partition(":")[0].partition(" ")[0] for text in report["problems"]]
+    assert len(set(variables)) == len(variables), "each setting is told once"
     report.update({"versions": {}, "overlay folder": "x"})
     assert "NOT SUPPORTED" not in as_text(report)
 
@@ -454,3 +456,10 @@ def test_a_remark_is_no_problem(site):
     assert (status, report["problems"]) == (0, [])
     (remark,) = report["remarks"]
     assert remark.startswith("VERL_FL_PROFILE='x.json' is a relative path")
+
+
+def test_what_training_would_refuse_later_is_told(site):
+    write(site, "flag_gems", '_FULL_CONFIG = (\n    ("mm", mm),\n)\n', "5.3.4")
+    status, report, _ = doctor(site, {**GEMS, "VERL_FL_OPS": "bogus"})
+    assert status == 1
+    assert "'bogus'" in problem(report, "VERL_FL_OPS names operators that FlagGems 5.3.4 does not offer here")

@@ -167,14 +167,14 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
     result["problems"] += [told for told in (unloaded, untold) if told]
     if by_verl:
         result["verl"]["supported"] = False
-    if refusals:
-        inactive = "the overlay is not active"
-        checked = env.examine(os.environ)  # an overlay that is off has not checked it
-        others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
-        told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
-        result["problems"] = refusals + told
+    checked = env.examine(os.environ)
+    others = dict.fromkeys([*checked["errors"], *result["problems"]])
+    if refusals:  # an overlay that is off has not checked it
+        others |= dict.fromkeys(checked["warnings"])
+        others = {p: None for p in others if not p.startswith("the overlay is not active")}
+    result["problems"] = refusals + [p for p in others if not any(p.partition(": ")[0] in r for r in refusals)]
     reported = not (active and active.report_file and active.report_file.fault)
-    return result, not refusals and reported and (not unloaded or by_another)
+    return result, not refusals and not checked["errors"] and reported and (not unloaded or by_another)
 
 
 def _checked() -> check.Report | None:

@@ -105,7 +105,7 @@ def _hooks(settings: Settings) -> Iterator[str]:
         return
     for unknown in unknown_hooks(settings, hooks):
         whose = f"verl {verl.version}" if verl else "verl-fl-overlay"
-        yield f"VERL_FL_DISABLE: {whose} has no hook {unknown}; verl-fl doctor lists all"
+        yield f"VERL_FL_DISABLE: {whose} has no hook {unknown}; without it verl-fl doctor lists all"
 
 
 def _modules(settings: Settings) -> Iterator[str]:
