@@ -44,6 +44,11 @@ class MegatronError(OverlayError):
     """Megatron was asked for what only NVIDIA's TransformerEngine computes, and that is not what is installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what was raised: its type, and the first line of its text."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def nearest(name: object, known: Iterable[str], most: int = 1, words: str = "; {}?", likeness: float = 0.6) -> str:
     """Return ``words`` with the names of ``known`` that look most like ``name``, at most ``most``; "" if none does.
 

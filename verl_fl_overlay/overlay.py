@@ -57,15 +57,20 @@ class Overlay:
         self.undo.close()
 
 
+def unknown_hooks(settings: Settings, hooks: Iterable[Hook]) -> list[str]:
+    """Return the names in VERL_FL_DISABLE that are none of ``hooks``, each with the nearest ones."""
+    known = {hook.name for hook in hooks}
+    unknown = (name for name in settings.disable if name != "*" and name not in known)
+    return [f"{name!r}{nearest(name, known, 3, ': did you mean {}?')}" for name in unknown]
+
+
 def _disabled(settings: Settings, hooks: Iterable[Hook], off: Mapping[str, str]) -> dict[str, str]:
     """Return the hooks to leave out, each with the reason; ``off`` has the features that are off."""
     known = [hook.name for hook in hooks]
-    unknown = [name for name in settings.disable if name != "*" and name not in known]
-    if unknown:
-        lines = (f"  {name!r}{nearest(name, known, 3, ': did you mean {}?')}\n" for name in unknown)
+    if unknown := unknown_hooks(settings, hooks):
+        lines = "".join(f"  {text}\n" for text in unknown)
         raise SettingsError(
-            f"VERL_FL_DISABLE names hooks that do not exist for this verl:\n{''.join(lines)}"
-            f"  allowed: *, {', '.join(known)}"
+            f"VERL_FL_DISABLE names hooks that do not exist for this verl:\n{lines}  allowed: *, {', '.join(known)}"
         )
     with_feature = {hook.name: off[hook.feature] for hook in hooks if hook.feature in off}
     by_name = known if "*" in settings.disable else settings.disable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,27 +13,24 @@ from typing import Any
 
 from verl_fl_overlay import compat, events, features
 from verl_fl_overlay.devices import chips
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.files import RegularFile, this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.packages import version
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import VARIABLES
+from verl_fl_overlay.settings.conflicts import Remark
 from verl_fl_overlay.settings.table import misspelt, shown
 
 
 def build(overlay: Overlay | None) -> dict[str, Any]:
     """Return the report of this process; ``overlay`` is its overlay, None before verl was imported."""
-    found = compat.find_verl()
     hooks = overlay.hooks.report() if overlay else []
     return {
         "summary": summary(overlay) if overlay else "",
         "overlay": _version(),
-        "verl": {
-            "version": found.version if found else None,
-            "shim": overlay.shim.name if overlay else None,
-            "supported": overlay is not None and overlay.hooks.refusal is None,
-        },
+        "verl": _verl(overlay),
         "torch": _torch_version(),
         "device": _device(overlay),
         "process": {
@@ -47,6 +45,7 @@ def build(overlay: Overlay | None) -> dict[str, Any]:
         "environment": {n: shown(n, t) for n, t in overlay.settings.given.items()} if overlay else {},
         "features": _features(overlay, hooks),
         "problems": problems(overlay, hooks),
+        "remarks": [text for text in overlay.conflicts if isinstance(text, Remark)] if overlay else [],
     }
 
 
@@ -84,7 +83,7 @@ def problems(overlay: Overlay | None, hooks: list[HookStatus]) -> list[str]:
     if overlay is None:
         found.append("the overlay is not active: verl has not been imported in this process")
     else:
-        found += overlay.conflicts
+        found += [text for text in overlay.conflicts if not isinstance(text, Remark)]
         found += overlay.shim.warnings()
         found += [overlay.report_file.fault] if overlay.report_file and overlay.report_file.fault else []
         if overlay.hooks.refusal is not None:
@@ -96,6 +95,20 @@ def problems(overlay: Overlay | None, hooks: list[HookStatus]) -> list[str]:
 
 def _version() -> str:
     return str(sys.modules["verl_fl_overlay"].__version__)
+
+
+def _verl(overlay: Overlay | None) -> dict[str, Any]:
+    """Return which verl is here and whether the overlay has hooks for it, also where something else keeps it off."""
+    found = compat.find_verl()
+    shim = overlay.shim if overlay else None
+    if overlay is None and found is not None:
+        with contextlib.suppress(OverlayError):
+            shim = compat.select(found)
+    return {
+        "version": found.version if found else None,
+        "shim": shim.name if shim else None,
+        "supported": shim is not None and (overlay is None or overlay.hooks.refusal is None),
+    }
 
 
 def _hook(status: HookStatus) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,15 +18,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from packaging.version import InvalidVersion, Version
 
+from verl_fl_overlay import compat
 from verl_fl_overlay.compat.pins import PACKAGES, VERL, Package
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.packages import folders
 
 NEWEST = "latest"
@@ -95,6 +97,7 @@ def opened(target: str) -> Iterator[Tree]:
     A version is verl's; ``transformers==5.9.0`` is another package's.  The other targets show what they hold.
 
     Raises:
+        UnsupportedVerlError: it is a verl that is too old.
         OverlayError: it is none of these, is damaged, holds no pinned package, or the index cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="verl-fl-") as scratch:
@@ -156,8 +159,25 @@ def _open(target: str, scratch: Path) -> Tree:
             f"{target!r} is no file, no folder and no version; give a version, {NEWEST}, a wheel, an sdist, "
             "the folder in which verl/ lies, or CHECKOUT@REF"
         )
+    if package == VERL:
+        refuse_older(version)
     _download(package, version, scratch)
-    return _held("the package index", [Tree(scratch, "the package index", package=package)])
+    tree = _held("the package index", [Tree(scratch, "the package index", package=package)])
+    return replace(tree, origin=f"{tree.origin}{_newer(tree)}") if version == NEWEST else tree
+
+
+def refuse_older(version: str) -> None:
+    """Refuse a verl that is older than all that have hooks; what is no version at all is told elsewhere.
+
+    Raises:
+        UnsupportedVerlError: it is older.
+    """
+    with suppress(InvalidVersion):
+        if version != NEWEST and Version(Version(version).base_version) < compat.OLDEST:
+            raise UnsupportedVerlError(
+                f"verl {version} is older than {compat.OLDEST}, the oldest release that verl-fl-overlay has hooks for: "
+                f"pip install 'verl>={compat.OLDEST}'"
+            )
 
 
 def _path(text: str) -> Path:
@@ -181,9 +201,12 @@ def _held(origin: str, trees: list[Tree]) -> Tree:
     """Return the first of ``trees`` that has a version.
 
     Raises:
+        UnsupportedVerlError: it is a verl that is too old.
         OverlayError: there is none.
     """
     if found := next((tree for tree in trees if tree.version), None):
+        if found.package == VERL:
+            refuse_older(found.version)
         return found
     packages = dict.fromkeys(tree.package for tree in trees)
     names, files = (
@@ -279,20 +302,62 @@ def _download(package: Package, version: str, folder: Path) -> None:
         return
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
     said = " ".join(" ".join(errors[:1]).split()).removeprefix("ERROR: ")
+    if asks := re.search(rf"\b{re.escape(version)} Requires-Python ([^;\n]+)", done.stderr):
+        raise OverlayError(
+            f"{requirement} is for Python {asks[1].strip()}, and this is {platform.python_version()}; name a wheel or "
+            "a folder instead"
+        )
     if any(
         sign in done.stderr.lower() for sign in ("from versions: none", "retrying", "connect", "error sending request")
     ):
         raise OverlayError(f"the package index cannot be reached for {requirement}; name a wheel or a folder instead")
+    if there := re.search(r"\(from versions: ([^)]*)\)", done.stderr):
+        newest = ", ".join(there[1].split(", ")[-3:])
+        raise OverlayError(f"the package index has no wheel of {requirement}; its newest ones are {newest}")
     raise OverlayError(f"the package index does not give {requirement}: {said}")
+
+
+def _newer(tree: Tree) -> str:
+    """Return what the index has that is newer than its latest, and why pip does not take it; "" if that is nothing."""
+    name, latest, python = tree.package.distribution, Version(tree.version), platform.python_version()
+    for_this_python, all_of_them = _in_index(name), _in_index(name, "--ignore-requires-python")
+    told = [
+        f"{version} ({_why_not_taken(version, version in for_this_python, python)})"
+        for version in sorted(all_of_them)
+        if version > latest
+    ]
+    return f", which has newer ones: {', '.join(told)}" if told else ""
+
+
+def _why_not_taken(version: Version, for_this_python: bool, python: str) -> str:
+    if not for_this_python:
+        return f"not for Python {python}"
+    return "a pre-release" if version.is_prerelease else "without a wheel"
+
+
+def _in_index(name: str, *options: str) -> set[Version]:
+    """Return the versions on the index, pre-releases too; none if pip is not here to say it."""
+    if not (pip := _pip()):
+        return set()
+    done = subprocess.run(
+        [*pip, "index", "versions", name, "--pre", *options], capture_output=True, text=True, check=False
+    )
+    listed = re.search(r"^Available versions: (.*)$", done.stdout, re.MULTILINE)
+    return {Version(text) for text in listed[1].split(", ") if _is_version(text)} if listed else set()
+
+
+def _pip() -> list[str]:
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    found = shutil.which("pip")
+    return [found] if found else []
 
 
 def _installer() -> list[str]:
     """Return the install command of pip or uv, whichever is here, so that the user's index settings apply."""
-    pip = ["install", "--quiet", "--no-compile"]
-    if find_spec("pip"):
-        return [sys.executable, "-m", "pip", *pip]
-    if uv := shutil.which("uv"):
+    uv = shutil.which("uv")
+    if uv and not find_spec("pip"):
         return [uv, "pip", "install", "--quiet", "--python", sys.executable]
-    if found := shutil.which("pip"):
-        return [found, *pip]
+    if pip := _pip():
+        return [*pip, "install", "--quiet", "--no-compile"]
     raise OverlayError("a version is fetched by pip or uv, and neither is here; name a wheel or a folder instead")

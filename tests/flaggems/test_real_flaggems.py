@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from verl_fl_overlay.errors import SettingsError  # noqa: E402
-from verl_fl_overlay.flaggems import names, safety  # noqa: E402
+from verl_fl_overlay.flaggems import library, names, safety  # noqa: E402
 from verl_fl_overlay.flaggems.choice import select  # noqa: E402
 from verl_fl_overlay.flaggems.dispatcher import registered_in  # noqa: E402
 from verl_fl_overlay.flaggems.routing import Router  # noqa: E402
@@ -38,6 +38,12 @@ def test_it_offers_hundreds_of_kernels_for_cuda_and_only_operators_torch_has(rea
     assert by_key["div.Tensor"] == by_key["true_divide.Tensor"] == "true_divide"
     assert "nll_loss_nd_forward" not in by_key
     assert "nll_loss_nd_forward" in real_gems.not_here
+
+
+def test_its_source_tells_the_same_names_and_keys(real_gems):
+    read = library.in_source()
+    assert set(read.names) == {*real_gems.names, *real_gems.not_here}
+    assert {(k.key, k.name) for k in real_gems.kernels} <= {(k.key, k.name) for k in read.kernels}
 
 
 def test_asking_what_it_has_registers_nothing_and_leaves_its_own_note_alone(real_gems):

@@ -84,11 +84,20 @@ def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
     assert made.chosen == ()
     assert "nothing is routed: nothing made whole steps faster" in done.stderr
 
-    done = run("-c", TUNE, tmp_path / "model", "--out", file, "--skip", "silo", env=OVERLAY, timeout=280)
+    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "silo", env=OVERLAY, timeout=280)
     assert done.returncode == 2
     assert "--skip names operators that FlagGems 5 does not offer here:\n  'silo': " in done.stderr
     assert "silu" in done.stderr
     assert load(file) == made
+
+
+WARMUP = """
+import sys
+from verl_fl_overlay.cli import main, warmup
+
+warmup._on_cpu = lambda: ""  # there are no kernels for a CPU, and so nothing to warm there
+sys.exit(main(["warmup", *sys.argv[1:], "--rows", "2", "--length", "16"]))
+"""
 
 
 def test_warmup_runs_one_step_of_the_model_with_the_overlay(tmp_path):
@@ -97,8 +106,8 @@ def test_warmup_runs_one_step_of_the_model_with_the_overlay(tmp_path):
 
     write_model(tmp_path / "model")
     reports = tmp_path / "reports"
-    command = ("-m", "verl_fl_overlay", "warmup", tmp_path / "model", "--rows", "2", "--length", "16")
-    done = run(*command, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(reports)}, timeout=280)
+    environment = {**OVERLAY, "VERL_FL_REPORT_DIR": str(reports)}
+    done = run("-c", WARMUP, tmp_path / "model", env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the kernels it needs are in the caches" in done.stdout
     assert "log-probs: {'cpu, bfloat16" in done.stdout
@@ -112,7 +121,7 @@ def test_warmup_without_the_overlay_is_an_error(tmp_path):
     from arithmetic import write_model
 
     write_model(tmp_path / "model")
-    command = ("-m", "verl_fl_overlay", "warmup", tmp_path / "model", "--rows", "2", "--length", "16")
-    done = run(*command, env={"VERL_USE_EXTERNAL_MODULES": "math", "VERL_USE_EXTERNAL_PLUGINS": "none"}, timeout=280)
+    without = {"VERL_USE_EXTERNAL_MODULES": "math", "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    done = run("-c", WARMUP, tmp_path / "model", env=without, timeout=280)
     assert done.returncode == 2
     assert "in the caches" not in done.stdout

@@ -120,6 +120,15 @@ def test_k3_is_the_divergence_of_ratios():
     assert found > 0
 
 
+def test_json_has_null_for_what_is_no_number():
+    assert json.loads(parity.as_json([float("inf"), {"a": float("nan")}, 1.5, "NaN"])) == [
+        None,
+        {"a": None},
+        1.5,
+        "NaN",
+    ]
+
+
 def told(model, *options):
     command = ("-m", "verl_fl_overlay", "parity", model, "--rows", "2", "--length", "24", "--json", *options)
     done = run(*command, env=OVERLAY, timeout=550)
@@ -167,8 +176,12 @@ def test_a_vision_language_model_is_compared_on_text(tmp_path):
     assert any("visual" in name for name in lines)
 
 
-def test_a_model_that_is_not_there_is_an_error_and_no_verdict(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_an_error_and_no_verdict(tmp_path):
     pytest.importorskip("verl")
-    done = run("-m", "verl_fl_overlay", "parity", tmp_path / "none", env=OVERLAY, timeout=200)
+    from arithmetic import write_model
+
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    done = run("-m", "verl_fl_overlay", "parity", tmp_path, env=OVERLAY, timeout=200)
     assert done.returncode == 2
     assert "the engine failed, exit status 1" in done.stderr

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from verl_fl_overlay import __version__
-from verl_fl_overlay.cli import main
+from verl_fl_overlay.cli import main, model_folder
 
 
 def test_version(capsys):
@@ -31,6 +31,7 @@ def test_without_torch_a_line_tells_so(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "verl_fl_overlay.flaggems.tuning.tune", raising=False)
+    monkeypatch.setattr(model_folder, "checked", lambda trial: trial)
     assert main([command, str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(f"verl-fl {command}: torch is not installed: pip install torch\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -201,6 +202,11 @@ CASES = {
         {"VLLM_PLUGINS": "ascend", "VLLM_FL_OOT_ENABLED": "1"},
         "VLLM_PLUGINS='ascend' leaves vllm-plugin-FL out, so nothing reads VLLM_FL_OOT_ENABLED; add fl to VLLM_PLUGINS",
     ),
+    "_relative": (
+        {"VERL_FL_REPORT_DIR": "reports"},
+        "VERL_FL_REPORT_DIR='reports' is a relative path, and every process takes it from the folder that it runs in, "
+        "which is another one for Ray's workers; write HERE/reports",
+    ),
     "_external_modules": (
         {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, mine,"},
         "VERL_USE_EXTERNAL_MODULES='verl_fl_overlay, mine,': verl cannot import names with blanks or empty ones; write "
@@ -228,7 +234,7 @@ def built(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_a_conflict_is_told_with_what_to_do(case):
     environment, message = CASES[case]
-    assert conflicts(Settings.from_environment(environment)) == [message]
+    assert conflicts(Settings.from_environment(environment)) == [message.replace("HERE", str(Path.cwd()))]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from processes import run
 
 import verl_fl_overlay
+from verl_fl_overlay.cli.doctor import as_text
 
 HERE = str(Path(verl_fl_overlay.__file__).parents[1])
 
@@ -345,8 +346,43 @@ def test_a_stale_plugin_that_breaks_torch_is_told_once(site):
     status, report, _ = doctor(site, NAMED)
     assert status == 1
     assert report["problems"] == [
-        f"verl cannot be imported: RuntimeError: {stale}. Where it fails: python -c 'import verl'"
+        f"verl cannot be imported: RuntimeError: {stale}, raised in torch. Where it fails: python -c 'import verl'"
     ]
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"VERL_FL_DEVICE": "gpu"}, "VERL_FL_DEVICE='gpu': allowed is one of 'auto', 'cpu'"),
+        ({"VERL_FL_DISABLE": "nothing.such"}, "VERL_FL_DISABLE names hooks that do not exist for this verl"),
+        ({"VERL_FL_OPS": "mm", "TRAINING_FL_FLAGOS_WHITELIST": "mm"}, "both choose training's operators"),
+        ({"FLAGCX_PATH": "/nowhere", "VERL_FL_STRICT": "1"}, "VERL_FL_STRICT=1, and these settings do not do"),
+        ({"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay,broken"}, "OSError: no libthis.so, raised in broken"),
+    ],
+)
+def test_what_keeps_the_overlay_off_is_not_said_of_verl(site, environment, said):
+    write(site, "broken", "raise OSError('no libthis.so')")
+    status, report, _ = doctor(site, {**CPU, **environment})
+    assert status == 1
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+    assert said in "\n".join(report["problems"])
+    variables = [text.partition("=")[0].partition(":")[0].partition(" ")[0] for text in report["problems"]]
+    assert len(set(variables)) == len(variables), "each setting is told once"
+    report.update({"versions": {}, "overlay folder": "x"})
+    assert "NOT SUPPORTED" not in as_text(report)
+
+
+@pytest.mark.parametrize("missing", [{}, {"torch": "raise OSError('libcudart.so: cannot open')"}])
+def test_a_verl_that_needs_what_is_missing_or_broken_is_supported(site, missing):
+    for module, code in missing.items():
+        write(site, module, code)
+    (site / "verl" / "__init__.py").write_text("__version__ = '0.9.1'\nimport torch")
+    status, report, _ = doctor(site, CPU)
+    assert status == 1
+    assert report["verl"] == {"version": "0.9.1", "shim": "v0_9", "supported": True}
+    assert "verl cannot be imported" in report["problems"][0]
+    assert "torch" in report["problems"][0]
 
 
 @pytest.mark.parametrize(
@@ -400,8 +436,11 @@ def test_what_others_print_is_no_part_of_the_report(site):
 
 
 def test_doctor_leaves_no_report(site):
-    status, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / "reports")})
-    assert (status, report["problems"]) == (0, [])
+    for folder in ("none/reports", "reports", "reports"):
+        status, report, _ = doctor(site, {**CPU, "VERL_FL_REPORT_DIR": str(site / folder)})
+        assert (status, report["problems"]) == (0, [])
+        assert not (site / "none").exists()
+        (site / "reports").mkdir(exist_ok=True)
     assert list((site / "reports").iterdir()) == []
 
 
@@ -483,3 +522,17 @@ def test_a_torch_that_was_built_for_numpy_1(site):
     write(site, "numpy", "", "2.2.6")
     _, report, _ = doctor(site, CPU)
     assert problem(report, "torch 2.2.2 is made for numpy<2 (").endswith(", and numpy 2.2.6 is here")
+
+
+def test_a_remark_is_no_problem(site):
+    status, report, _ = doctor(site, {**CPU, "VERL_FL_PROFILE": "x.json"})
+    assert (status, report["problems"]) == (0, [])
+    (remark,) = report["remarks"]
+    assert remark.startswith("VERL_FL_PROFILE='x.json' is a relative path")
+
+
+def test_what_training_would_refuse_later_is_told(site):
+    write(site, "flag_gems", '_FULL_CONFIG = (\n    ("mm", mm),\n)\n', "5.3.4")
+    status, report, _ = doctor(site, {**GEMS, "VERL_FL_OPS": "bogus"})
+    assert status == 1
+    assert "'bogus'" in problem(report, "VERL_FL_OPS names operators that FlagGems 5.3.4 does not offer here")

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from processes import run
 
+import verl_fl_overlay
+from verl_fl_overlay import compat
 from verl_fl_overlay.cli import main
 from verl_fl_overlay.cli.env import as_exports, examine
 from verl_fl_overlay.errors import SettingsError
@@ -18,6 +21,8 @@ from verl_fl_overlay.settings import TABLE, VARIABLES, Settings
 from verl_fl_overlay.settings.loading import forwarded, kept_back
 from verl_fl_overlay.settings.stack import PREFIXES, STACK
 from verl_fl_overlay.settings.table import misspelt, shown
+
+ROOT = Path(verl_fl_overlay.__file__).parents[1]
 
 
 def test_no_variable_has_two_rows():
@@ -288,3 +293,133 @@ def test_the_json_is_written_to_any_output():
 def test_the_command_needs_neither_torch_nor_verl():
     code = "import sys; from verl_fl_overlay.cli import main; main(['env']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd="/")
+
+
+GEMS = """
+_FULL_CONFIG = (
+    ("add.Tensor", add),
+    (
+        "_to_copy",
+        to_copy,
+        lambda: version.parse(torch.__version__) >= version.parse("2.4"),
+    ),
+    ("_softmax", softmax),
+)
+"""
+
+
+@pytest.fixture
+def flaggems(tmp_path, monkeypatch):
+    """Install a FlagGems of three operators that cannot be imported, and a verl."""
+    for folder, text in (("flag_gems", GEMS), ("verl/version", "")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "__init__.py").write_text(text)
+    (tmp_path / "flag_gems-5.0.0.dist-info").mkdir()
+    (tmp_path / "flag_gems-5.0.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flag-gems\nVersion: 5.0.0\n"
+    )
+    (tmp_path / "verl/__init__.py").write_text("raise RuntimeError('env imports nothing')")
+    (tmp_path / "verl/version/version").write_text("0.9.1")
+    return tmp_path
+
+
+def judged(site, environment):
+    done = run("-m", "verl_fl_overlay", "env", "--json", env={"PYTHONPATH": f"{site}:{ROOT}", **environment})
+    result = json.loads(done.stdout)
+    assert done.returncode == (1 if result["errors"] else 0)
+    assert not [text for text in result["errors"] + result["warnings"] if "\n" in text]
+    return result["errors"], result["warnings"]
+
+
+def test_names_of_operators_are_checked_without_importing_flaggems(flaggems):
+    good = {"VERL_FL_OPS": "add,to_copy", "VERL_FL_UNSAFE_OPS": "aten::_softmax", "USE_FLAGGEMS": "1"}
+    assert judged(flaggems, good) == ([], [])
+    for names in ("auto", "all", "none"):
+        assert judged(flaggems, {"VERL_FL_OPS": names, "USE_FLAGGEMS": "1"}) == ([], [])
+    (told,), _ = judged(flaggems, {"VERL_FL_OPS": "add,softmex", "USE_FLAGGEMS": "1"})
+    assert told.startswith(
+        "VERL_FL_OPS names operators that FlagGems 5.0.0 does not offer here; 'softmex': did you mean"
+    )
+    (told,), _ = judged(flaggems, {"VERL_FL_UNSAFE_OPS": "add", "USE_FLAGGEMS": "1"})
+    assert "'add': it is a function; its aten keys are add.Tensor" in told
+    (told,), _ = judged(flaggems, {"TRAINING_FL_FLAGOS_WHITELIST": "bogus", "USE_FLAGGEMS": "1"})
+    assert told.startswith("TRAINING_FL_FLAGOS_WHITELIST names operators that FlagGems 5.0.0")
+    errors, (told,) = judged(flaggems, {"TRAINING_FL_FLAGOS_BLACKLIST": "bogus", "USE_FLAGGEMS": "1"})
+    assert errors == []
+    assert told.startswith("TRAINING_FL_FLAGOS_BLACKLIST excludes nothing by 'bogus'")
+
+
+def test_a_list_that_nobody_reads_or_that_cannot_be_checked_is_a_warning(flaggems):
+    errors, (told,) = judged(flaggems, {"VERL_FL_OPS": "bogus"})
+    assert (errors, "'bogus'" in told) == ([], True)
+    (flaggems / "flag_gems/__init__.py").write_text("")
+    errors, (told,) = judged(flaggems, {"VERL_FL_OPS": "bogus", "USE_FLAGGEMS": "1"})
+    assert errors == []
+    assert told.startswith("VERL_FL_OPS: FlagGems has no table of operators that can be read, so the names cannot")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (
+            {"VERL_FL_DISABLE": "engine.nw"},
+            "VERL_FL_DISABLE: verl 0.9.1 has no hook 'engine.nw': did you mean engine.new",
+        ),
+        (
+            {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay,nowhere.at_all"},
+            "VERL_USE_EXTERNAL_MODULES names nowhere.at_all, which is not installed here",
+        ),
+        (
+            {"VERL_FL_PROFILE": "/none.json", "USE_FLAGGEMS": "1"},
+            "VERL_FL_PROFILE: the profile /none.json cannot be read",
+        ),
+    ],
+)
+def test_what_training_would_refuse_is_an_error(flaggems, environment, said):
+    (told,), _ = judged(flaggems, environment)
+    assert told.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"VERL_PLATFORM": "nvidai"}, "VERL_PLATFORM=nvidai is no chip that is known here; nvidia?"),
+        ({"GEMS_VENDOR": "ascent"}, "GEMS_VENDOR=ascent is no vendor that is known here; ascend?"),
+        (
+            {"VERL_FL_REPORT_DIR": "/dev/null/x"},
+            "VERL_FL_REPORT_DIR=/dev/null/x cannot be written: /dev/null is a file",
+        ),
+        ({"VERL_FL_REPORT_DIR": "reports"}, "VERL_FL_REPORT_DIR='reports' is a relative path"),
+        ({"VERL_FL_PROFILE": "x.json"}, "VERL_FL_PROFILE='x.json' is a relative path"),
+    ],
+)
+def test_what_training_would_only_warn_about_is_a_warning(flaggems, environment, said):
+    errors, warnings = judged(flaggems, environment)
+    assert errors == []
+    assert [text for text in warnings if text.startswith(said)]
+
+
+def test_a_profile_of_other_versions_is_told(flaggems):
+    made = {"chip": "x", "torch": "2.0", "triton": "3.0", "flag_gems": "4.9"}
+    text = json.dumps({"format": 1, "key": made, "workload": "w", "measurements": [], "chosen": [], "step_ms": {}})
+    (flaggems / "p.json").write_text(text)
+    errors, _ = judged(flaggems, {"VERL_FL_PROFILE": str(flaggems / "p.json"), "USE_FLAGGEMS": "1"})
+    assert [error for error in errors if "was measured with flag-gems 4.9, and 5.0.0 is here" in error]
+
+
+def test_hooks_of_any_release_are_known_where_there_is_no_verl(monkeypatch):
+    monkeypatch.setattr(compat, "find_verl", lambda: None)
+    names = [hook.name for hook in compat.select(compat.InstalledVerl("0.7.0", "")).hooks]
+    assert examine({"VERL_FL_DISABLE": ",".join(names)})["errors"] == []
+    (told,) = examine({"VERL_FL_DISABLE": "engine.nw"})["errors"]
+    assert told.startswith("VERL_FL_DISABLE: verl-fl-overlay has no hook 'engine.nw'")
+
+
+def test_a_terminal_is_told_how_exports_reach_another_shell(monkeypatch, capsys):
+    assert main(["env", "--sh"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["env", "--sh"]) == 0
+    captured = capsys.readouterr()
+    assert "verl-fl env --sh > fl.env" in captured.err
+    assert captured.out.count("\n") == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import platform
 import shutil
 import subprocess
 import tarfile
@@ -13,7 +16,7 @@ import pytest
 import verl_trees
 
 from verl_fl_overlay import cli
-from verl_fl_overlay.compat.release import pinning
+from verl_fl_overlay.compat.release import pinning, sources
 from verl_fl_overlay.compat.release.sources import Tree, opened
 from verl_fl_overlay.errors import OverlayError
 
@@ -162,8 +165,67 @@ def test_syntax_error_in_a_hooked_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_too_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path, {"verl/version/version": "0.6.1"})
-    assert cli.main(["check", str(tmp_path)]) == 2
-    assert "needs verl >= 0.7.0" in capsys.readouterr().err
+    said = "verl 0.6.1 is older than 0.7.0, the oldest release that verl-fl-overlay has hooks for: pip install "
+    for target in (str(tmp_path), str(wheel(tmp_path / "old.whl", {"verl/version/version": "0.6.1"}))):
+        assert cli.main(["check", target]) == 1
+        assert capsys.readouterr().out == f"{said}'verl>=0.7.0'\n"
+    assert cli.main(["check", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["holds"] is False
+
+
+def test_too_old_by_its_version_is_not_downloaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("it was downloaded"))
+    for version in ("0.6.1", "verl==0.6.1", "0.6.1.dev0", "0.1"):
+        assert cli.main(["check", version]) == 1
+        captured = capsys.readouterr()
+        assert (captured.out.count("\n"), captured.err) == (1, "")
+        assert "is older than 0.7.0" in captured.out
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pip ask an index with wheels of verl, 0.9.2 being for a later Python, and the source alone of 0.9.3."""
+    if not sources._pip():
+        pytest.skip("pip is not here")
+    page = tmp_path / "simple/verl"
+    page.mkdir(parents=True)
+    links = []
+    later = 'data-requires-python="&gt;=3.99"'
+    for version, attributes in {"0.8.0": "", "0.9.1": "", "0.9.2": later, "1.0rc1": ""}.items():
+        name = f"verl-{version}-py3-none-any.whl"
+        metadata = {
+            f"verl-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: verl\nVersion: {version}\n",
+            f"verl-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"verl-{version}.dist-info/RECORD": "",
+        }
+        wheel(page / name, {"verl/version/version": version, **metadata})
+        links.append(f'<a href="{name}" {attributes}>{name}</a>')
+    links.append('<a href="verl-0.9.3.tar.gz">verl-0.9.3.tar.gz</a>')
+    (page / "index.html").write_text(f"<!DOCTYPE html><html><body>{''.join(links)}</body></html>")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONSTRAINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", page.parent.as_uri())
+    monkeypatch.setattr(sources, "_installer", lambda: [*sources._pip(), "install", "--quiet", "--no-compile"])
+
+
+def test_latest_tells_what_is_newer_and_why_it_was_not_taken(index: None) -> None:
+    with opened("latest") as tree:
+        assert tree.version == "0.9.1"
+        python = platform.python_version()
+        newer = f"0.9.2 (not for Python {python}), 0.9.3 (without a wheel), 1.0rc1 (a pre-release)"
+        assert tree.origin == f"the package index, which has newer ones: {newer}"
+    with opened("0.9.1") as tree:
+        assert tree.origin == "the package index"
+
+
+def test_a_version_that_the_index_does_not_give(index: None) -> None:
+    python = platform.python_version()
+    refused("0.9.2", f"verl==0.9.2 is for Python >=3.99, and this is {python}; name a wheel or a folder instead")
+    refused("9.9.9", "the package index has no wheel of verl==9.9.9; its newest ones are ")
+    refused("9.9.9", "1.0rc1")
 
 
 def test_release_that_is_not_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

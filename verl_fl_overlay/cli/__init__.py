@@ -18,6 +18,7 @@ COMMANDS = {
     "Before a run": {
         "install-hint": "print the lines that install a component into this environment without breaking verl",
         "doctor": "try every hook and every component that is asked for, and report",
+        "config": "print the exports and the overrides with which verl trains a model on a chip, and why",
         "env": "show every variable of the stack, what it does and what is wrong with it",
         "warmup": "fill the kernels' caches: run one step of a model in this environment",
     },

@@ -11,6 +11,7 @@ from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import TRIAL, Comparison, Finding, Report, Status
+from verl_fl_overlay.errors import UnsupportedVerlError
 
 OTHERS = " or ".join(package.distribution for package in pins.PACKAGES.values() if package != pins.VERL)
 TARGET = (
@@ -48,8 +49,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the finding for each hook; return 1 if the overlay would refuse to load."""
-    with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
-        report = check.check(tree, options.against, pinned.tree)
+    try:
+        with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
+            report = check.check(tree, options.against, pinned.tree)
+    except UnsupportedVerlError as refusal:  # an answer, as that of another verl on which the overlay does not load
+        print(json.dumps({"verdict": str(refusal), "holds": False}, indent=1) if options.json else refusal)
+        return 1
     print(json.dumps(check.as_json(report), indent=1) if options.json else as_text(report, options.all, options.wide))
     return 0 if report.holds else 1
 

@@ -11,9 +11,10 @@ import importlib
 import json
 import os
 import shlex
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from verl_fl_overlay.cli.versions import VERSIONS, Unmet, misfits, unmet, versio
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
-from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
+from verl_fl_overlay.errors import HookError, OverlayError, UnsupportedVerlError, first_line
 from verl_fl_overlay.files import this_process
 from verl_fl_overlay.hooks import HookStatus, State
 from verl_fl_overlay.overlay import Overlay
@@ -93,19 +94,24 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed, options.wide))
         return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
+    folder = Path(Settings.parse()[0].report_dir).absolute()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with standard_output.kept():
         result, usable = examine(options.timeout)
     print(json.dumps(result, indent=1) if options.json else as_text(result, options.all, options.wide))
-    _leave_no_report()
+    _leave_no_report(made)
     return 0 if usable else 1
 
 
-def _leave_no_report() -> None:
-    """Take back the report of this process: it is no part of a run."""
+def _leave_no_report(made: Sequence[Path]) -> None:
+    """Take back the report of this process and the folders that it ``made``: it is no part of a run."""
     active = activation.active()
     if active is not None and active.report_file is not None and not active.report_file.fault:
         activation.deactivate()
         (Path(active.settings.report_dir) / f"{this_process()}.json").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty, since a run writes there now
+        for place in made:
+            place.rmdir()
 
 
 def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
@@ -181,6 +187,7 @@ def _fault(component: Component, by: str, tried: Result) -> str:
 def _examine_verl() -> tuple[dict[str, Any], bool]:
     """Import verl and the modules of all hooks; return the report and whether training can go on with the overlay."""
     refusals: list[str] = []
+    by_verl = False  # whether a refusal is about verl itself
     notes: dict[str, str] = {}
     found: check.Report | None = None
     try:
@@ -196,6 +203,7 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
     except OverlayError as error:
         refusals.append(str(error))
+        by_verl = isinstance(error, UnsupportedVerlError | HookError)
     findings = {finding.hook.name: finding for finding in found.findings} if found else {}
     active = activation.active()
     untold = _rehearse(active) if active else ""
@@ -204,6 +212,7 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
         named = any(f"hook {status.hook.name!r}" in refusal for refusal in refusals)  # what the process itself refused
         if finding and finding.fatal and _serves(status) and not named:
             refusals.append(f"hook {status.hook.name}: {finding.meaning}")
+            by_verl = True
     result = activation.report()
     for hook in result["hooks"]:
         finding = findings.get(hook["name"])
@@ -214,15 +223,16 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
     result["packages"] = check.packages(found) if found else {}
     unloaded, by_another = _unloaded(active.shim.version) if active else ("", False)
     result["problems"] += [told for told in (unloaded, untold) if told]
-    if refusals:
+    if by_verl:
         result["verl"]["supported"] = False
-        inactive = "the overlay is not active"
-        checked = env.examine(os.environ)  # an overlay that is off has not checked it
-        others = dict.fromkeys([*checked["errors"], *result["problems"], *checked["warnings"]])
-        told = [p for p in others if not p.startswith(inactive) and not any(p in refusal for refusal in refusals)]
-        result["problems"] = refusals + told
+    checked = env.examine(os.environ)
+    others = dict.fromkeys([*checked["errors"], *result["problems"]])
+    if refusals:  # an overlay that is off has not checked it
+        others |= dict.fromkeys(checked["warnings"])
+        others = {p: None for p in others if not p.startswith("the overlay is not active")}
+    result["problems"] = refusals + [p for p in others if not any(p.partition(": ")[0] in r for r in refusals)]
     reported = not (active and active.report_file and active.report_file.fault)
-    return result, bool(result["verl"]["supported"]) and reported and (not unloaded or by_another)
+    return result, not refusals and not checked["errors"] and reported and (not unloaded or by_another)
 
 
 def _checked() -> check.Report | None:
@@ -241,7 +251,7 @@ def _rehearse(active: Overlay) -> str:
     try:
         active.features.rehearse()
     except Exception as error:  # whatever torch and the chip raise
-        return f"attention cannot be tried here: {type(error).__name__}: {error}".splitlines()[0]
+        return f"attention cannot be tried here: {first_line(error)}"
     return ""
 
 
@@ -254,7 +264,18 @@ def _import_verl() -> None:
         missing = isinstance(error, ImportError) and error.name == "verl"
         needed = f"Needed is verl >= {compat.OLDEST}: verl-fl install-hint verl"
         advice = needed if missing else "Where it fails: python -c 'import verl'"
-        raise UnsupportedVerlError(f"verl cannot be imported: {reason(error)}. {advice}") from error
+        raise OverlayError(f"verl cannot be imported: {reason(error)}{_raised_in(error)}. {advice}") from error
+
+
+def _raised_in(error: Exception) -> str:
+    """Return ", raised in torch" where another package than verl raised it, "" where it is verl itself."""
+    modules_passed = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [package for name in modules_passed if (package := name.partition(".")[0]) not in _IMPORTERS]
+    return f", raised in {packages[-1]}" if packages and packages[-1] != "verl" else ""
+
+
+_IMPORTERS = ("", "importlib", "wrapt", "verl_fl_overlay")
+"""What stands in the traceback of every import."""
 
 
 def _unloaded(version: str) -> tuple[str, bool]:
@@ -279,7 +300,7 @@ def _import_target(status: HookStatus) -> str:
         raise
     except Exception as error:  # whatever a third-party module raises while it is imported
         if status.state is State.WAITING:
-            return f"import of {module} raises {type(error).__name__}: {error}".splitlines()[0]
+            return f"import of {module} raises {first_line(error)}"
     return f"{module} was imported, and the hook was not called to it" if status.state is State.WAITING else ""
 
 
@@ -327,15 +348,16 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             lines += _detail(name, feature.get("detail", {}), wide)
     if result["hooks"]:
         lines += ["", *_hooks(result["hooks"], every, wide)]
-    notes = (
-        ["", terminal.title("notes"), *terminal.sentences(result["notes"], "  ", wide=wide)] if result["notes"] else []
-    )
-    return "\n".join([*lines, *notes, "", *terminal.problems(result["problems"], wide=wide)])
+    lines += ["", *terminal.problems(result["problems"], wide=wide)]
+    for name in ("notes", "remarks"):
+        said = terminal.sentences(result[name], "  ", wide=wide)
+        lines += ["", terminal.title(name), *said] if said else []
+    return "\n".join(lines)
 
 
 def _verl(verl: dict[str, Any]) -> str:
     said = f"{verl['version'] or 'not installed'}" + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
-    return said if verl["supported"] else terminal.Bad(f"{said}  NOT SUPPORTED")
+    return said if verl["supported"] or not verl["version"] else terminal.Bad(f"{said}  NOT SUPPORTED")
 
 
 def _yes(holds: bool) -> str:

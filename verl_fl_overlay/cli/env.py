@@ -10,12 +10,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.cli import terminal, values
 from verl_fl_overlay.settings import TABLE, Settings
 from verl_fl_overlay.settings.conflicts import conflicts
 from verl_fl_overlay.settings.loading import forwarded, kept_back
 from verl_fl_overlay.settings.table import contradictions, misspelt, of_phase, shown
 from verl_fl_overlay.settings.variables import Variable
+
+HINT = (
+    "verl-fl env: this is what is set here. For another shell or a job: verl-fl env --sh > fl.env, and there . ./fl.env"
+)
 
 
 def add(env: argparse.ArgumentParser) -> None:
@@ -36,7 +40,9 @@ def add(env: argparse.ArgumentParser) -> None:
     env.add_argument("--phase", choices=["training", "rollout"], default="", help=phase)
     form = env.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (default: tables)")
-    form.add_argument("--sh", action="store_true", help="print what is set as exports, for another shell")
+    exports = "print what is set here as exports, and the one that makes verl load the overlay: verl-fl env --sh > "
+    exports += 'fl.env, and in another shell or a job: . ./fl.env; in this shell: eval "$(verl-fl env --sh)"'
+    form.add_argument("--sh", action="store_true", help=exports)
     terminal.add_wide(form)
     env.set_defaults(run=run)
 
@@ -46,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     result = examine(os.environ, options.phase)
     if options.sh:
         print(as_exports(os.environ, options.phase))
+        if sys.stdout.isatty():
+            print(HINT, file=sys.stderr)
         for error in result["errors"]:
             print(f"verl-fl env: {error}", file=sys.stderr)
     else:
@@ -57,6 +65,7 @@ def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
     """Return the variables of ``phase`` ("training", "rollout"; "" for all), the errors and the warnings."""
     settings, problems = Settings.parse(environment)
     readable, _ = Settings.parse({name: settings.given[name] for name in settings.parsed})
+    refused, doubtful = values.judged(readable)
     rows = [
         {
             "name": variable.name,
@@ -73,8 +82,8 @@ def examine(environment: Mapping[str, str], phase: str = "") -> dict[str, Any]:
         "variables": rows,
         "not in the table": {n: shown(n, text) for n, text in sorted(forwarded(environment).items()) if n not in TABLE},
         "kept back": kept_back(environment),
-        "errors": problems + contradictions(settings),
-        "warnings": [*misspelt(environment), *conflicts(readable)],
+        "errors": [*problems, *contradictions(settings), *refused],
+        "warnings": [*misspelt(environment), *conflicts(readable), *doubtful],
     }
 
 

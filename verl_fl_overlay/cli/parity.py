@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from verl_fl_overlay.cli import te_fl, terminal
+from verl_fl_overlay.cli import model_folder, te_fl, terminal
 from verl_fl_overlay.cli.trial import kernels_of, native_environment, run_trial, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.errors import OverlayError
@@ -74,17 +74,20 @@ def run(options: argparse.Namespace) -> int:
     """Print the comparison; return 1 if a difference is too large.
 
     Raises:
-        OverlayError: no model was given, or TransformerEngine-FL is asked for and cannot be used.
+        OverlayError: no model was given or it cannot be used, or TransformerEngine-FL is asked for and cannot be used.
     """
     if options.te_fl:
+        if options.model:
+            raise OverlayError("--te-fl compares operators without a model: leave the model out, or --te-fl")
         rows = te_fl.examine()
-        print(json.dumps(rows, indent=1) if options.json else te_fl.as_text(rows, options.wide))
+        print(as_json(rows) if options.json else te_fl.as_text(rows, options.wide))
         return 0 if te_fl.usable(rows) else 1
     if not options.model:
         raise OverlayError("the folder of a model is missing: verl-fl parity MODEL")
     shape = options.rows, options.length, options.micro_batch, options.seed
-    result = examine(Trial(options.model, *shape, options.attention, options.padding))
-    print(json.dumps(result, indent=1) if options.json else as_text(result, options.wide))
+    trial = model_folder.checked(Trial(options.model, *shape, options.attention, options.padding))
+    result = examine(trial)
+    print(as_json(result) if options.json else as_text(result, options.wide))
     return 0 if result["same"] else 1
 
 
@@ -246,6 +249,12 @@ def examine(trial: Trial) -> dict[str, Any]:
         "lines": [{**asdict(line), "holds": line.holds} for line in lines],
         "same": all(line.holds for line in lines),
     }
+
+
+def as_json(result: Any) -> str:
+    """Return JSON, in which a number that is infinite or none is null: JSON has neither."""
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=1, allow_nan=False)
 
 
 def as_text(result: dict[str, Any], wide: bool = False) -> str:

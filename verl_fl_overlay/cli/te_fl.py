@@ -8,7 +8,7 @@ from typing import Any
 from verl_fl_overlay import activation
 from verl_fl_overlay.cli import standard_output, terminal
 from verl_fl_overlay.devices.accelerator import accelerator
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.errors import OverlayError, first_line
 from verl_fl_overlay.features.te_fl import CORE
 from verl_fl_overlay.packages import flagos_builds
 
@@ -36,7 +36,7 @@ def _rows() -> Any:
         types = importlib.import_module("transformer_engine.pytorch.constants").TE_DType
         core = importlib.import_module(CORE)
     except Exception as error:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        told = first_line(error)
         raise OverlayError(f"TransformerEngine-FL cannot be imported: {told}") from error
     import torch
 
@@ -55,7 +55,7 @@ def _rows() -> Any:
                 yield {**row, "runs": runs, "of_allowed": trial.distance(implementation.fn), "failed": ""}
                 runs = False
             except Exception as error:  # whatever an implementation raises
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                said = first_line(error)
                 yield {**row, "runs": False, "of_allowed": None, "failed": said}
 
 

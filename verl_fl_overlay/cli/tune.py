@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.cli import model_folder, terminal
+from verl_fl_overlay.compat.trial import Trial, steps
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems.profile import Profile
 from verl_fl_overlay.packages import installed
@@ -123,11 +124,12 @@ def tune_model(
     Fused modules and log-probs are as the job will have them; no operator is routed while it is recorded.
 
     Raises:
+        ModelError: the model's folder cannot be used, or the batch does not fit the model.
         FlagGemsError: FlagGems cannot be used here.
         ProfileError: ``file`` is there and damaged or another's, or cannot be written.
         SettingsError: ``skip`` names what FlagGems does not have.
     """
-    from verl_fl_overlay.compat import trial
+    checked = model_folder.checked(Trial(model, rows, length, micro_batch))  # before torch is imported
     from verl_fl_overlay.flaggems import library
     from verl_fl_overlay.flaggems.names import check
     from verl_fl_overlay.flaggems.profile import key_here
@@ -138,7 +140,7 @@ def tune_model(
     gems = library.load()
     check(skip, "--skip", gems)
     with terminal.step("verl's engine is built on the model"):
-        step = trial.steps(trial.Trial(model, rows, length, micro_batch))
+        step = steps(checked)
     say("a step is run and its operators are measured, a line for each ...")
     workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
     return tune(step, gems, key_here(), workload, file, skip=skip, say=say)

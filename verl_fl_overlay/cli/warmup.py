@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 
-from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.cli import model_folder, terminal
 from verl_fl_overlay.cli.trial import kernels_of, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
+from verl_fl_overlay.devices.accelerator import accelerator
+from verl_fl_overlay.settings import Settings
 
 
 def add(warmup: argparse.ArgumentParser) -> None:
@@ -33,9 +35,13 @@ def add(warmup: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the step and say which kernels it used."""
-    begun = time.perf_counter()
+    """Run the step and say which kernels it used; on a CPU say that it uses none."""
     trial = Trial(options.model, options.rows, options.length, micro_batch=options.rows)
+    trial = model_folder.checked(trial)
+    if on_cpu := _on_cpu():
+        print(f"nothing to warm: {on_cpu}, and a CPU computes without Triton's kernels; run warmup where training runs")
+        return 0
+    begun = time.perf_counter()
     with terminal.step(f"1/1 a step of {options.rows} sequences of up to {options.length} tokens"):
         used = kernels_of(run_with_overlay(trial))
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
@@ -43,3 +49,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")
     print(f"  fused modules: {used['fused'].get('checks', {}) if 'fused' in used else 'off'}")
     return 0
+
+
+def _on_cpu() -> str:
+    """Return why training here runs on the CPU, "" if it does not."""
+    if Settings.from_environment().device == "cpu":
+        return "VERL_FL_DEVICE=cpu"
+    return "" if accelerator() else "torch sees no accelerator here"

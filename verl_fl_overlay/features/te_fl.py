@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from verl_fl_overlay.errors import OverlayError, SettingsError
+from verl_fl_overlay.errors import OverlayError, SettingsError, first_line
 from verl_fl_overlay.events import Engine, engine_built, failures, te_operator_ran
 from verl_fl_overlay.features.feature import Feature
 from verl_fl_overlay.packages import flagos_builds
@@ -94,7 +94,7 @@ class TransformerEngineFL(Feature):
         try:
             importlib.import_module("transformer_engine.pytorch")
         except Exception as error:  # whatever a component raises while it is imported
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            said = first_line(error)
             told = f"TransformerEngine-FL is installed and cannot be imported ({said}): Megatron would go on without it"
             if asked := asked_for_by(self.settings):
                 raise SettingsError(f"{told}; install what is missing, or unset {', '.join(asked)}") from error

@@ -6,9 +6,11 @@ runtime, so it has to wait until the worker has chosen its device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,14 +34,14 @@ class FlagGemsError(OverlayError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One aten key ("add.Tensor"), FlagGems' function for it, and the dispatch keys it goes to ("CUDA", ...).
+    """One aten key ("add.Tensor"), FlagGems' function for it or its name, and the dispatch keys it goes to ("CUDA").
 
     ``fault`` is what is known to be wrong with it in this version, "" if nothing.
     """
 
     key: str
-    function: Callable[..., Any]
-    dispatch_keys: tuple[str, ...]
+    function: Any
+    dispatch_keys: tuple[str, ...] = ()
     fault: str = ""
 
     @property
@@ -115,6 +117,19 @@ def load() -> FlagGems:
     by_function = getattr(module, "FULL_CONFIG_BY_FUNC", {})
     not_here = frozenset(by_function) - {kernel.name for kernel in kernels}
     return FlagGems(version, vendor, kernels, not_here, registrar)
+
+
+@functools.cache
+def in_source() -> FlagGems | None:
+    """Return what the table in the installed FlagGems' source holds, without importing it; None if there is none.
+
+    Which of it FlagGems offers depends on the chip and on torch.  A kernel's ``function`` is a name here.
+    """
+    text = packages.source("flag_gems/__init__.py") or ""
+    table = re.search(r"^_FULL_CONFIG = \($(.*?)^\)$", text, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r'^ *\(\s*"([\w.]+)",\s*([\w.]+)', table[1], re.MULTILINE) if table else []
+    kernels = tuple(Kernel(key, function) for key, function in rows)
+    return FlagGems(installed_version(), "", kernels) if kernels else None
 
 
 def _import() -> ModuleType:

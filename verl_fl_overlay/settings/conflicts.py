@@ -299,6 +299,16 @@ def _plugins(settings: Settings) -> Iterator[str]:
             yield f"{out}={settings.given[out]!r} leaves {plugin.name} out, so nothing reads {unread}; {remedy}"
 
 
+def _relative(settings: Settings) -> Iterator[str]:
+    for name in ("VERL_FL_REPORT_DIR", "VERL_FL_PROFILE", "TRAINING_FLAGGEMS_PATH"):
+        value = str(settings[name])
+        if name in settings.given and value not in ("", "auto") and not os.path.isabs(value):
+            yield Remark(
+                f"{name}={value!r} is a relative path, and every process takes it from the folder that it runs in, "
+                f"which is another one for Ray's workers; write {os.path.abspath(value)}"
+            )
+
+
 def _external_modules(settings: Settings) -> Iterator[str]:
     text, right = settings.given.get(LOADED_BY, ""), ",".join(modules(settings.given))
     if text and any(part != part.strip() or not part for part in text.split(",")):
@@ -325,5 +335,6 @@ RULES: tuple[Rule, ...] = (
     _append,
     _lists_alone,
     _plugins,
+    _relative,
     _external_modules,
 )
