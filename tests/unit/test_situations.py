@@ -55,7 +55,7 @@ def given(parser: argparse.ArgumentParser, folder: Path) -> list[str]:
     write_verl(folder / "source", BROKEN["is half deleted"])
     known = {"MODEL": "model", "TARGET": "source", "FILE": "mine.yaml"}
     positional = [action for action in parser._actions if not action.option_strings]
-    return [a.choices[0] if a.choices else str(folder / known.get(a.metavar, "x")) for a in positional]
+    return [next(iter(a.choices)) if a.choices else str(folder / known.get(a.metavar, "x")) for a in positional]
 
 
 def walk(
