@@ -103,7 +103,7 @@ def test_with_a_verl_that(how, name, tmp_path):
     if name == "doctor":
         assert done.returncode == 1
         (problem,) = done.stdout.partition("problems\n")[2].splitlines()
-        assert any(way in problem for way in ("python -c 'import verl'", "pip install verl", "Set it in")), problem
+        assert any(way in problem for way in ("python -c 'import verl'", "install verl", "hint verl", "Set it in"))
 
 
 @bare
@@ -246,6 +246,16 @@ def test_a_file_that_cannot_be_opened_is_named(monkeypatch, capsys):
     monkeypatch.setattr("verl_fl_overlay.cli.env.examine", refused)
     assert cli.main(["env"]) == 2
     assert capsys.readouterr().err == "verl-fl env: /proc/nothing/x: No such file or directory\n"
+
+
+def test_a_folder_that_was_removed_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("verl_fl_overlay.cli.env.examine", lambda *_: Path("relative").absolute())
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["env"]) == 2
+    assert capsys.readouterr().err == "verl-fl env: the folder in which you are was removed; cd to another\n"
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch):

@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _refused(called, f"{error.filename}: {error.strerror}")
+        if isinstance(error, FileNotFoundError):  # without a name
+            return _refused(called, "the folder in which you are was removed; cd to another")
         terminal.give_up()
         return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror or error}")
     except ModuleNotFoundError as error:
