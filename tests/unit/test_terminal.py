@@ -94,7 +94,8 @@ PROCESSES = {"processes": 8, "ranks": "0-3,8", "program": "workers/default_worke
 def texts(wide: bool) -> dict[str, str]:
     """Return what each command prints, of data with every kind of row."""
     shown = activation.report()
-    shown |= {"overlay folder": "/site/verl_fl_overlay", "versions": {"torch": "2.13.0"}, "problems": [LONG]}
+    shown |= {"overlay folder": "/site/verl_fl_overlay", "versions": {"torch": "2.13.0"}}
+    shown |= {"problems": [LONG], "notes": [LONG], "remarks": [LONG]}
     shown["packages"] = {"transformers": {"version": "5.10.4", "pinned": ["4.57.6", "5.10.4"]}}
     shown["verl"] = {"version": "0.9.1", "shim": "v0_9", "supported": False}
     shown["components"] = {
@@ -114,7 +115,7 @@ def texts(wide: bool) -> dict[str, str]:
     return {
         "doctor": doctor.as_text(shown, every=True, wide=wide),
         "doctor --reports": run_reports.as_text(
-            {**summed, "never called": ["engine.infer_batch"], "problems": {LONG: 3}}, wide
+            {**summed, "never called": ["engine.infer_batch"], "problems": {LONG: 3}, "remarks": {LONG: 1}}, wide
         ),
         "env": env.as_text(env.examine({"USE_FLAGCX": "maybe", "VERL_FL_DEVISE": "cpu"}), wide),
         "ops": ops.as_text([{"function": "add", "keys": {"add.Tensor": "", "add.Scalar": LONG}}], wide),

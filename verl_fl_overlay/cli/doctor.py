@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed, options.wide))
         return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
-    folder = Path(Settings.parse()[0].report_dir).absolute()
+    folder = Path(Settings.parse()[0].report_dir)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with standard_output.kept():
         result, usable = examine(options.timeout)
