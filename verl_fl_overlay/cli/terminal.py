@@ -186,7 +186,7 @@ def step(told: str) -> Iterator[None]:
     """Say on standard error what begins, and after it how long it took; on a terminal a clock runs meanwhile."""
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
