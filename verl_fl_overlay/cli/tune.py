@@ -33,6 +33,9 @@ def run(options: argparse.Namespace) -> int:
     from verl_fl_overlay.flaggems import profile as profiles
 
     try:
+        if options.show and options.model:
+            print("verl-fl tune: --show measures nothing: leave the model out, or --show", file=sys.stderr)
+            return 2
         if options.show:
             profile = profiles.load(options.out)
         elif options.model is None:
