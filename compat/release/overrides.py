@@ -85,6 +85,12 @@ def overrides(job: Job) -> list[Override]:
     return [*of_task, *_lengths(job), *_padded(job), Override("trainer.logger", "[console]", LOGGER)]
 
 
+def not_needed(job: Job) -> list[str]:
+    """Return the keys that others tell to set, and that the job does not need."""
+    said = " ".join(override.key for override in overrides(job))
+    return [key for key in ("attn_implementation", "use_remove_padding", "use_fused_kernels") if key not in said]
+
+
 LOGGER = "verl's default adds wandb, which asks for a login"
 STRATEGY = "verl's default is FSDP1"
 BRIDGE = "verl's default, Megatron-Bridge, needs TransformerEngine, which is not installed here"

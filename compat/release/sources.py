@@ -176,7 +176,7 @@ def refuse_older(version: str) -> None:
         if version != NEWEST and Version(Version(version).base_version) < compat.OLDEST:
             raise UnsupportedVerlError(
                 f"verl {version} is older than {compat.OLDEST}, the oldest release that verl-fl-overlay has hooks for: "
-                f"pip install 'verl>={compat.OLDEST}'"
+                "verl-fl install-hint verl"
             )
 
 

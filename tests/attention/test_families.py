@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from processes import OVERLAY, result
 
+from verl_fl_overlay.cli.model_folder import Model
+
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+from attention.packed_models import build
 
 pytestmark = pytest.mark.xdist_group("families")  # they share the run
 
@@ -60,6 +64,15 @@ def test_a_model_that_mixes_sequences_is_refused(found, case):
     assert WRONG[case] in refused
     assert f"ForCausalLM, {attention} " in refused
     assert "use_remove_padding=False" in refused
+
+
+@pytest.mark.parametrize("case", sorted({case for case in [*RIGHT, *LEAK] if case.endswith(f"/{DEFAULT}")}))
+def test_the_configuration_tells_which_models_mix_sequences(case):
+    """``verl-fl config`` prints use_remove_padding=False by it, before a model is built."""
+    if not here(case):
+        pytest.skip(f"transformers {version('transformers')} does not run this family with positions")
+    config = build(case.partition("/")[0], "eager").config.to_dict()
+    assert Model(Path(), config).layers_without_attention == (case in LEAK)
 
 
 @pytest.mark.parametrize("case", FUSED_HEAD)

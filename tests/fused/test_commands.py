@@ -38,7 +38,11 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "a model's folder is needed"), (["--show", "--out", "/nowhere/profile.json"], "cannot be read")],
+    [
+        ([], "a model's folder is needed"),
+        (["--show", "--out", "/nowhere/profile.json"], "cannot be read"),
+        (["--show", "model"], "leave the model out"),
+    ],
 )
 def test_tune_without_a_model_or_a_profile_says_so(arguments, said, capsys):
     assert main(["tune", *arguments]) == 2

@@ -419,7 +419,8 @@ def test_a_terminal_is_told_how_exports_reach_another_shell(monkeypatch, capsys)
     assert main(["env", "--sh"]) == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert main(["env", "--sh"]) == 0
-    captured = capsys.readouterr()
-    assert "verl-fl env --sh > fl.env" in captured.err
+    for form in ([], ["--sh"]):
+        assert main(["env", *form]) == 0
+        captured = capsys.readouterr()
+        assert "verl-fl env --sh > fl.env" in captured.err
     assert captured.out.count("\n") == 1

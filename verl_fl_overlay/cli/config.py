@@ -179,9 +179,7 @@ def _exports(job: Job, chip: Chip) -> Iterator[Export]:
 def _notes(job: Job, model: Model | None) -> Iterator[str]:
     if str(job.release) not in compat.RELEASES:
         yield f"verl {job.release} was not tested; verl-fl check {job.release} tells whether the hooks hold"
-    said = " ".join(override.key for override in overrides.overrides(job))
-    keys = ("attn_implementation", "use_remove_padding", "use_fused_kernels")
-    yield f"not needed: {', '.join(key for key in keys if key not in said)}; verl's defaults run with the overlay"
+    yield f"not needed: {', '.join(overrides.not_needed(job))}; verl's defaults run with the overlay"
     if job.line < (0, 8) and job.engine == "megatron" and job.task != "sft":
         yield "the Megatron workers of this release were not run with the overlay; those of 0.8.0 and later were"
     if model is not None and model.words is not None and model.words < model.text.get("vocab_size", 0):

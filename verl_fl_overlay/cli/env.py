@@ -17,9 +17,7 @@ from verl_fl_overlay.settings.loading import forwarded, kept_back
 from verl_fl_overlay.settings.table import contradictions, misspelt, of_phase, shown
 from verl_fl_overlay.settings.variables import Variable
 
-HINT = (
-    "verl-fl env: this is what is set here. For another shell or a job: verl-fl env --sh > fl.env, and there . ./fl.env"
-)
+HINT = "verl-fl env: for another shell or a job: verl-fl env --sh > fl.env, and there: . ./fl.env"
 
 
 def add(env: argparse.ArgumentParser) -> None:
@@ -52,12 +50,12 @@ def run(options: argparse.Namespace) -> int:
     result = examine(os.environ, options.phase)
     if options.sh:
         print(as_exports(os.environ, options.phase))
-        if sys.stdout.isatty():
-            print(HINT, file=sys.stderr)
         for error in result["errors"]:
             print(f"verl-fl env: {error}", file=sys.stderr)
     else:
         print(json.dumps(result, indent=1) if options.json else as_text(result, options.wide))
+    if sys.stdout.isatty():
+        print(HINT, file=sys.stderr)
     return 1 if result["errors"] else 0
 
 

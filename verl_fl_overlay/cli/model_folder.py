@@ -104,9 +104,7 @@ def checked(trial: Trial) -> Trial:
     _refuse_batch(trial, model)
     found = compat.find_verl()
     if found is None:
-        raise UnsupportedVerlError(
-            f"no verl is installed here, whose engine is run: pip install 'verl>={compat.OLDEST}'"
-        )
+        raise UnsupportedVerlError("no verl is installed here, whose engine is run: verl-fl install-hint verl")
     compat.select(found)
     return replace(trial, model=str(model.folder))
 

@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
 
     _refuse_files(options)
     try:
+        if options.show and options.model:
+            print("verl-fl tune: --show measures nothing: leave the model out, or --show", file=sys.stderr)
+            return 2
         if options.show:
             profile = profiles.load(options.out)
         elif options.model is None:
