@@ -165,10 +165,10 @@ def test_syntax_error_in_a_hooked_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_too_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path, {"verl/version/version": "0.6.1"})
-    said = "verl 0.6.1 is older than 0.7.0, the oldest release that verl-fl-overlay has hooks for: pip install "
+    said = "verl 0.6.1 is older than 0.7.0, the oldest release that verl-fl-overlay has hooks for: "
     for target in (str(tmp_path), str(wheel(tmp_path / "old.whl", {"verl/version/version": "0.6.1"}))):
         assert cli.main(["check", target]) == 1
-        assert capsys.readouterr().out == f"{said}'verl>=0.7.0'\n"
+        assert capsys.readouterr().out == f"{said}verl-fl install-hint verl\n"
     assert cli.main(["check", str(tmp_path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["holds"] is False
 
