@@ -24,7 +24,7 @@ LEFT_BY_READER = 141
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
 
-LEAST = 30
+LEAST = 40
 """The columns that a table's last column needs; with fewer it goes under the others."""
 
 
