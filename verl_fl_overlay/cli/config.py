@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         examples=(
             "verl-fl config /models/Qwen2.5-7B --task grpo --engine fsdp2 > train.sh",
             "verl-fl config --verl 0.8.0 --chip metax --task ppo --rollout sglang",
-            "verl-fl config --chip cpu --task sft --json",
+            "verl-fl config --verl 0.9.1 --chip cpu --task sft --json",
         ),
         exits={0: "printed"},
     )

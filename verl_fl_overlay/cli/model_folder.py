@@ -112,17 +112,19 @@ def checked(trial: Trial) -> Trial:
 
 
 def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     try:
-        if folder.is_dir():
+        if name and folder.is_dir():
             os.listdir(folder)
             return folder
-        if folder.exists():
+        if name and folder.exists():
             raise ModelError(f"{name} is a file; needed is the folder of a model, with {CONFIG} in it")
     except OSError as error:
         raise ModelError(f"{name} cannot be read: {error.strerror}") from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ModelError(f"there is no folder {name}; needed is the folder of a model, with {CONFIG} in it")
+        raise ModelError(
+            f"there is no folder {name or repr(name)}; needed is the folder of a model, with {CONFIG} in it"
+        )
     if cached := _in_the_hubs_cache(name):
         return cached
     raise ModelError(
@@ -134,7 +136,7 @@ def _folder(name: str) -> Path:
 def _in_the_hubs_cache(name: str) -> Path | None:
     """Return the folder in which huggingface_hub keeps what it downloaded of a model, None if it did not."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    hub = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
     kept = hub / f"models--{name.replace('/', '--')}"
     try:
         folder = kept / "snapshots" / (kept / "refs" / "main").read_text(encoding="utf-8").strip()
