@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -205,7 +204,7 @@ CASES = {
     "_relative": (
         {"VERL_FL_REPORT_DIR": "reports"},
         "VERL_FL_REPORT_DIR='reports' is a relative path, and every process takes it from the folder that it runs in, "
-        "which is another one for Ray's workers; write HERE/reports",
+        "which is another one for Ray's workers; write an absolute one",
     ),
     "_external_modules": (
         {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, mine,"},
@@ -234,7 +233,7 @@ def built(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_a_conflict_is_told_with_what_to_do(case):
     environment, message = CASES[case]
-    assert conflicts(Settings.from_environment(environment)) == [message.replace("HERE", str(Path.cwd()))]
+    assert conflicts(Settings.from_environment(environment)) == [message]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_what_is_wrong_with_a_folder_is_told(folder, changes, said):
 
 def test_no_folder_a_file_and_what_cannot_be_read(folder, monkeypatch):
     assert "is a file; needed is the folder of a model" in refusal(folder / "config.json")
-    assert "there is no folder" in refusal(folder / "none")
+    for name in (folder / "none", "~nobody-here/x", ""):
+        assert "there is no folder" in refusal(name)
     monkeypatch.setattr("os.listdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     assert refusal(folder).endswith("cannot be read: Permission denied")
 

@@ -94,8 +94,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed, options.wide))
         return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
-    folder = Path(Settings.parse()[0].report_dir)
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder = Settings.parse()[0].report_dir
+    made = [place for place in (Path(folder), *Path(folder).parents) if not place.exists()] if folder else []
     with standard_output.kept():
         result, usable = examine(options.timeout)
     print(json.dumps(result, indent=1) if options.json else as_text(result, options.all, options.wide))

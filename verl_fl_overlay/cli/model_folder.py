@@ -112,15 +112,17 @@ def checked(trial: Trial) -> Trial:
 def _folder(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     try:
-        if folder.is_dir():
+        if name and folder.is_dir():
             os.listdir(folder)
             return folder
-        if folder.exists():
+        if name and folder.exists():
             raise ModelError(f"{name} is a file; needed is the folder of a model, with {CONFIG} in it")
     except OSError as error:
         raise ModelError(f"{name} cannot be read: {error.strerror}") from error
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ModelError(f"there is no folder {name}; needed is the folder of a model, with {CONFIG} in it")
+        raise ModelError(
+            f"there is no folder {name or repr(name)}; needed is the folder of a model, with {CONFIG} in it"
+        )
     if cached := _in_the_hubs_cache(name):
         return cached
     raise ModelError(

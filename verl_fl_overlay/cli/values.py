@@ -130,7 +130,7 @@ def _chips(settings: Settings) -> Iterator[str]:
 
 def _not_writable(settings: Settings) -> Iterator[str]:
     for name in (name for name in WRITTEN if settings.given.get(name) and settings[name]):
-        place = Path(os.path.expanduser(settings[name])).absolute()
+        place = Path(os.path.expanduser(settings[name]))
         is_file = name == "TRAINING_FLAGGEMS_PATH"
         there = next(parent for parent in (place.parent if is_file else place, *place.parents) if parent.exists())
         if not there.is_dir():

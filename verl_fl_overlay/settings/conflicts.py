@@ -305,7 +305,7 @@ def _relative(settings: Settings) -> Iterator[str]:
         if name in settings.given and value not in ("", "auto") and not os.path.isabs(value):
             yield Remark(
                 f"{name}={value!r} is a relative path, and every process takes it from the folder that it runs in, "
-                f"which is another one for Ray's workers; write {os.path.abspath(value)}"
+                "which is another one for Ray's workers; write an absolute one"
             )
 
 
