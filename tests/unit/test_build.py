@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from verl_fl_overlay import __version__
 
 ROOT = Path(__file__).parents[2]
-NO_SOURCE = ("__pycache__", ".git", ".nox", ".venv", "out", "build", "dist", "wheels", "*.egg-info", ".*_cache")
+NO_SOURCE = (".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()))
 NOT_REACHED = ("No matching distribution found", "network was disabled", "Failed to fetch")
 PROJECT = "https://github.com/flagos-ai/verl-fl-overlay"
 

@@ -465,8 +465,8 @@ def needs(site: Path, numpy: str, packaging: str = "25.0") -> None:
     """Let the fabricated verl need numpy 2 and a tensordict, which needs a packaging that is older than 26."""
     (site / "verl-0.9.1.dist-info" / "METADATA").write_text(VERL_NEEDS)
     write(site, "numpy", "", numpy)
-    write(site, "tensordict", "", "0.10.0", requires="Requires-Dist: packaging<26\nRequires-Dist: orjson\n")
-    write(site, "orjson", "", "3.0")
+    write(site, "tensordict", "", "0.10.0", requires="Requires-Dist: packaging<26\nRequires-Dist: a-package\n")
+    write(site, "a_package", "", "3.0")
     shutil.copytree(Path(packaging_module.__file__).parent, site / "packaging")  # the real one, of another version
     write(site, "packaging", (site / "packaging" / "__init__.py").read_text(), packaging)
 
@@ -496,10 +496,10 @@ def test_what_verl_needs_through_another_is_a_note(site):
 
 def test_a_requirement_that_is_missing_is_a_note(site):
     needs(site, "2.2.6")
-    shutil.rmtree(site / "orjson-3.0.dist-info")
+    shutil.rmtree(site / "a_package-3.0.dist-info")
     status, report, _ = doctor(site, CPU)
     assert (status, report["problems"]) == (0, [])
-    assert report["notes"] == ["tensordict 0.10.0 asks for orjson, and it is not installed"]
+    assert report["notes"] == ["tensordict 0.10.0 asks for a-package, and it is not installed"]
 
 
 @pytest.mark.parametrize(("version", "known"), [("5.0.2", True), ("5.3.4", False)])

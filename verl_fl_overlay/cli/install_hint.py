@@ -105,7 +105,7 @@ ADDITIONS: Mapping[str, tuple[Way, ...]] = {
             (
                 f"git clone --recursive {GITHUB}/FlagCX",
                 "make -C FlagCX USE_{make}=1",
-                f"pip install --no-deps --no-build-isolation FlagCX/{PLUGIN_FOLDER}",
+                f"USE_{{make}}=1 pip install --no-deps --no-build-isolation FlagCX/{PLUGIN_FOLDER}",
                 'export FLAGCX_PATH="$PWD/FlagCX"',
             ),
         ),
@@ -143,6 +143,14 @@ ADDITIONS: Mapping[str, tuple[Way, ...]] = {
             torch="2.9.0",
         ),
         Way(
+            "verl's own extra, with vLLM 0.24.0 and transformers 5.9.0. Its versions contradict the constraints, so it "
+            "goes without them. It was resolved, and not run here.",
+            ("pip install 'verl[vllm]==0.9.1'",),
+            verl="==0.9.1",
+            nvidia=True,
+            torch="2.11.0",
+        ),
+        Way(
             "vLLM 0.20.2 is the newest that the constraints allow, and the one that vllm-plugin-FL 0.2 is for. It was "
             "resolved, and not run here.",
             ("pip install {constraints} verl=={verl} vllm==0.20.2",),
@@ -150,17 +158,14 @@ ADDITIONS: Mapping[str, tuple[Way, ...]] = {
             nvidia=True,
             torch="2.11.0",
         ),
-        Way(
-            "Or verl's own extra, with vLLM 0.24.0 and transformers 5.9.0. Its versions contradict the constraints, "
-            "so it goes without them. It was resolved, and not run here.",
-            ("pip install 'verl[vllm]==0.9.1'",),
-            verl="==0.9.1",
-            nvidia=True,
-            torch="2.11.0",
-        ),
         _of_the_vendor("vLLM"),
     ),
     "vllm-fl": (
+        Way(
+            f"No line is known: {_made_for('vllm_fl')}; and verl's extra takes vLLM up to 0.12.0. vllm-plugin-FL is "
+            f"not on the index: {GITHUB}/vllm-plugin-FL",
+            verl="<0.9",
+        ),
         Way(
             f"vllm-plugin-FL is not on the index: {GITHUB}/vllm-plugin-FL. {_made_for('vllm_fl')}. Install vLLM first "
             "(verl-fl install-hint vllm), and check out the version for it. Not run here.",
@@ -168,6 +173,7 @@ ADDITIONS: Mapping[str, tuple[Way, ...]] = {
                 f"git clone {GITHUB}/vllm-plugin-FL",
                 "pip install --no-deps --no-build-isolation ./vllm-plugin-FL",
             ),
+            verl=">=0.9",
         ),
     ),
     "sglang": (
