@@ -451,11 +451,11 @@ def test_the_text_has_no_calls_and_names_what_was_tried(site):
     assert any(line.split() == ["hook", "required", "pinned", "installed", "target"] for line in lines)
 
 
-def test_a_remark_is_no_problem(site):
+def test_a_note_is_no_problem(site):
     status, report, _ = doctor(site, {**CPU, "VERL_FL_PROFILE": "x.json"})
     assert (status, report["problems"]) == (0, [])
-    (remark,) = report["remarks"]
-    assert remark.startswith("VERL_FL_PROFILE='x.json' is a relative path")
+    (note,) = report["notes"]
+    assert note.startswith("VERL_FL_PROFILE='x.json' is a relative path")
 
 
 def test_what_training_would_refuse_later_is_told(site):

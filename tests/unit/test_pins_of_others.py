@@ -225,7 +225,7 @@ def test_doctor_names_the_versions_once() -> None:
         "features": {},
         "hooks": [],
         "problems": [],
-        "remarks": [],
+        "notes": [],
         "packages": packages,
     }
     result |= {"verl": {"version": "0.9.1", "shim": "", "supported": True}}

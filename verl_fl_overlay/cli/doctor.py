@@ -298,10 +298,9 @@ def as_text(result: dict[str, Any]) -> str:
             [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], h["target"]] for h in result["hooks"]
         ]
         lines += ["", *table(["hook", "required", "pinned", "installed", "target"], rows)]
-        details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
-        lines += (["", "notes", *details]) if details else []
+    notes = [f"{h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]] + result["notes"]
+    lines += ["", "notes", *(f"  {note}" for note in notes)] if notes else []
     lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
-    lines += ["", "remarks", *(f"  {remark}" for remark in result["remarks"])] if result["remarks"] else []
     return "\n".join(lines)
 
 

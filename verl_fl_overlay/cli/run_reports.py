@@ -27,14 +27,14 @@ def summed_up(folder: str) -> dict[str, Any]:
     processes: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     problems: Counter[str] = Counter()
-    remarks: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for report in reports:
         alike[_row(report)].append(report)
         for hook in report["hooks"]:
             calls[hook["name"]] += hook["calls"]
             processes[hook["name"]] += bool(hook["calls"])
         problems.update(set(report["problems"]))
-        remarks.update(set(report.get("remarks", ())))
+        notes.update(set(report.get("notes", ())))
     rows = [
         {
             "processes": len(group),
@@ -55,7 +55,7 @@ def summed_up(folder: str) -> dict[str, Any]:
         "never called": sorted({name for name in calls if not calls[name]} & _required(reports)),
         "trained": any(report["phase"]["counts"] for report in reports),
         "problems": {**dict(problems), **dict.fromkeys(unreadable, 1)},
-        "remarks": dict(remarks),
+        "notes": dict(notes),
     }
 
 
@@ -117,7 +117,7 @@ def as_text(result: dict[str, Any]) -> str:
         never = ", ".join(result["never called"])
         lines += ["", f"required where training does what they are for, and called in no process: {never}"]
     lines += [] if result["trained"] else ["", "no process trained with the overlay"]
-    for title in ("problems", "remarks"):
+    for title in ("problems", "notes"):
         told = [f"  {text} ({count} of the processes)" for text, count in result[title].items()]
         if told or title == "problems":
             lines += ["", *([title, *told] if told else ["no problems"])]
