@@ -45,7 +45,7 @@ def build(overlay: Overlay | None) -> dict[str, Any]:
         "environment": {n: shown(n, t) for n, t in overlay.settings.given.items()} if overlay else {},
         "features": _features(overlay, hooks),
         "problems": problems(overlay, hooks),
-        "remarks": [text for text in overlay.conflicts if isinstance(text, Remark)] if overlay else [],
+        "notes": [text for text in overlay.conflicts if isinstance(text, Remark)] if overlay else [],
     }
 
 

@@ -524,11 +524,11 @@ def test_a_torch_that_was_built_for_numpy_1(site):
     assert problem(report, "torch 2.2.2 is made for numpy<2 (").endswith(", and numpy 2.2.6 is here")
 
 
-def test_a_remark_is_no_problem(site):
+def test_a_note_is_no_problem(site):
     status, report, _ = doctor(site, {**CPU, "VERL_FL_PROFILE": "x.json"})
     assert (status, report["problems"]) == (0, [])
-    (remark,) = report["remarks"]
-    assert remark.startswith("VERL_FL_PROFILE='x.json' is a relative path")
+    (note,) = report["notes"]
+    assert note.startswith("VERL_FL_PROFILE='x.json' is a relative path")
 
 
 def test_what_training_would_refuse_later_is_told(site):

@@ -225,7 +225,6 @@ def test_doctor_names_the_versions_once() -> None:
         "hooks": [],
         "problems": [],
         "notes": [],
-        "remarks": [],
         "packages": packages,
     }
     result |= {"verl": {"version": "0.9.1", "shim": "", "supported": True}}

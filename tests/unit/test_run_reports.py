@@ -53,16 +53,16 @@ def test_processes_that_did_the_same_are_one_row(folder, capsys):
     assert "FlagGems failed (1 of the processes)" in rows
 
 
-def test_a_remark_is_told_and_no_problem(tmp_path, capsys):
+def test_a_note_is_told_and_no_problem(tmp_path, capsys):
     for rank in (0, 1):
-        told = {**report(rank=str(rank), calls=2), "remarks": ["a relative path"]}
+        told = {**report(rank=str(rank), calls=2), "notes": ["a relative path"]}
         (tmp_path / f"{rank}.json").write_text(json.dumps(told))
     assert main(["doctor", "--reports", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[lines.index("no problems") :] == [
         "no problems",
         "",
-        "remarks",
+        "notes",
         "  a relative path (2 of the processes)",
     ]
 

@@ -140,7 +140,8 @@ def examine(timeout: float = TIMEOUT) -> tuple[dict[str, Any], bool]:
     if ACCELERATOR in result["components"]:
         result["device"] = result["components"][ACCELERATOR].get("device", "none")
     release = str(result["verl"]["version"])
-    broken, result["notes"], unable = _requirements(asked, here, release)
+    broken, harmless, unable = _requirements(asked, here, release)
+    result["notes"] += harmless
     result["problems"] += misfits(("torch", "numpy"), here, release)
     for component, tried in results.items():
         fits = misfits(component.modules, here, release)
@@ -338,7 +339,7 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             for name, about in result["components"].items()
         ]
         lines += [*terminal.table(("tried", "asked for by", "can be used", "found"), tried, wide=wide), ""]
-    if verl["shim"]:
+    if result["hooks"]:
         features = [
             (name, "yes" if about["on"] else "no", about["summary"] if about["on"] else about["reason"])
             for name, about in result["features"].items()
@@ -348,10 +349,7 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             lines += _detail(name, feature.get("detail", {}), wide)
     if result["hooks"]:
         lines += ["", *_hooks(result["hooks"], every, wide)]
-    lines += ["", *terminal.problems(result["problems"], wide=wide)]
-    for name in ("notes", "remarks"):
-        said = terminal.sentences(result[name], "  ", wide=wide)
-        lines += ["", terminal.title(name), *said] if said else []
+    lines += ["", *terminal.problems(result["problems"], wide=wide), *terminal.notes(result["notes"], wide=wide)]
     return "\n".join(lines)
 
 

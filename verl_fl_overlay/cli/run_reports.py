@@ -28,14 +28,14 @@ def summed_up(folder: str) -> dict[str, Any]:
     processes: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     problems: Counter[str] = Counter()
-    remarks: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     for report in reports:
         alike[_row(report)].append(report)
         for hook in report["hooks"]:
             calls[hook["name"]] += hook["calls"]
             processes[hook["name"]] += bool(hook["calls"])
         problems.update(set(report["problems"]))
-        remarks.update(set(report.get("remarks", ())))
+        notes.update(set(report.get("notes", ())))
     rows = [
         {
             "processes": len(group),
@@ -56,7 +56,7 @@ def summed_up(folder: str) -> dict[str, Any]:
         "never called": sorted({name for name in calls if not calls[name]} & _required(reports)),
         "trained": any(report["phase"]["counts"] for report in reports),
         "problems": {**dict(problems), **dict.fromkeys(unreadable, 1)},
-        "remarks": dict(remarks),
+        "notes": dict(notes),
     }
 
 
@@ -136,6 +136,7 @@ def as_text(result: dict[str, Any], wide: bool = False) -> str:
     lines += [line for text in said for line in ("", *terminal.sentences([text], wide=wide))]
     problems = [f"{problem} ({count} of the processes)" for problem, count in result["problems"].items()]
     lines += ["", *terminal.problems(problems, wide=wide)]
-    remarks = [f"{remark} ({count} of the processes)" for remark, count in result["remarks"].items()]
-    lines += ["", terminal.title("remarks"), *terminal.sentences(remarks, "  ", wide=wide)] if remarks else []
+    lines += terminal.notes(
+        [f"{note} ({count} of the processes)" for note, count in result["notes"].items()], wide=wide
+    )
     return "\n".join(lines)

@@ -150,6 +150,11 @@ def problems(found: Sequence[str], *, wide: bool = False) -> list[str]:
     return [title(Bad("problems")), *sentences(found, "  ", wide=wide)] if found else [title(Good("no problems"))]
 
 
+def notes(found: Sequence[str], *, wide: bool = False) -> list[str]:
+    """Return the notes, which ask for nothing, as a list with a title; nothing where there are none."""
+    return ["", title("notes"), *sentences(found, "  ", wide=wide)] if found else []
+
+
 def _is_number(text: str) -> bool:
     return text.replace(",", "").replace(".", "", 1).replace("e-", "", 1).isdecimal()
 
