@@ -31,6 +31,9 @@ RELEASES = sorted((file.stem.removeprefix("verl-") for file in CONSTRAINTS.glob(
 # What verl's engines import beyond verl's own requirements; see constraints for the versions.
 ENGINE_NEEDS = ("einops", "uvicorn", "fastapi", "cachetools", "pyzmq", "msgspec")
 
+# What builds the overlay's wheel, for the tests of what is in it.
+BUILD = nox.project.load_toml(HERE / "pyproject.toml")["build-system"]["requires"]
+
 # The real FlagGems, whose device probes its tests answer; it needs triton, which a CPU build of torch does not bring.
 FLAGGEMS = ("triton==3.5.1", "flag-gems==5.0.0")
 # Nearly every test is a process of its own that imports verl, which is seconds of one core.
@@ -186,7 +189,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def unit(session: nox.Session) -> None:
     """What needs neither verl nor torch."""
-    install_overlay(session, "pytest")
+    install_overlay(session, "pytest", *BUILD)
     session.run("pytest", "tests/unit", *session.posargs)
 
 
@@ -215,7 +218,7 @@ def drift(session: nox.Session) -> None:
             if not given and not list(wheels.glob(f"{name.replace('-', '_')}-{release}-*.whl")):
                 download = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
                 session.run(sys.executable, "-m", *download, f"{name}=={release}", external=True)
-    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle")
+    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle", *BUILD)
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 

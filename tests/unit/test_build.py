@@ -21,8 +21,9 @@ from verl_fl_overlay import __version__
 
 ROOT = Path(__file__).parents[2]
 NO_SOURCE = (".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()))
-NOT_REACHED = ("No matching distribution found", "network was disabled", "Failed to fetch")
 PROJECT = "https://github.com/flagos-ai/verl-fl-overlay"
+
+pytestmark = pytest.mark.xdist_group("build")
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,29 @@ class Built:
     metadata: Message
 
 
-def hatchling(tree: Path, kinds: list[str], backend: Path) -> list[Path]:
-    """Build ``kinds`` ("-t", "wheel" ...) with the backend in ``backend``, as pip and uv do where nobody sees it."""
+def hatchling(tree: Path, kinds: list[str]) -> list[Path]:
+    """Build ``kinds`` ("-t", "wheel" ...) with the backend, as pip and uv do where nobody sees it."""
     into = tree.parent / f"dist-{tree.name}"
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(into), *kinds]
-    done = subprocess.run(
-        command, cwd=tree, env={**os.environ, "PYTHONPATH": str(backend)}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return sorted(into.iterdir())
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the build backend that pyproject asks for.  It comes from the index, which pip may reach."""
-    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    system = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
-    assert system["build-backend"] == "hatchling.build"
-    folder = tmp_path_factory.mktemp("backend")
-    installer = [uv, "pip", "install"] if (uv := shutil.which("uv")) else [sys.executable, "-m", "pip", "install"]
-    done = subprocess.run(
-        [*installer, "--quiet", "--target", str(folder), *system["requires"]],
-        env={name: text for name, text in os.environ.items() if name not in ("PIP_NO_INDEX", "UV_OFFLINE")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode and any(said in done.stdout + done.stderr for said in NOT_REACHED):
-        pytest.skip(f"the build backend is not to be had without an index: {done.stderr.strip()[-200:]}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Build from a copy of this tree in which earlier builds, a worktree and runs have left their files.
 
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, backend: Path) -> Built:
-    """Build from a copy of this tree in which earlier builds, a worktree and runs have left their files."""
+    nox installs the build backend beside the tests.
+    """
+    pytest.importorskip("hatchling")
+    pytest.importorskip("hatch_fancy_pypi_readme")
     tree = tmp_path_factory.mktemp("build") / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NO_SOURCE))
     for left in ("build/lib/verl_fl_overlay/gone.py", "verl_fl_overlay.egg-info/SOURCES.txt", "out/run.json", ".git"):
         (tree / left).parent.mkdir(parents=True, exist_ok=True)
         (tree / left).write_text("verl_fl_overlay/gone.py\n")
-    sdist, wheel = sorted(hatchling(tree, ["-t", "wheel", "-t", "sdist"], backend), key=lambda file: file.suffix)
+    sdist, wheel = sorted(hatchling(tree, ["-t", "wheel", "-t", "sdist"]), key=lambda file: file.suffix)
     with tarfile.open(sdist) as tarred:
         tarred.extractall(tree.parent, filter="data")
     with zipfile.ZipFile(wheel) as zipped:
@@ -111,8 +94,8 @@ def test_an_sdist_has_what_the_readmes_commands_need(built):
     assert {"noxfile.py", "examples/sft.py", "tools/matrix.py", "compat/README.md", "CHANGELOG.md"} <= has
 
 
-def test_a_wheel_made_from_the_sdist_is_the_same(built, backend):
-    (wheel,) = hatchling(built.sdist, ["-t", "wheel"], backend)
+def test_a_wheel_made_from_the_sdist_is_the_same(built):
+    (wheel,) = hatchling(built.sdist, ["-t", "wheel"])
     with zipfile.ZipFile(wheel) as zipped:
         assert set(zipped.namelist()) == built.wheel
 
