@@ -113,9 +113,11 @@ def test_the_report_has_what_a_feature_says_of_itself_only_while_it_is_on(monkey
 
 
 def test_doctor_lays_a_description_out_a_line_an_entry():
-    lines = doctor._detail("flaggems", {"version": "5.0.0", "on": ["mm", "mul"], "failed": [], "left out": {"pad": 1}})
+    lines = doctor._detail(
+        "flaggems", {"version": "5.0.0", "on": ["mm", "mul"], "failed": [], "left out": {"pad": 1}}, True
+    )
     assert lines == ["", "flaggems", "  version   5.0.0", "  on        mm, mul", "  left out  pad: 1"]
-    assert doctor._detail("flaggems", {"failed": []}) == []
+    assert doctor._detail("flaggems", {"failed": []}, True) == []
 
 
 def test_every_feature_has_a_home_that_can_be_imported_without_torch():

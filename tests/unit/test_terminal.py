@@ -95,7 +95,7 @@ def texts(wide: bool) -> dict[str, str]:
     """Return what each command prints, of data with every kind of row."""
     shown = activation.report()
     shown |= {"overlay folder": "/site/verl_fl_overlay", "versions": {"torch": "2.13.0"}}
-    shown |= {"problems": [LONG], "notes": [LONG], "remarks": [LONG]}
+    shown |= {"problems": [LONG], "notes": [LONG]}
     shown["packages"] = {"transformers": {"version": "5.10.4", "pinned": ["4.57.6", "5.10.4"]}}
     shown["verl"] = {"version": "0.9.1", "shim": "v0_9", "supported": False}
     shown["components"] = {
@@ -115,7 +115,7 @@ def texts(wide: bool) -> dict[str, str]:
     return {
         "doctor": doctor.as_text(shown, every=True, wide=wide),
         "doctor --reports": run_reports.as_text(
-            {**summed, "never called": ["engine.infer_batch"], "problems": {LONG: 3}, "remarks": {LONG: 1}}, wide
+            {**summed, "never called": ["engine.infer_batch"], "problems": {LONG: 3}, "notes": {LONG: 1}}, wide
         ),
         "env": env.as_text(env.examine({"USE_FLAGCX": "maybe", "VERL_FL_DEVISE": "cpu"}), wide),
         "ops": ops.as_text([{"function": "add", "keys": {"add.Tensor": "", "add.Scalar": LONG}}], wide),
