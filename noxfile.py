@@ -186,6 +186,13 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports", "--config", settings)
 
 
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The site of docs/, in out/site, with every warning an error; nothing is fetched while it is built."""
+    session.install("mkdocs-material==9.8.2", "mkdocs==1.6.1")
+    session.run("mkdocs", "build", "--strict", "--config-file", "tools/mkdocs.yml", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 def unit(session: nox.Session) -> None:
     """What needs neither verl nor torch."""
@@ -338,7 +345,7 @@ def megatron(session: nox.Session, verl: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
 def engines(session: nox.Session, verl: str) -> None:
-    """Every engine and worker that a release offers, and compat/engines.md from the results: minutes a release."""
+    """Every engine and worker that a release offers, and docs/engines.md from the results: minutes a release."""
     install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
     result = f"out/engines/{verl}-cpu.xml"
     session.run("pytest", "tests/engines", f"--junitxml={result}", *session.posargs, success_codes=[0, 1])
@@ -364,7 +371,7 @@ def devices(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def report(session: nox.Session) -> None:
-    """The README's table of the matrix, from the results on disk and never from exit statuses."""
+    """The table of docs/matrix.md, from the results on disk and never from exit statuses."""
     for row in (*COMPAT, *AXES):
         file = row.result.with_suffix(".json")
         if not file.exists() or "not run" in json.loads(file.read_text()):

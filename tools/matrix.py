@@ -1,4 +1,4 @@
-"""The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into README.md.
+"""The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into docs/matrix.md.
 
 A row is a JSON file, which says what it ran on, and a JUnit file beside it.  A row without a result says "not run".
 The exit status is 1 if a row failed that must not fail.
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from junit import cases
-from tables import README, markdown, replaced
+from tables import DOCS, markdown, replaced
 
+PAGE = DOCS / "matrix.md"
 HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
 
 
@@ -46,10 +47,10 @@ def result(about: dict[str, Any], counts: dict[str, Counter[str]]) -> tuple[str,
 
 
 def main() -> int:
-    """Print the table and write it into the README; return the exit status."""
+    """Print the table and write it into its page; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--print", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--print", action="store_true", help="leave docs/matrix.md as it is")
     options = parser.parse_args()
     rows = []
     for file in sorted(options.folder.glob("*.json"), key=lambda file: (not file.stem.startswith("verl"), file.stem)):
@@ -61,8 +62,8 @@ def main() -> int:
     for cells in [HEAD, *table]:
         print("  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip())
     if not options.print:
-        text = replaced(README.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))
-        README.write_text(text, encoding="utf-8")
+        text = replaced(PAGE.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))
+        PAGE.write_text(text, encoding="utf-8")
     counted = [counts for about, counts in rows if not {"not run", "may fail"} & set(about)]
     return int(not rows or any(map(went_wrong, counted)))
 
