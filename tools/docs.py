@@ -7,7 +7,9 @@ import importlib
 import os
 import pkgutil
 import re
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -117,10 +119,24 @@ def commands() -> str:
 
 
 def training() -> str:
-    """Return the recipe of the README as a block of shell: the script without its first line and its comments."""
-    lines = (ROOT / "examples" / "recipes" / "grpo_vllm.sh").read_text(encoding="utf-8").splitlines()
-    told = [line for line in lines if not line.startswith("#")]
-    return "```bash\n" + re.sub(r"\n{2,}", "\n", "\n".join(told)).strip() + "\n```"
+    """Return the command that the recipe examples/recipes/grpo_vllm.sh runs, with the defaults of its variables."""
+    text = (ROOT / "examples" / "recipes" / "grpo_vllm.sh").read_text(encoding="utf-8")
+    values = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE))
+    command = re.search(r"^train (python -m \S+)", text, re.MULTILINE)
+    listed = re.search(r"^overrides=\($(.*?)^\)$", text, re.MULTILINE | re.DOTALL)
+    if command is None or listed is None:
+        raise SystemExit("examples/recipes/grpo_vllm.sh has no line 'train python ...', or no list 'overrides=('")
+    words = [shlex.split(line, comments=True) for line in listed[1].splitlines()]
+    overrides = [word for line in words for word in line]
+    for _ in range(2):  # a default may name another variable
+        overrides = [re.sub(r"\$(?!PWD)(\w+)", lambda found: values[found[1]], word) for word in overrides]
+    exports = [
+        "export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay",
+        f"export VERL_FL_REPORT_DIR={values['OUT']}/reports",
+    ]
+    quoted = [f"'{word}'" if "[" in word else word for word in overrides]
+    lines = textwrap.wrap(" ".join(quoted), 110, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(["```bash", *exports, " \\\n    ".join([command[1], *lines]), "```"])
 
 
 def chips() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import OVERLAY, PLAIN, output, python, run
+from schemas import faults
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -48,6 +49,7 @@ def test_every_hook_installs_on_this_release():
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=OVERLAY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(done.stdout)
+    assert faults(report, "doctor") == []
     assert report["verl"]["version"] == VERL
     assert report["problems"] == []
     for hook in report["hooks"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import run
+from schemas import faults
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -23,6 +24,7 @@ def test_the_unedited_trainer_learns(tmp_path):
     for report in ranks.values():
         assert report["phase"]["counts"]["train_batch"] == 12
         assert report["problems"] == []
+        assert faults(report, "report") == []
 
 
 def test_a_report_folder_that_cannot_be_written_does_not_stop_training(tmp_path, tiny_model):

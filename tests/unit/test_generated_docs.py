@@ -1,4 +1,4 @@
-"""The README's generated tables are those of the code."""
+"""The generated parts of README and docs are those of the code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import readme
+import docs
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.devices.chips import CHIPS
@@ -16,15 +16,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_tables_are_up_to_date():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], cwd="/", check=False)
-    assert done.returncode == 0, "run: python tools/readme.py"
+    done = subprocess.run([sys.executable, ROOT / "tools" / "docs.py", "--check"], cwd="/", check=False)
+    assert done.returncode == 0, "run: python tools/docs.py"
 
 
 def test_a_target_is_claimed_for_the_releases_that_have_it_and_no_others():
     """Two releases, and a hook of the same name on another target in the newer one."""
     old, other, *_ = compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")).hooks
     new = dataclasses.replace(old, module="verl.elsewhere", attribute="Engines.make")
-    rows = [line.split(" | ") for line in readme.hooks({"1.0": [old, other], "1.1": [new, other]}).splitlines()[2:]]
+    lines = docs.hooks({"1.0": [old, other], "1.1": [new, other]}).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
     said = [(name.strip("| `"), target.partition("`]")[0].strip("[`"), where) for name, target, where, *_ in rows]
     assert said == [
         (old.name, f"{old.module.removeprefix('verl.')}:{old.attribute}", "1.0"),
@@ -34,7 +35,7 @@ def test_a_target_is_claimed_for_the_releases_that_have_it_and_no_others():
 
 
 def test_a_row_of_the_chips_is_a_row_of_the_table(monkeypatch):
-    lines = readme.chips().splitlines()
+    lines = docs.chips().splitlines()
     monkeypatch.setitem(CHIPS, "new", dataclasses.replace(CHIPS["metax"], vendor="new", device="newt", backend=""))
-    (added,) = set(readme.chips().splitlines()) - set(lines)
+    (added,) = set(docs.chips().splitlines()) - set(lines)
     assert added.startswith("| new | newt | none: FlagCX only | `CUDA_VISIBLE_DEVICES` | the overlay's platform |")
