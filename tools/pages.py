@@ -1,4 +1,4 @@
-"""Write the parts of README.md and docs/ that are made from the code: ``python tools/docs.py [--check]``."""
+"""Write the parts of README.md and docs/ that are made from the code: ``python tools/pages.py [--check]``."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def hooks(releases: Mapping[str, Iterable[Hook]]) -> str:
     names = list(dict.fromkeys(name for name, *_ in having))
     areas: dict[str, list[list[str]]] = {}
     for (name, target, *more), where in sorted(having.items(), key=lambda row: names.index(row[0][0])):
-        cells = [f"`{name}`", target, "all" if len(where) == len(releases) else ", ".join(where), *more]
+        cells = [f"`{name}`<br>{target}", "all" if len(where) == len(releases) else ", ".join(where), *more]
         areas.setdefault(AREAS[name.partition(".")[0]], []).append(cells)
-    head = ["hook", "on", "verl", "required", "why", "until"]
+    head = ["hook, and what it is on", "verl", "required", "why", "until"]
     return "\n\n".join(f"## {area}\n{markdown(head, rows)}" for area, rows in areas.items())
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     for file, parts in PARTS.items():
         text = made = file.read_text(encoding="utf-8")
         for name, make in parts.items():
-            made = replaced(made, name, "tools/docs.py", make())
+            made = replaced(made, name, "tools/pages.py", make())
         if made != text:
             changed[file] = made
     if options.check:

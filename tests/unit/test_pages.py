@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import docs
+import pages
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.devices.chips import CHIPS
@@ -16,17 +17,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_tables_are_up_to_date():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "docs.py", "--check"], cwd="/", check=False)
-    assert done.returncode == 0, "run: python tools/docs.py"
+    done = subprocess.run([sys.executable, ROOT / "tools" / "pages.py", "--check"], cwd="/", check=False)
+    assert done.returncode == 0, "run: python tools/pages.py"
 
 
 def test_a_target_is_claimed_for_the_releases_that_have_it_and_no_others():
     """Two releases, and a hook of the same name on another target in the newer one."""
     old, other, *_ = compat.select(compat.InstalledVerl(compat.RELEASES[-1], "")).hooks
     new = dataclasses.replace(old, module="verl.elsewhere", attribute="Engines.make")
-    lines = docs.hooks({"1.0": [old, other], "1.1": [new, other]}).splitlines()
-    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
-    said = [(name.strip("| `"), target.partition("`]")[0].strip("[`"), where) for name, target, where, *_ in rows]
+    lines = pages.hooks({"1.0": [old, other], "1.1": [new, other]}).splitlines()
+    rows = [line.split(" | ")[:2] for line in lines if line.startswith("| `")]
+    said = [(*re.findall(r"`(.+?)`", hook), where) for hook, where in rows]
     assert said == [
         (old.name, f"{old.module.removeprefix('verl.')}:{old.attribute}", "1.0"),
         (old.name, "elsewhere:Engines.make", "1.1"),
@@ -35,7 +36,7 @@ def test_a_target_is_claimed_for_the_releases_that_have_it_and_no_others():
 
 
 def test_a_row_of_the_chips_is_a_row_of_the_table(monkeypatch):
-    lines = docs.chips().splitlines()
+    lines = pages.chips().splitlines()
     monkeypatch.setitem(CHIPS, "new", dataclasses.replace(CHIPS["metax"], vendor="new", device="newt", backend=""))
-    (added,) = set(docs.chips().splitlines()) - set(lines)
+    (added,) = set(pages.chips().splitlines()) - set(lines)
     assert added.startswith("| new | newt | none: FlagCX only | `CUDA_VISIBLE_DEVICES` | the overlay's platform |")
