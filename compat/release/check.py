@@ -6,7 +6,7 @@ With a verl, the other pinned packages that are installed here are compared too;
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -337,50 +337,5 @@ def packages(report: Report) -> dict[str, dict[str, Any]]:
     }
 
 
-def packages_as_text(found: dict[str, dict[str, Any]], width: int = 0) -> list[str]:
-    """Lay out what ``packages`` returned, a line for each: which version is here, and for which ones the hooks hold."""
-    return [
-        f"{name.ljust(width)} {about['version'] or 'not installed'} (pinned: {', '.join(about['pinned'])})"
-        for name, about in found.items()
-    ]
-
-
 def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {**vars(comparison), "status": comparison.status.value, "diff": list(comparison.diff)}
-
-
-def as_text(report: Report) -> str:
-    """Lay the report out: a line for each hook, under it what changed and what that means, the verdict last."""
-    width = max(len(name) for name in (TRIAL, *(f.hook.name for f in report.findings)))
-    lines = [f"{report.release} from {report.origin}, hooks of {report.shim}"]
-    lines += [*packages_as_text(packages(report)), ""]
-    for finding in report.findings:
-        lines.append(f"{finding.hook.name:{width}}  {_summary(finding)}")
-        for comparison in finding.changed:
-            lines += _change(comparison, "" if comparison is finding.target else f"relies on {comparison.target}: ")
-        lines += [f"    means: {finding.meaning}"] if finding.meaning else []
-    lines += [f"{TRIAL:{width}}  {_worst(report.trial).status.value}"] if report.trial else []
-    for comparison in report.trial:
-        lines += _change(comparison, f"use {comparison.target}: ") if comparison.changed else []
-    lines += [f"    means: {TRIAL} cannot run on this verl; training does not need it"] if report.trial_breaks else []
-    return "\n".join([*lines, "", report.verdict])
-
-
-def _change(comparison: Comparison, of_what: str) -> list[str]:
-    detail = f" {comparison.detail}" if comparison.detail else ""
-    first = f"    {of_what}{comparison.status.value}{detail} (against {comparison.package} {comparison.against})"
-    return [first, *(f"      {line}" for line in comparison.diff)]
-
-
-def _worst(comparisons: Iterable[Comparison]) -> Comparison:
-    return max(comparisons, key=lambda comparison: list(Status).index(comparison.status))
-
-
-def _summary(finding: Finding) -> str:
-    target = finding.target
-    compared = [c for c in (target, *finding.reliances) if c.status is not Status.UNPINNED]
-    if target in compared:
-        worst = _worst(compared)
-        return worst.status.value if worst is target else f"{target.status.value}, but see below"
-    said = f"not compared: {target.detail or 'it is not pinned'}"
-    return f"{said}; what it relies on: {_worst(compared).status.value}" if compared else said

@@ -126,7 +126,7 @@ def _find(tree: Tree, module: str, names: list[str], hops: int) -> _Found | None
             return _find(tree, origin[0], [origin[1], *rest], hops - 1)
         if origin is not None:
             return None if rest else _Found(origin[0], origin[1], ())
-        assigned = tuple(_assignments(node, first))
+        assigned = _assignments(node, first)
         if len(assigned) == 1 and isinstance(alias := getattr(assigned[0], "value", None), ast.Name):
             return _find(tree, module, [alias.id, *rest], hops - 1)
         if not assigned:
@@ -156,7 +156,7 @@ def _member(tree: Tree, module: str, owner: ast.AST, prefix: str, name: str, hop
     definition = _definition(owner, name)
     if definition is not None:
         return _Found(module, f"{prefix}.{name}", (definition,))
-    assigned = tuple(_assignments(owner, name))
+    assigned = _assignments(owner, name)
     if len(assigned) == 1 and isinstance(alias := getattr(assigned[0], "value", None), ast.Name) and hops:
         aliased = _member(tree, module, owner, prefix, alias.id, hops - 1)
         if aliased is not None:
@@ -188,20 +188,26 @@ def _definition(node: ast.AST, name: str) -> ast.AST | None:
     return found
 
 
-def _assignments(node: ast.AST, name: str) -> Iterator[ast.stmt]:
-    """Yield what assigns ``name``: in the node's body, and as ``self.name`` in the methods of a class."""
+def _assignments(node: ast.AST, name: str) -> tuple[ast.stmt, ...]:
+    """Return what assigns ``name``: in the node's body, and as ``self.name`` in the methods of a class."""
+    return tuple(_assigned(node).get(name, ()))
+
+
+@functools.lru_cache(maxsize=256)
+def _assigned(node: ast.AST) -> dict[str, dict[ast.stmt, None]]:
+    """Return name -> the statements that assign it, in their order; a class is asked for many of its names."""
+    found: dict[str, dict[ast.stmt, None]] = {}
     for child in _statements(node):
-        if isinstance(child, ast.Assign | ast.AnnAssign) and any(
-            isinstance(target, ast.Name) and target.id == name for target in _targets(child)
-        ):
-            yield child
+        if isinstance(child, ast.Assign | ast.AnnAssign):
+            for target in _targets(child):
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, {})[child] = None
         elif isinstance(node, ast.ClassDef) and isinstance(child, FunctionNode):
             for inner in ast.walk(child):
-                if isinstance(inner, ast.Assign | ast.AnnAssign) and any(
-                    isinstance(target, ast.Attribute) and ast.unparse(target) == f"self.{name}"
-                    for target in _targets(inner)
-                ):
-                    yield inner
+                for target in _targets(inner):
+                    if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                        found.setdefault(target.attr, {})[inner] = None  # type: ignore[index]
+    return found
 
 
 def _targets(node: ast.AST) -> list[ast.expr]:

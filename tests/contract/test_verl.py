@@ -345,7 +345,7 @@ def test_doctor_refuses_the_renamed_target(renamed):
     assert "NOT SUPPORTED" in done.stdout
     assert "BaseEngine has no infer_batch" in done.stdout or "has no BaseEngine.infer_batch" in done.stdout
     (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("engine.infer_batch ")]
-    assert row[2] == "missing"
+    assert row[:3] == ["engine.infer_batch", "yes", "missing"], "it is listed without --all"
 
 
 def test_doctor_tells_what_was_edited_and_what_cannot_be_tried(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,10 @@ def test_holds(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = run(copy, capsys)
     assert status == 0
     assert out.splitlines()[-1] == f"verl {verl_trees.newest().version} works"
-    assert "engine.new" in out
+    assert "engine.new" not in out
+    assert "; --all lists every one" in out
+    _, out = run(copy, capsys, "--all")
+    assert re.search(r"^engine\.new +OK$", out, re.MULTILINE)
 
 
 def test_required_hook_that_is_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

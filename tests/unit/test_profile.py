@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from verl_fl_overlay.cli import tune
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.flaggems import choice, profile
 from verl_fl_overlay.flaggems.profile import Key, Measurement, Profile, ProfileError
@@ -146,13 +147,13 @@ def test_a_list_comes_before_a_profile_and_a_profile_before_everything(here, mon
 
 
 def test_the_table_says_what_was_chosen_and_why_not():
-    text = profile.as_text(MEASURED)
-    assert "Chip 1, torch 2.11.0" in text
-    rows = {line.split()[0]: line for line in text.splitlines()}
+    lines = tune.as_text(MEASURED)
+    assert lines[0].startswith("Chip 1, torch 2.11.0")
+    rows = {line.split()[0]: line for line in lines}
     assert rows["add.Tensor"].endswith("yes")
     assert rows["mul.Tensor"].endswith("no")
     assert rows["pad"].endswith("cuts the gradient")
-    assert "whole step, chosen: 9.0 ms" in text
+    assert "whole step, chosen: 9.0 ms" in lines
 
 
 def test_the_variable_means_auto_nothing_or_a_file(tmp_path):

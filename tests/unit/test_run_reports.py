@@ -40,16 +40,16 @@ def folder(tmp_path):
 
 
 def test_processes_that_did_the_same_are_one_row(folder, capsys):
-    assert main(["doctor", "--reports", str(folder)]) == 1, "a process has a problem"
+    assert main(["doctor", "--wide", "--reports", str(folder)]) == 1, "a process has a problem"
     text = capsys.readouterr().out
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[:4] == [
-        "processes ranks program verl training hooks called problems features on",
-        "1 - trainer/main_ppo.py 0.9.1 no 0 of 2 installed 0 logprobs",
-        "4 0-2,10 workers/default_worker.py 0.9.1 yes 1 of 2 installed 0 logprobs",
-        "1 4 workers/default_worker.py 0.9.1 yes 1 of 2 installed 1 logprobs",
+        "processes ranks verl training hooks called problems program and its features",
+        "1 - 0.9.1 no 0 of 2 0 trainer/main_ppo.py: logprobs",
+        "4 0-2,10 0.9.1 yes 1 of 2 0 workers/default_worker.py: logprobs",
+        "1 4 0.9.1 yes 1 of 2 1 workers/default_worker.py: logprobs",
     ]
-    assert "engine.enter 5 34" in rows
+    assert "5 34 engine.enter" in rows
     assert "FlagGems failed (1 of the processes)" in rows
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.compat import pins
 from verl_fl_overlay.compat.release import check, sources
+from verl_fl_overlay.compat.release.check import TRIAL, Comparison, Finding, Report, Status
 
 OTHERS = " or ".join(package.distribution for package in pins.PACKAGES.values() if package != pins.VERL)
 TARGET = (
@@ -16,14 +19,27 @@ TARGET = (
 )
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser("check", help="say whether the hooks hold on a release, from its source alone")
-    parser.add_argument("target", help=TARGET)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--against", metavar="RELEASE", help="the pinned release to compare with (default: the nearest)"
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "The functions that are hooked are compared with those of the tested releases; what changed is shown as a "
+        "diff, with what it means. Nothing of the release is imported or run; neither verl nor torch is needed."
     )
+    examples = (
+        "verl-fl check latest",
+        "verl-fl check verl-0.9.1-py3-none-any.whl --all",
+        "verl-fl check ~/verl@main --against 0.9.1",
+        "verl-fl check transformers==latest --json",
+    )
+    exits = {0: "the overlay loads with this release", 1: "the overlay would refuse to load with it"}
+    terminal.explain(parser, more, examples=examples, exits=exits)
+    parser.add_argument("target", metavar="TARGET", help=TARGET)
+    against = "compare with this tested release (default: for each function the newest that is not newer)"
+    parser.add_argument("--against", metavar="RELEASE", help=against)
+    parser.add_argument("--all", action="store_true", help="list every hook (default: those to look at)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, with every hook (default: text)")
+    terminal.add_wide(form)
     parser.set_defaults(run=run)
 
 
@@ -31,5 +47,72 @@ def run(options: argparse.Namespace) -> int:
     """Print the finding for each hook; return 1 if the overlay would refuse to load."""
     with sources.opened(options.target) as tree, sources.PinnedReleases() as pinned:
         report = check.check(tree, options.against, pinned.tree)
-    print(json.dumps(check.as_json(report), indent=1) if options.json else check.as_text(report))
+    print(json.dumps(check.as_json(report), indent=1) if options.json else as_text(report, options.all, options.wide))
     return 0 if report.holds else 1
+
+
+def as_text(report: Report, every: bool = False, wide: bool = False) -> str:
+    """Lay the report out: the hooks that somebody has to look at, or ``every`` one, what changed, the verdict last."""
+    rows: list[tuple[str, str, list[str]]] = []
+    for finding in report.findings:
+        changes = [
+            line
+            for comparison in finding.changed
+            for line in _change(comparison, "" if comparison is finding.target else f"relies on {comparison.target}: ")
+        ]
+        rows.append((finding.hook.name, _summary(finding), changes + _means(finding.meaning)))
+    if report.trial:
+        changed = (comparison for comparison in report.trial if comparison.changed)
+        changes = [line for comparison in changed for line in _change(comparison, f"use {comparison.target}: ")]
+        without = f"{TRIAL} cannot run on this verl; training does not need it" if report.trial_breaks else ""
+        rows.append((TRIAL, _worst(report.trial).status.value, changes + _means(without)))
+    shown = [row for row in rows if every or row[2]]
+    width = max((len(name) for name, *_ in shown), default=0)
+    lines = [f"{report.release} from {report.origin}, hooks of {report.shim}", *packages_as_text(report), ""]
+    for name, told, under in shown:
+        status = terminal.Good(told) if told == Status.OK.value else told
+        lines += [*terminal.table((), [(name.ljust(width), status)], wide=wide), *terminal.sentences(under, wide=wide)]
+    lines += [] if every else [*([""] if shown else []), f"{_counted(rows, shown)}; --all lists every one"]
+    verdict = (terminal.Good if report.holds else terminal.Bad)(report.verdict)
+    return "\n".join([*lines, "", *terminal.sentences([verdict], wide=wide)])
+
+
+def packages_as_text(report: Report) -> list[str]:
+    """Return a line for each pinned package beside verl: which version is here, and for which ones the hooks hold."""
+    return [f"{name} {pinned(about)}" for name, about in check.packages(report).items()]
+
+
+def pinned(about: dict[str, Any]) -> str:
+    """Return in words what ``check.packages`` says of one package."""
+    return f"{about['version'] or 'not installed'} (pinned: {', '.join(about['pinned'])})"
+
+
+def _counted(rows: list[tuple[str, str, list[str]]], shown: list[tuple[str, str, list[str]]]) -> str:
+    others = [told for row in rows if row not in shown for told in [row[1]]]
+    fine = sum(told == Status.OK.value for told in others)
+    apart = len(others) - fine
+    return f"{fine} OK" + (f", {apart} not compared: their packages have no pins, or are not here" if apart else "")
+
+
+def _means(meaning: str) -> list[str]:
+    return [f"    means: {meaning}"] if meaning else []
+
+
+def _change(comparison: Comparison, of_what: str) -> list[str]:
+    detail = f" {comparison.detail}" if comparison.detail else ""
+    first = f"    {of_what}{comparison.status.value}{detail} (against {comparison.package} {comparison.against})"
+    return [first, *(f"      {line}" for line in comparison.diff)]
+
+
+def _worst(comparisons: Iterable[Comparison]) -> Comparison:
+    return max(comparisons, key=lambda comparison: list(Status).index(comparison.status))
+
+
+def _summary(finding: Finding) -> str:
+    target = finding.target
+    compared = [c for c in (target, *finding.reliances) if c.status is not Status.UNPINNED]
+    if target in compared:
+        worst = _worst(compared)
+        return worst.status.value if worst is target else f"{target.status.value}, but see below"
+    said = f"not compared: {target.detail or 'it is not pinned'}"
+    return f"{said}; what it relies on: {_worst(compared).status.value}" if compared else said

@@ -10,15 +10,16 @@ import argparse
 import importlib
 import json
 import os
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
-from verl_fl_overlay.cli import env, run_reports, standard_output
+from verl_fl_overlay.cli import check as checked_release
+from verl_fl_overlay.cli import env, run_reports, standard_output, terminal
 from verl_fl_overlay.cli.attempt import Result, attempt, one_line
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
-from verl_fl_overlay.cli.run_reports import table
 from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
@@ -34,19 +35,37 @@ from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modu
 TIMEOUT = 180.0
 """Seconds that the import of a component may take."""
 
+NOT_NEEDED = "not needed here"
+"""How the detail of a hook begins whose package is not installed."""
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    doctor = commands.add_parser("doctor", help="try every hook and every component that is asked for, and report")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        metavar="SECONDS",
-        help="how long a component may take to be imported (default: %(default)g)",
+
+def add(doctor: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "verl is imported, every hook is put on, and each component that the environment asks for (FlagGems, FlagCX, "
+        "the plugins for rollout, ...) is tried in a process of its own. Run it where training is to run, with the "
+        "job's environment. --reports sums up what the processes of a run reported instead."
     )
-    doctor.add_argument("--reports", metavar="DIR", help="sum up the reports that a run wrote to VERL_FL_REPORT_DIR")
+    examples = (
+        "verl-fl doctor",
+        "verl-fl doctor --json > doctor.json",
+        "verl-fl doctor --all --wide | grep attention",
+        "verl-fl doctor --reports reports   # after a run with VERL_FL_REPORT_DIR=reports",
+    )
+    exits = {
+        0: "training can go on with the overlay and all that is asked for",
+        1: "it cannot; with --reports: no process trained, or one has a problem",
+    }
+    terminal.explain(doctor, more, examples=examples, exits=exits)
+    every = "list every hook with its target (default: those to look at)"
+    doctor.add_argument("--all", action="store_true", help=every)
+    limit = "how long a component may take to be imported, seconds (default: %(default)g)"
+    doctor.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=limit)
+    reports = "sum up the reports in this folder, which a run wrote to VERL_FL_REPORT_DIR (default: try everything)"
+    doctor.add_argument("--reports", metavar="DIR", help=reports)
+    form = doctor.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, with every hook (default: tables)")
+    terminal.add_wide(form)
     doctor.set_defaults(run=run)
 
 
@@ -60,12 +79,12 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.reports is not None:
         summed = run_reports.summed_up(options.reports)
-        print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed))
+        print(json.dumps(summed, indent=1) if options.json else run_reports.as_text(summed, options.wide))
         return 1 if summed["problems"] or not summed["trained"] else 0
     quiet()
     with standard_output.kept():
         result, usable = examine(options.timeout)
-    print(json.dumps(result, indent=1) if options.json else as_text(result))
+    print(json.dumps(result, indent=1) if options.json else as_text(result, options.all, options.wide))
     _leave_no_report()
     return 0 if usable else 1
 
@@ -131,7 +150,7 @@ def _examine_verl() -> tuple[dict[str, Any], bool]:
         for status in hooks.report():
             fault = _import_target(status)
             if fault and not _serves(status):
-                notes[status.hook.name] = f"not needed here: {status.hook.needs} is not installed"
+                notes[status.hook.name] = f"{NOT_NEEDED}: {status.hook.needs} is not installed"
             elif fault:
                 notes[status.hook.name] = fault
                 refusals += [f"hook {status.hook.name} cannot be tried: {fault}"] if status.hook.required else []
@@ -239,47 +258,73 @@ def _pinned(comparison: Comparison) -> str:
     return _PINNED[Status.MISSING if moved_away else comparison.status]
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """Lay the report out as aligned text that can be pasted into an issue."""
+def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> str:
+    """Lay the report out as tables that can be pasted into an issue; ``every`` hook, or those to look at."""
     verl, pinned = result["verl"], result["packages"]
     told = {
         "verl-fl-overlay": f"{result['overlay']} in {result['overlay folder']}",
-        "verl": f"{verl['version'] or 'not installed'}"
-        + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
-        + ("" if verl["supported"] else "  NOT SUPPORTED"),
+        "verl": _verl(verl),
         **{name: version for name, version in result["versions"].items() if name not in pinned},
-        **dict(line.split(maxsplit=1) for line in check.packages_as_text(pinned, 0)),
+        **{name: checked_release.pinned(about) for name, about in pinned.items()},
         "device": result["device"],
         "attention": _attention(result["features"]),
         "settings": _settings(result["settings"]),
     }
-    width = max(map(len, told)) + 1
-    lines = [*(f"{name.ljust(width)}{text}" for name, text in told.items()), ""]
+    lines = [*terminal.table((), told.items(), wide=wide), ""]
     if result["components"]:
-        rows = [
-            [name, tried["asked for by"], "no" if tried["fault"] else "yes", _found(tried)]
-            for name, tried in result["components"].items()
+        tried = [
+            (name, about["asked for by"], _yes(not about["fault"]), _found(about))
+            for name, about in result["components"].items()
         ]
-        lines += [*table(["tried", "asked for by", "can be used", "what is here"], rows), ""]
+        lines += [*terminal.table(("tried", "asked for by", "can be used", "what is here"), tried, wide=wide), ""]
     if result["features"]:
-        lines += table(
-            ["feature", "on", "what for"],
-            [
-                [name, "yes" if f["on"] else f"no: {f['reason']}", f["summary"]]
-                for name, f in result["features"].items()
-            ],
-        )
-        for name, feature in result["features"].items():
-            lines += _detail(name, feature.get("detail", {}))
-    if result["hooks"]:
-        rows = [
-            [h["name"], "yes" if h["required"] else "no", h["pinned"], h["state"], h["target"]] for h in result["hooks"]
+        features = [
+            (name, "yes" if about["on"] else "no", about["summary"] if about["on"] else about["reason"])
+            for name, about in result["features"].items()
         ]
-        lines += ["", *table(["hook", "required", "pinned", "installed", "target"], rows)]
-        details = [f"  {h['name']}: {h['detail']}" for h in result["hooks"] if h["detail"]]
-        lines += (["", "notes", *details]) if details else []
-    lines += ["", "problems", *(f"  {p}" for p in result["problems"])] if result["problems"] else ["", "no problems"]
-    return "\n".join(lines)
+        lines += terminal.table(("feature", "on", "what for, or why not"), features, wide=wide)
+        for name, feature in result["features"].items():
+            lines += _detail(name, feature.get("detail", {}), wide)
+    if result["hooks"]:
+        lines += ["", *_hooks(result["hooks"], every, wide)]
+    return "\n".join([*lines, "", *terminal.problems(result["problems"], wide=wide)])
+
+
+def _verl(verl: dict[str, Any]) -> str:
+    said = f"{verl['version'] or 'not installed'}" + (f" (hooks of {verl['shim']})" if verl["shim"] else "")
+    return said if verl["supported"] else terminal.Bad(f"{said}  NOT SUPPORTED")
+
+
+def _yes(holds: bool) -> str:
+    return terminal.Good("yes") if holds else terminal.Bad("no")
+
+
+def _hooks(hooks: list[dict[str, Any]], every: bool, wide: bool) -> list[str]:
+    """Return the table of ``every`` hook, or of those to look at, and how many there are."""
+    shown = [hook for hook in hooks if every or _to_look_at(hook)]
+    rows = [
+        (
+            hook["name"],
+            "yes" if hook["required"] else "no",
+            hook["pinned"],
+            terminal.Bad(hook["state"]) if hook["state"] == State.FAILED.value else hook["state"],
+            hook["target"] + (f"; {hook['detail']}" if hook["detail"] else ""),
+        )
+        for hook in shown
+    ]
+    states = Counter(hook["state"] for hook in hooks)
+    counted = f"hooks: {', '.join(f'{count} {state}' for state, count in states.items())}"
+    others = "" if every else f"; {'the others' if shown else 'all'} are as they should be: --all lists them"
+    lines = terminal.table(("hook", "required", "pinned", "state", "target"), rows, wide=wide) if rows else []
+    return [*lines, *terminal.sentences([counted + others], wide=wide)]
+
+
+def _to_look_at(hook: dict[str, Any]) -> bool:
+    """Return whether somebody has to look at a hook: it failed, something is not as pinned, or nobody called it on."""
+    if hook["state"] == State.DISABLED.value or hook["detail"].startswith(NOT_NEEDED):
+        return False
+    as_pinned = hook["outcome"] in ("", Outcome.WORKS.value)
+    return not as_pinned or hook["state"] not in (State.INSTALLED.value, State.REMOVED.value)
 
 
 def _found(told: dict[str, Any]) -> str:
@@ -293,12 +338,10 @@ def _attention(features: dict[str, Any]) -> str:
     return "; ".join(filter(None, (told.get("flash_attention_2"), computed))) or "-"
 
 
-def _detail(name: str, detail: dict[str, Any]) -> list[str]:
-    """Lay out a feature's description, one line per entry; empty entries are left out."""
-    told = {key: value for key, value in detail.items() if value not in (None, "", [], {}, ())}
-    width = max(map(len, told), default=0)
-    lines = [f"  {key.ljust(width)}  {_value(value)}" for key, value in told.items()]
-    return ["", name, *lines] if lines else []
+def _detail(name: str, detail: dict[str, Any], wide: bool) -> list[str]:
+    """Lay out a feature's description, one row per entry; empty entries are left out."""
+    told = [(f"  {key}", _value(value)) for key, value in detail.items() if value not in (None, "", [], {}, ())]
+    return ["", terminal.title(name), *terminal.table((), told, wide=wide)] if told else []
 
 
 def _value(value: Any) -> str:

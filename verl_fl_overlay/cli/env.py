@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.settings import TABLE, Settings
 from verl_fl_overlay.settings.conflicts import conflicts
 from verl_fl_overlay.settings.loading import forwarded, kept_back
@@ -17,13 +18,26 @@ from verl_fl_overlay.settings.table import contradictions, misspelt, of_phase, s
 from verl_fl_overlay.settings.variables import Variable
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    env = commands.add_parser("env", help="show every variable of the stack, what it does and what is wrong with it")
-    env.add_argument("--phase", choices=["training", "rollout"], default="", help="leave out what only the other reads")
+def add(env: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "What is set stands first, then the defaults by component, then what is wrong: values that are not allowed, "
+        "misspelt names and variables that contradict each other. Passwords are not shown."
+    )
+    examples = (
+        "verl-fl env",
+        "verl-fl env --phase rollout --wide | grep BLACKLIST",
+        "verl-fl env --json > env.json",
+        "verl-fl env --sh > env.sh   # in another shell, or on another machine: . ./env.sh",
+    )
+    exits = {0: "all values are allowed; there may be warnings", 1: "a value is not allowed, or two contradict"}
+    terminal.explain(env, more, examples=examples, exits=exits)
+    phase = "show what is read in this phase, training or rollout (default: in either)"
+    env.add_argument("--phase", choices=["training", "rollout"], default="", help=phase)
     form = env.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--sh", action="store_true", help="print the variables that are set as shell exports")
+    form.add_argument("--json", action="store_true", help="print JSON (default: tables)")
+    form.add_argument("--sh", action="store_true", help="print what is set as exports, for another shell")
+    terminal.add_wide(form)
     env.set_defaults(run=run)
 
 
@@ -35,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         for error in result["errors"]:
             print(f"verl-fl env: {error}", file=sys.stderr)
     else:
-        print(json.dumps(result, indent=1) if options.json else as_text(result))
+        print(json.dumps(result, indent=1) if options.json else as_text(result, options.wide))
     return 1 if result["errors"] else 0
 
 
@@ -75,30 +89,31 @@ def _value(variable: Variable[Any], settings: Settings) -> str:
     return "" if default in (None, {}) else str(default)
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """Lay out as aligned text: what was set first, then the defaults, by component."""
+def as_text(result: dict[str, Any], wide: bool = False) -> str:
+    """Lay out as tables: what was set first, then the defaults, by component; then what is wrong."""
     lines: list[str] = []
-    for source, title in (("environment", "set"), ("default", "not set")):
+    for source, heading in (("environment", "set"), ("default", "not set")):
         rows = [row for row in result["variables"] if row["source"] == source]
-        lines += ["", f"{title}: {'nothing' if not rows else ''}".rstrip()]
+        lines += ["", terminal.title(f"{heading}: {'nothing' if not rows else ''}".rstrip())]
         for component in dict.fromkeys(row["component"] for row in rows):
-            lines.append(f"  {component}")
-            lines += [_line(row) for row in rows if row["component"] == component]
-    for title, name in (
+            cells = [
+                (f"    {row['name']}={row['value']}", row["phase"], f"{row['effect']} [{row['allowed']}]")
+                for row in rows
+                if row["component"] == component
+            ]
+            lines += [f"  {component}", *terminal.table((), cells, wide=wide)]
+    for heading, name in (
         ("set, not in the table, and given to Ray's workers:", "not in the table"),
         ("not given to other processes:", "kept back"),
     ):
-        lines += ["", title, *(f"    {n}: {told}" for n, told in result[name].items())] if result[name] else []
-    for severity in ("errors", "warnings"):
-        if result[severity]:
-            lines += ["", severity, *(f"  {finding}" for finding in result[severity])]
+        told = [(f"    {variable}", text) for variable, text in result[name].items()]
+        lines += ["", terminal.title(heading), *terminal.table((), told, wide=wide)] if told else []
+    for name in ("errors", "warnings"):
+        if result[name]:
+            lines += ["", terminal.title(terminal.Bad(name)), *terminal.sentences(result[name], "  ", wide=wide)]
     if not result["errors"] and not result["warnings"]:
-        lines += ["", "no conflicts"]
+        lines += ["", terminal.title(terminal.Good("no conflicts"))]
     return "\n".join(lines[1:])
-
-
-def _line(row: dict[str, Any]) -> str:
-    return f"    {row['name'] + '=' + row['value']:<44} {row['phase']:<9} {row['effect']} [{row['allowed']}]"
 
 
 def as_exports(environment: Mapping[str, str], phase: str = "") -> str:

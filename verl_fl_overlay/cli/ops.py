@@ -9,16 +9,26 @@ from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.flaggems import faults, library, safety
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    ops = commands.add_parser("ops", help="list the operators of the FlagGems that is here, and which training may use")
-    ops.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a name, or with * and ?")
-    ops.add_argument("--json", action="store_true", help="print JSON")
-    ops.add_argument("--unsafe", action="store_true", help="only those that training must not use")
-    ops.add_argument("--faults", action="store_true", help="what is known to be wrong in the version here, else newest")
+def add(ops: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "An operator is safe in training unless FlagGems' kernel cuts or falsifies a gradient; the reason is told. "
+        "--faults lists what is known to be wrong with kernels, and needs no FlagGems."
+    )
+    examples = ("verl-fl ops softmax", "verl-fl ops --unsafe --json", "verl-fl ops --faults '*loss*'")
+    terminal.explain(ops, more, examples=examples, exits={0: "some are listed", 1: "none match"})
+    pattern = "part of a function's name or aten key, or a pattern with * and ? for the whole of it (default: all)"
+    ops.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help=pattern)
+    ops.add_argument("--unsafe", action="store_true", help="list only those that training must not use (default: all)")
+    faults_help = "list the kernels that are known to be wrong in the version here; where none is, in the newest"
+    ops.add_argument("--faults", action="store_true", help=faults_help)
+    form = ops.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON (default: a table)")
+    terminal.add_wide(form)
     ops.set_defaults(run=run)
 
 
@@ -29,12 +39,12 @@ def run(options: argparse.Namespace) -> int:
         FlagGemsError: there is no FlagGems that can be used here; the faults are printed without one.
     """
     if options.faults:
-        return print_faults(options.pattern, options.json)
+        return print_faults(options.pattern, options.json, options.wide)
     found = operators(options.pattern, options.unsafe)
     if options.json:
         print(json.dumps(found, indent=1))
     elif found:
-        print(as_text(found))
+        print(as_text(found, options.wide))
     else:
         print(f"no operator matches {options.pattern!r}" if options.pattern else "no operators", file=sys.stderr)
     return 0 if found else 1
@@ -59,7 +69,7 @@ def operators(pattern: str = "", only_unsafe: bool = False) -> list[dict[str, An
     ]
 
 
-def print_faults(pattern: str, as_json: bool = False) -> int:
+def print_faults(pattern: str, as_json: bool, wide: bool) -> int:
     """Print what is known to be wrong with FlagGems' kernels, on any chip; return 1 if nothing is.
 
     The installed version decides, whether FlagGems can be imported here or not; the newest if none is installed.
@@ -70,10 +80,9 @@ def print_faults(pattern: str, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps([asdict(fault) for fault in found], indent=1))
         return 0 if found else 1
-    for fault in found:
-        where = f" [{fault.vendor} alone]" if fault.vendor else ""
-        print(f"aten::{fault.key}{where}, {fault.versions}: {fault}")
-    print(f"{len(found)} faults are known of flag_gems {version or 'in its newest version (none is installed)'}")
+    rows = [(fault.key, fault.versions, fault.vendor or "all", str(fault)) for fault in found]
+    known = f"{len(found)} faults are known of flag_gems {version or 'in its newest version (none is installed)'}"
+    print("\n".join([*terminal.table(("aten key", "versions", "chips", "what is wrong"), rows, wide=wide), "", known]))
     return 0 if found else 1
 
 
@@ -81,20 +90,15 @@ def _matches(text: str, pattern: str) -> bool:
     return fnmatchcase(text, pattern) if "*" in pattern or "?" in pattern else pattern in text
 
 
-def as_text(found: list[dict[str, Any]]) -> str:
-    """Lay the operators out as aligned text: function, aten key, and yes or why not."""
+def as_text(found: list[dict[str, Any]], wide: bool = False) -> str:
+    """Lay the operators out as a table: function, aten key, and yes or why not."""
     rows = [
         (entry["function"] if position == 0 else "", key, f"no: {reason}" if reason else "yes")
         for entry in found
         for position, (key, reason) in enumerate(entry["keys"].items())
     ]
-    head = ("function", "aten key", "in training")
-    function, key = (max(len(row[column]) for row in [head, *rows]) for column in (0, 1))
     unsafe = sum(1 for row in rows if row[2] != "yes")
+    lines = terminal.table(("function", "aten key", "in training"), rows, wide=wide)
     return "\n".join(
-        [
-            *(f"{row[0].ljust(function)}  {row[1].ljust(key)}  {row[2]}" for row in [head, *rows]),
-            "",
-            f"{len(found)} functions, {len(rows)} aten keys, {unsafe} of them not safe in training",
-        ]
+        [*lines, "", f"{len(found)} functions, {len(rows)} aten keys, {unsafe} of them not safe in training"]
     )

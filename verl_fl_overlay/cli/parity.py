@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from verl_fl_overlay.cli import te_fl
+from verl_fl_overlay.cli import te_fl, terminal
 from verl_fl_overlay.cli.trial import kernels_of, native_environment, run_trial, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.errors import OverlayError
@@ -32,21 +32,41 @@ AS_NATIVE = 1.5
 """A distance from fp32 is also allowed up to this multiple of the native run's."""
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    parity = commands.add_parser("parity", help="compare a step with and without the overlay, on the same weights")
-    parity.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
+def add(parity: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "Four processes run one step of verl's real engine: twice without the overlay, once in fp32, once with the "
+        "overlay in this environment. Log-probs, entropy, loss and gradients are compared, with what rounding allows."
+    )
+    examples = (
+        "verl-fl parity MODEL",
+        "verl-fl parity MODEL --rows 8 --length 2048 --json > parity.json",
+        "verl-fl parity MODEL --attention sdpa --padding",
+        "verl-fl parity --te-fl",
+    )
+    exits = {0: "the same up to rounding", 1: "a difference is too large"}
+    terminal.explain(parity, more, examples=examples, exits=exits)
+    model = "a model's folder, Hugging Face format; not needed with --te-fl"
+    parity.add_argument("model", nargs="?", metavar="MODEL", help=model)
     te_fl_help = "compare TransformerEngine-FL's implementations with fp32 instead; FlagGems tunes first, for minutes"
     parity.add_argument("--te-fl", action="store_true", help=te_fl_help)
-    parity.add_argument("--rows", type=int, default=4, help="sequences in the batch (default: %(default)s)")
-    parity.add_argument("--length", type=int, default=256, help="tokens in the longest of them (default: %(default)s)")
-    micro_batch = "sequences computed at a time (default: %(default)s)"
-    parity.add_argument("--micro-batch", type=int, default=2, help=micro_batch)
-    attention = "attn_implementation of the job (default: %(default)s)"
-    parity.add_argument("--attention", default=Trial.attention, help=attention)
-    parity.add_argument("--padding", action="store_true", help="the job has use_remove_padding=False")
-    parity.add_argument("--seed", type=int, default=0, help="of the random tokens (default: %(default)s)")
-    parity.add_argument("--json", action="store_true", help="print JSON")
+    rows, length, micro_batch, attention, seed = (
+        "sequences in the batch, 1 or more (default: %(default)s)",
+        "tokens in the longest of them, 2 or more (default: %(default)s)",
+        "sequences computed at a time, 1 or more (default: %(default)s)",
+        "attn_implementation of the job: flash_attention_2, sdpa, eager, ... (default: %(default)s)",
+        "of the random tokens, a whole number (default: %(default)s)",
+    )
+    parity.add_argument("--rows", type=int, default=4, metavar="N", help=rows)
+    parity.add_argument("--length", type=int, default=256, metavar="N", help=length)
+    parity.add_argument("--micro-batch", type=int, default=2, metavar="N", help=micro_batch)
+    parity.add_argument("--attention", default=Trial.attention, metavar="NAME", help=attention)
+    padding = "the job has use_remove_padding=False (default: its sequences are packed)"
+    parity.add_argument("--padding", action="store_true", help=padding)
+    parity.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
+    form = parity.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON (default: a table)")
+    terminal.add_wide(form)
     parity.set_defaults(run=run)
 
 
@@ -58,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.te_fl:
         rows = te_fl.examine()
-        print(json.dumps(rows, indent=1) if options.json else te_fl.as_text(rows))
+        print(json.dumps(rows, indent=1) if options.json else te_fl.as_text(rows, options.wide))
         return 0 if te_fl.usable(rows) else 1
     if not options.model:
         raise OverlayError("the folder of a model is missing: verl-fl parity MODEL")
     shape = options.rows, options.length, options.micro_batch, options.seed
     result = examine(Trial(options.model, *shape, options.attention, options.padding))
-    print(json.dumps(result, indent=1) if options.json else as_text(result))
+    print(json.dumps(result, indent=1) if options.json else as_text(result, options.wide))
     return 0 if result["same"] else 1
 
 
@@ -206,9 +226,15 @@ def as_verl_can(trial: Trial) -> Trial:
 def examine(trial: Trial) -> dict[str, Any]:
     """Run all four and compare; return the lines, the verdict and which kernels the overlay used."""
     without = as_verl_can(trial)
-    native, again = (run_trial(without, native_environment()) for _ in range(2))
-    exact = run_trial(replace(trial, attention=EXACT, padding=True, micro_batch=1, fp32=True), native_environment())
-    ours = run_with_overlay(trial)
+    with terminal.step("1/4 without the overlay"):
+        native = run_trial(without, native_environment())
+    with terminal.step("2/4 without the overlay again, for the noise"):
+        again = run_trial(without, native_environment())
+    with terminal.step("3/4 in fp32, one sequence at a time"):
+        in_fp32 = replace(trial, attention=EXACT, padding=True, micro_batch=1, fp32=True)
+        exact = run_trial(in_fp32, native_environment())
+    with terminal.step("4/4 with the overlay"):
+        ours = run_with_overlay(trial)
     lines = compare(native, again, ours, exact, alike=without == trial)
     return {
         **asdict(trial),
@@ -222,27 +248,36 @@ def examine(trial: Trial) -> dict[str, Any]:
     }
 
 
-def as_text(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any], wide: bool = False) -> str:
     """Return the result of ``examine`` as a table with a verdict."""
-    width = max(len(line["name"]) for line in result["lines"])
     rows = [
+        (
+            f"{line['difference']:.3g}",
+            f"{line['noise']:.3g}",
+            f"{max(line['bound'], line['factor'] * line['noise']):.3g}",
+            terminal.Good("ok") if line["holds"] else terminal.Bad("TOO LARGE"),
+            line["name"],
+        )
+        for line in result["lines"]
+    ]
+    verdict = (
+        terminal.Good(
+            "same: every difference is within its bound, or near that of two native runs or of a native run from fp32"
+        )
+        if result["same"]
+        else terminal.Bad(
+            "NOT the same: --attention sdpa --padding, VERL_FL_DISABLE=logprobs.fsdp,entropy.fsdp or VERL_FL_FUSED=0 "
+            "tell which part it is"
+        )
+    )
+    heading = [
         f"{result['model']}: {result['tokens']} tokens, verl {result['verl']}, {result['device']}",
         f"the job: {_how(result)}; without the overlay: {_how(result['native'])}",
-        f"{'':{width}} {'overlay':>10} {'native':>10} {'allowed':>10}",
     ]
-    for line in result["lines"]:
-        mark = "" if line["holds"] else "  TOO LARGE"
-        rows.append(
-            f"{line['name']:{width}} {line['difference']:10.3g} {line['noise']:10.3g} "
-            f"{max(line['bound'], line['factor'] * line['noise']):10.3g}{mark}"
-        )
-    rows.append(
-        "same: every difference is within its bound, or near that of two native runs or of a native run from fp32"
-        if result["same"]
-        else "NOT the same: --attention sdpa --padding, VERL_FL_DISABLE=logprobs.fsdp,entropy.fsdp or VERL_FL_FUSED=0 "
-        "tell which part it is"
+    lines = terminal.table(("overlay", "native", "allowed", "", "difference in"), rows, wide=wide)
+    return "\n".join(
+        [*terminal.sentences(heading, wide=wide), "", *lines, "", *terminal.sentences([verdict], wide=wide)]
     )
-    return "\n".join(rows)
 
 
 def _how(run: dict[str, Any]) -> str:

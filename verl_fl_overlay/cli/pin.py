@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.cli.check import TARGET
 from verl_fl_overlay.compat.release import pinning, sources
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.files import write_whole
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    pin = commands.add_parser("pin", help="print the pins of a release, from its source alone")
-    pin.add_argument("target", help=TARGET)
-    pin.add_argument("--write", action="store_true", help="write them to compat/pins of this checkout")
+def add(pin: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "The pins are JSON: of each function that is hooked its kind, its parameters and a digest. They are for who "
+        "ports the overlay to another release; --write puts them into the checkout that this command runs from."
+    )
+    examples = ("verl-fl pin 0.9.1", "verl-fl pin transformers==5.10.4 --write")
+    exits = {0: "the pins were printed or written", 1: "with --write: something is missing, and nothing was written"}
+    terminal.explain(pin, more, examples=examples, exits=exits)
+    pin.add_argument("target", metavar="TARGET", help=TARGET)
+    pin.add_argument("--write", action="store_true", help="write them to compat/pins of this checkout (default: print)")
     pin.set_defaults(run=run)
 
 

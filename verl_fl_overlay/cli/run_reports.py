@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.errors import OverlayError
 
 
@@ -104,27 +105,31 @@ def _ranks(group: Iterable[dict[str, Any]]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """Lay the sum out as aligned text."""
-    head = ["processes", "ranks", "program", "verl", "training", "hooks called", "problems", "features on"]
-    lines = table(head, [[_cell(row[column]) for column in head] for row in result["processes"]])
-    hooks = [[name, str(told["processes"]), str(told["calls"])] for name, told in result["hooks"].items()]
-    lines += ["", *table(["hook", "called in processes", "calls"], hooks)] if hooks else ["", "no hook was called"]
+def as_text(result: dict[str, Any], wide: bool = False) -> str:
+    """Lay the sum out as tables."""
+    head = ["processes", "ranks", "verl", "training", "hooks called", "problems", "program and its features"]
+    rows = [
+        [
+            str(row["processes"]),
+            row["ranks"],
+            str(row["verl"]),
+            row["training"],
+            row["hooks called"].removesuffix(" installed"),
+            (terminal.Bad if row["problems"] else str)(row["problems"]),
+            f"{row['program']}: {', '.join(row['features on']) or 'none'}",
+        ]
+        for row in result["processes"]
+    ]
+    lines = terminal.table(head, rows, wide=wide)
+    hooks = [(str(told["processes"]), str(told["calls"]), name) for name, told in result["hooks"].items()]
+    lines += (
+        ["", *terminal.table(("called in processes", "calls", "hook"), hooks)] if hooks else ["", "no hook was called"]
+    )
+    said = []
     if result["never called"]:
         never = ", ".join(result["never called"])
-        lines += ["", f"required where training does what they are for, and called in no process: {never}"]
-    lines += [] if result["trained"] else ["", "no process trained with the overlay"]
-    problems = [f"  {problem} ({count} of the processes)" for problem, count in result["problems"].items()]
-    return "\n".join([*lines, "", *(["problems", *problems] if problems else ["no problems"])])
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lay rows out as aligned columns under their heads."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
+        said.append(f"required where training does what they are for, and called in no process: {never}")
+    said += [] if result["trained"] else ["no process trained with the overlay"]
+    lines += [line for text in said for line in ("", *terminal.sentences([text], wide=wide))]
+    problems = [f"{problem} ({count} of the processes)" for problem, count in result["problems"].items()]
+    return "\n".join([*lines, "", *terminal.problems(problems, wide=wide)])

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from verl_fl_overlay import activation
-from verl_fl_overlay.cli import standard_output
+from verl_fl_overlay.cli import standard_output, terminal
 from verl_fl_overlay.devices.accelerator import accelerator
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.features.te_fl import CORE
@@ -48,6 +48,7 @@ def _rows() -> Any:
     device = torch.accelerator.current_accelerator() if accelerator() else torch.device("cpu")
     for trial in trials(device or torch.device("cpu"), types):
         runs = True
+        terminal.progress(f"{trial.operator}, {trial.name} ...")
         for implementation in manager.resolve_candidates(trial.operator):
             row = {"operator": trial.operator, "use": trial.name, "implementation": implementation.impl_id}
             try:
@@ -65,13 +66,17 @@ def usable(rows: list[dict[str, Any]]) -> bool:
     return uses == right
 
 
-def as_text(rows: list[dict[str, Any]]) -> str:
+def as_text(rows: list[dict[str, Any]], wide: bool = False) -> str:
     """Return the rows as a table with a verdict; * marks what runs."""
-    lines = [f"{'operator':26}{'use':26}{'implementation':20}distance from fp32, as a part of what is allowed"]
+    cells = []
     for row in rows:
-        told = f"fails: {row['failed']}" if row["failed"] else f"{row['of_allowed']:.2f}"
-        wrong = "" if row["failed"] or row["of_allowed"] <= 1 else "  WRONG"
-        name = row["implementation"] + "*" * row["runs"]
-        lines.append(f"{row['operator']:26}{row['use']:26}{name:20}{told}{wrong}")
-    forbidden = "what runs (*) must NOT be used: choose others with TE_FL_PER_OP"
-    return "\n".join([*lines, "what runs (*) may be used" if usable(rows) else forbidden])
+        wrong = bool(row["failed"]) or row["of_allowed"] > 1
+        found = "fails" if row["failed"] else f"{row['of_allowed']:.2f}" + (" WRONG" if wrong else "")
+        told = (terminal.Bad if wrong else terminal.Good)(found)
+        use = f"{row['operator']}, {row['use']}" + (f": {row['failed']}" if row["failed"] else "")
+        cells.append((told, row["implementation"] + "*" * row["runs"], use))
+    lines = terminal.table(("of allowed", "implementation", "operator and use"), cells, wide=wide)
+    what = "of allowed: the distance from fp32, as a part of what is allowed"
+    may = terminal.Good("what runs (*) may be used")
+    verdict = may if usable(rows) else terminal.Bad("what runs (*) must NOT be used: choose others with TE_FL_PER_OP")
+    return "\n".join([*lines, "", *terminal.sentences([what, verdict], wide=wide)])

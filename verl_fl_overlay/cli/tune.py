@@ -8,21 +8,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.flaggems.profile import Profile
 from verl_fl_overlay.settings.variables import names
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    tune = commands.add_parser("tune", help="measure which operators are faster from FlagGems, for a model")
-    tune.add_argument("model", nargs="?", help="a model's folder, Hugging Face format")
-    tune.add_argument("--rows", type=int, default=8, help="sequences a step (default: %(default)s)")
-    tune.add_argument("--length", type=int, default=1024, help="tokens in the longest of them (default: %(default)s)")
-    tune.add_argument("--micro-batch", type=int, default=4, help="sequences computed at a time (default: %(default)s)")
-    tune.add_argument("--skip", default="", help="functions that are not measured, comma-separated (mm autotunes long)")
-    out = "the profile; one begun is gone on with (default: %(default)s)"
-    tune.add_argument("--out", type=Path, default=Path("profile.json"), help=out)
-    tune.add_argument("--show", action="store_true", help="only print the table of the profile --out")
-    tune.add_argument("--plot", type=Path, help="draw it, as a PNG")
+def add(tune: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "Each operator of one training step is timed at the step's shapes, native and from FlagGems; of the faster "
+        "ones those are chosen that make whole steps faster. It takes minutes and needs verl, FlagGems and the chip. "
+        "Export VERL_FL_PROFILE=profile.json to use the result."
+    )
+    examples = (
+        "verl-fl tune MODEL --rows 4 --length 2048",
+        "verl-fl tune MODEL --skip mm,bmm --out other.json",
+        "verl-fl tune --show --out profile.json --plot profile.png",
+    )
+    exits = {0: "the profile was made, or shown", terminal.INTERRUPTED: "interrupted; the same command goes on"}
+    terminal.explain(tune, more, examples=examples, exits=exits)
+    model = "a model's folder, Hugging Face format; not needed with --show"
+    tune.add_argument("model", nargs="?", metavar="MODEL", help=model)
+    rows, length, micro_batch, skip = (
+        "sequences a step, 1 or more (default: %(default)s)",
+        "tokens in the longest of them, 2 or more (default: %(default)s)",
+        "sequences computed at a time, 1 or more (default: %(default)s)",
+        "functions that are not measured, comma-separated; mm autotunes long (default: none)",
+    )
+    tune.add_argument("--rows", type=int, default=8, metavar="N", help=rows)
+    tune.add_argument("--length", type=int, default=1024, metavar="N", help=length)
+    tune.add_argument("--micro-batch", type=int, default=4, metavar="N", help=micro_batch)
+    tune.add_argument("--skip", default="", metavar="NAMES", help=skip)
+    out = "the profile, a JSON file; one begun is gone on with (default: %(default)s)"
+    tune.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help=out)
+    show = "only print the table of the profile --out (default: measure)"
+    tune.add_argument("--show", action="store_true", help=show)
+    tune.add_argument("--plot", type=Path, metavar="FILE", help="draw it as a PNG into this file (default: no picture)")
+    terminal.add_wide(tune)
     tune.set_defaults(run=run)
 
 
@@ -43,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         left = f"{options.out} holds what was measured and is gone on with"
         print(f"verl-fl tune: interrupted; {left if options.out.exists() else 'nothing was measured'}", file=sys.stderr)
         return 130
-    print(profiles.as_text(profile))
+    print("\n".join(as_text(profile, options.wide)))
     if options.plot:
         from verl_fl_overlay.flaggems.tuning.plot import plot
 
@@ -51,8 +73,34 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def as_text(profile: Profile, wide: bool = False) -> list[str]:
+    """Return the lines of a profile as a table: operator, calls, native, FlagGems, chosen."""
+    rows = [
+        (
+            one.key,
+            str(one.calls),
+            f"{one.native_ms:.3f}",
+            f"{one.flaggems_ms:.3f}",
+            terminal.Good("yes") if one.name in profile.chosen else one.note or "no",
+        )
+        for one in sorted(profile.measurements, key=lambda one: -one.native_ms)
+    ]
+    return [
+        *terminal.sentences([str(profile.key), profile.workload], wide=wide),
+        *terminal.table(("operator", "calls", "native ms", "FlagGems ms", "chosen"), rows, wide=wide),
+        *(f"whole step, {name}: {time:.1f} ms" for name, time in profile.step_ms.items()),
+    ]
+
+
 def tune_model(
-    model: str, file: Path, *, rows: int, length: int, micro_batch: int, skip: tuple[str, ...] = (), say: Any = print
+    model: str,
+    file: Path,
+    *,
+    rows: int,
+    length: int,
+    micro_batch: int,
+    skip: tuple[str, ...] = (),
+    say: Any = terminal.progress,
 ) -> Any:
     """Tune for a model's folder: ``rows`` sequences of at most ``length`` tokens a step, in verl's FSDP2 engine.
 

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
+from verl_fl_overlay.cli import terminal
 from verl_fl_overlay.cli.trial import kernels_of, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
 
 
-def add(commands: Any) -> None:
-    """Add the command."""
-    warmup = commands.add_parser("warmup", help="fill the kernels' caches: run one step in this environment")
-    warmup.add_argument("model", help="a model's folder, Hugging Face format")
-    warmup.add_argument("--rows", type=int, default=2, help="sequences in the batch (default: %(default)s)")
-    warmup.add_argument("--length", type=int, default=1024, help="tokens in the longest of them (default: %(default)s)")
+def add(warmup: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    more = (
+        "Triton compiles and tunes each kernel once for a chip and a shape, and keeps the result on disk. After this "
+        "step, with the environment as the job will have it, the job's first step need not do that."
+    )
+    terminal.explain(
+        warmup,
+        more,
+        examples=("verl-fl warmup MODEL", "verl-fl warmup MODEL --rows 4 --length 4096"),
+        exits={0: "the step was run, or there is nothing to warm"},
+    )
+    warmup.add_argument("model", metavar="MODEL", help="a model's folder, Hugging Face format")
+    rows, length = (
+        "sequences in the batch, 1 or more (default: %(default)s)",
+        "tokens in the longest of them, 2 or more (default: %(default)s)",
+    )
+    warmup.add_argument("--rows", type=int, default=2, metavar="N", help=rows)
+    warmup.add_argument("--length", type=int, default=1024, metavar="N", help=length)
     warmup.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the step and say which kernels it used."""
     begun = time.perf_counter()
-    used = kernels_of(run_with_overlay(Trial(options.model, options.rows, options.length, micro_batch=options.rows)))
+    trial = Trial(options.model, options.rows, options.length, micro_batch=options.rows)
+    with terminal.step(f"1/1 a step of {options.rows} sequences of up to {options.length} tokens"):
+        used = kernels_of(run_with_overlay(trial))
     print(f"one step of {options.model} in {time.perf_counter() - begun:.0f} s: the kernels it needs are in the caches")
     print(f"  attention: {used['attention'].get('backends', {}) if 'attention' in used else 'off'}")
     print(f"  log-probs: {used['logprobs'].get('kernels', {}) if 'logprobs' in used else 'off'}")

@@ -145,17 +145,3 @@ def find(setting: str) -> tuple[Profile, str] | None:
         if profile.key == key_here():
             return profile, f"shipped profile {file.stem}"
     return None
-
-
-def as_text(profile: Profile) -> str:
-    """Return the profile as a table: operator, calls, native, FlagGems, chosen."""
-    rows = [
-        f"{profile.key}",
-        profile.workload,
-        f"{'operator':32}{'calls':>7}{'native ms':>11}{'FlagGems ms':>13}  chosen",
-    ]
-    for one in sorted(profile.measurements, key=lambda m: -m.native_ms):
-        chosen = "yes" if one.name in profile.chosen else one.note or "no"
-        rows.append(f"{one.key:32}{one.calls:7}{one.native_ms:11.3f}{one.flaggems_ms:13.3f}  {chosen}")
-    rows += [f"whole step, {name}: {time:.1f} ms" for name, time in profile.step_ms.items()]
-    return "\n".join(rows)
