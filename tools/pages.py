@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import pkgutil
-import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+import recipe
 from tables import DOCS, README, ROOT, markdown, replaced
 
 if __name__ == "__main__":
@@ -98,45 +94,31 @@ def stack() -> str:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return command -> its parser, and of a command with actions (``dispatch check``) one for each action."""
-    commands: Any = argparse.ArgumentParser(prog="verl-fl").add_subparsers()
-    for module in pkgutil.iter_modules(cli.__path__, f"{cli.__name__}."):
-        add = getattr(importlib.import_module(module.name), "add", None)
-        if add is not None:
-            add(commands)
     found: dict[str, argparse.ArgumentParser] = {}
-    for name, parser in sorted(commands.choices.items()):
-        actions = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-        found[name] = parser
-        found |= {f"{name} {action}": each for choices in actions for action, each in choices.items()}
+    for name, parser in _actions(cli.parser(cli.NAMES)).items():
+        found |= {name: parser, **{f"{name} {action}": each for action, each in _actions(parser).items()}}
     return found
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(choices[0]) if choices else {}
 
 
 def commands() -> str:
     """Return what ``--help`` of each command prints on a terminal of 80 columns."""
     os.environ["COLUMNS"] = "80"
-    texts = {name: parser.format_help().rstrip() for name, parser in parsers().items()}
-    return "\n\n".join(f"## verl-fl {name}\n```text\n{text}\n```" for name, text in texts.items())
+    texts = {f"verl-fl {name}": parser.format_help().rstrip() for name, parser in parsers().items()}
+    texts = {"verl-fl": cli.parser(()).format_help().rstrip(), **texts}
+    return "\n\n".join(f"## {name}\n```text\n{text}\n```" for name, text in texts.items())
 
 
 def training() -> str:
-    """Return the command that the recipe examples/recipes/grpo_vllm.sh runs, with the defaults of its variables."""
-    text = (ROOT / "examples" / "recipes" / "grpo_vllm.sh").read_text(encoding="utf-8")
-    values = dict(re.findall(r'^: "\$\{(\w+):=(.*?)\}"', text, re.MULTILINE))
-    command = re.search(r"^train (python -m \S+)", text, re.MULTILINE)
-    listed = re.search(r"^overrides=\($(.*?)^\)$", text, re.MULTILINE | re.DOTALL)
-    if command is None or listed is None:
-        raise SystemExit("examples/recipes/grpo_vllm.sh has no line 'train python ...', or no list 'overrides=('")
-    words = [shlex.split(line, comments=True) for line in listed[1].splitlines()]
-    overrides = [word for line in words for word in line]
-    for _ in range(2):  # a default may name another variable
-        overrides = [re.sub(r"\$(?!PWD)(\w+)", lambda found: values[found[1]], word) for word in overrides]
-    exports = [
-        "export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay",
-        f"export VERL_FL_REPORT_DIR={values['OUT']}/reports",
-    ]
-    quoted = [f"'{word}'" if "[" in word else word for word in overrides]
-    lines = textwrap.wrap(" ".join(quoted), 110, break_on_hyphens=False, break_long_words=False)
-    return "\n".join(["```bash", *exports, " \\\n    ".join([command[1], *lines]), "```"])
+    """Return the command of the recipe of GRPO with vLLM, several overrides a line."""
+    exports, _, run = recipe.command().partition("\n")
+    module, *overrides = run.split(" \\\n    ")
+    lines = textwrap.wrap(" ".join(overrides), 110, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(["```bash", exports, " \\\n    ".join([module, *lines]), "```"])
 
 
 def chips() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pages
 import pytest
 import schemas
+import verl_trees
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import main
@@ -185,6 +186,11 @@ def test_env_is_as_its_schema_says(monkeypatch, capsys):
     assert schemas.faults(found, "env") == []
     assert found["kept back"]
     assert found["not in the table"]
+
+
+def test_check_is_as_its_schema_says(capsys):
+    main(["check", str(verl_trees.newest().folder), "--json"])
+    assert schemas.faults(json.loads(capsys.readouterr().out), "check") == []
 
 
 def test_the_check_of_schemas_finds_what_differs():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pages
+import pytest
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.devices.chips import CHIPS
@@ -16,7 +17,8 @@ from verl_fl_overlay.devices.chips import CHIPS
 ROOT = Path(__file__).parents[2]
 
 
-def test_tables_are_up_to_date():
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse prints help another way from 3.13 on")
+def test_generated_parts_are_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "tools" / "pages.py", "--check"], cwd="/", check=False)
     assert done.returncode == 0, "run: python tools/pages.py"
 
