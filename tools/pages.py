@@ -70,8 +70,7 @@ def releases() -> str:
     rows = []
     for release in compat.RELEASES:
         chosen = compat.select(compat.InstalledVerl(release, ""))
-        file = f"compat/constraints/verl-{release}.txt"
-        rows.append([release, chosen.name, str(len(chosen.hooks)), f"[{file}]({file})"])
+        rows.append([release, chosen.name, str(len(chosen.hooks)), f"`compat/constraints/verl-{release}.txt`"])
     return markdown(["verl", "shim", "hooks", "a set of versions it runs with"], rows)
 
 
@@ -144,6 +143,7 @@ def platform(chip: Chip) -> tuple[str, str]:
 
 PARTS = {
     README: {"releases": releases, "training command": training},
+    DOCS / "index.md": {"releases": releases},
     DOCS / "settings.md": {"settings": settings, "stack": stack},
     DOCS / "commands.md": {"commands": commands},
     DOCS / "hooks.md": {"hooks": lambda: hooks(by_release())},
