@@ -18,6 +18,7 @@ import verl_trees
 
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import main
+from verl_fl_overlay.devices.chips import CHIPS
 from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.settings import TABLE, Settings
 
@@ -107,6 +108,14 @@ def test_commands_that_are_named_parse(page):
             except (KeyError, SystemExit, AssertionError):
                 wrong.append(f"verl-fl {typed}")
     assert not wrong
+
+
+def test_each_chip_has_a_recipe():
+    others = text(ROOT / "docs" / "chips" / "others.md").partition("## Versions that fit")[2]
+    pages_of_their_own = {page.stem for page in (ROOT / "docs" / "chips").glob("*.md")}
+    assert CHIPS.keys() - pages_of_their_own == set(re.findall(r"^\| (\w+) \|", others.partition("##")[0], re.M)) - {
+        "chip"
+    }
 
 
 def said_in_the_source():
