@@ -34,7 +34,7 @@ def text(page):
 
 def code(page):
     """Yield each line of a page's blocks of shell, with its continuation lines, and each piece of code in its text."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
     for block in blocks:
         yield from block.replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
