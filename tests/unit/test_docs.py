@@ -34,9 +34,9 @@ def text(page):
 
 def code(page):
     """Yield each line of a page's blocks of shell, with its continuation lines, and each piece of code in its text."""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
-    for block in blocks:
-        yield from block.replace("\\\n", " ").splitlines()
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL):
+        if language in ("", "bash"):
+            yield from block.replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
     yield from (" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", prose))
 
