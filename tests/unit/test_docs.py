@@ -99,7 +99,7 @@ def test_hooks_that_are_named_are_there(page):
 def test_commands_that_are_named_parse(page):
     wrong, parsers = [], pages.parsers()
     for line in code(page):
-        for typed in re.findall(r"(?:\bverl-fl|python -m verl_fl_overlay) +([a-z][^|;&)]*)", line):
+        for typed in re.findall(r"(?:\bverl-fl|python -m verl_fl_overlay) +([a-z][^|;&>)]*)", line):
             words = shlex.split(typed, comments=True)
             try:
                 if words[1:]:
