@@ -60,7 +60,8 @@ def hooks(releases: Mapping[str, Iterable[Hook]]) -> str:
     areas: dict[str, list[list[str]]] = {}
     for (name, target, *more), where in sorted(having.items(), key=lambda row: names.index(row[0][0])):
         cells = [f"`{name}`<br>{target}", "all" if len(where) == len(releases) else ", ".join(where), *more]
-        areas.setdefault(AREAS[name.partition(".")[0]], []).append(cells)
+        area = name.partition(".")[0]
+        areas.setdefault(AREAS.get(area, area), []).append(cells)
     head = ["hook, and what it is on", "verl", "required", "why", "until"]
     return "\n\n".join(f"## {area}\n{markdown(head, rows)}" for area, rows in areas.items())
 
