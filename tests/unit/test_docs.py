@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING and docs/ name nothing that is not there, and quote what the source says."""
+"""The pages name nothing that is not there, and quote what the source says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.settings import TABLE, Settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "compat" / "README.md", *(ROOT / "docs").rglob("*.md")]
+PAGES = [*ROOT.glob("*.md"), ROOT / "compat" / "README.md", *(ROOT / "docs").rglob("*.md")]
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
 
@@ -32,13 +32,23 @@ def text(page):
     return page.read_text(encoding="utf-8")
 
 
-def code(page):
-    """Yield each line of a page's blocks of shell, with its continuation lines, and each piece of code in its text."""
+def shell(page):
+    """Yield each line of a page's blocks of shell, with its continuation lines."""
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL):
         if language in ("", "bash"):
             yield from block.replace("\\\n", " ").splitlines()
+
+
+def inline(page):
+    """Yield each piece of code in a page's text."""
     prose = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
     yield from (" ".join(piece.split()) for piece in re.findall(r"`([^`]+)`", prose))
+
+
+def code(page):
+    """Yield both."""
+    yield from shell(page)
+    yield from inline(page)
 
 
 def anchors(page):
@@ -95,19 +105,33 @@ def test_hooks_that_are_named_are_there(page):
     assert not wrong
 
 
+def typed(line):
+    """Yield the words of each of the overlay's commands in a line."""
+    for command in re.findall(r"(?:\bverl-fl|python -m verl_fl_overlay) +([a-z][^|;&>)]*)", line):
+        yield shlex.split(command, comments=True)
+
+
 @each_page
-def test_commands_that_are_named_parse(page):
+def test_commands_in_shell_parse(page):
     wrong, parsers = [], pages.parsers()
-    for line in code(page):
-        for typed in re.findall(r"(?:\bverl-fl|python -m verl_fl_overlay) +([a-z][^|;&>)]*)", line):
-            words = shlex.split(typed, comments=True)
-            try:
-                if words[1:]:
-                    parsers[words[0]].parse_args(words[1:])
-                assert words[0] in parsers
-            except (KeyError, SystemExit, AssertionError):
-                wrong.append(f"verl-fl {typed}")
+    for name, *arguments in (words for line in shell(page) for words in typed(line)):
+        try:
+            parsers[name].parse_args(arguments)
+        except (KeyError, SystemExit):
+            wrong.append(" ".join([name, *arguments]))
     assert not wrong
+
+
+@each_page
+def test_commands_and_options_that_are_named_are_there(page):
+    parsers = pages.parsers()
+    known = {name.split()[0]: set() for name in parsers}
+    for name, parser in parsers.items():
+        known[name.split()[0]] |= set(parser._option_string_actions)
+    named = [words for line in inline(page) for words in typed(line)]
+    unknown = [words for words in named if not {w for w in words[1:] if w[0] == "-"} <= known.get(words[0], set())]
+    assert not unknown
+    assert not {words[0] for words in named} - known.keys()
 
 
 def test_each_chip_has_a_recipe():
