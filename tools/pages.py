@@ -118,7 +118,7 @@ def training() -> str:
     exports, _, run = recipe.command().partition("\n")
     module, *overrides = run.split(" \\\n    ")
     lines = textwrap.wrap(" ".join(overrides), 110, break_on_hyphens=False, break_long_words=False)
-    data = "python examples/arithmetic.py out/arithmetic  # a tiny model and its data; for your own, change the paths below"
+    data = "python examples/arithmetic.py out/arithmetic  # a tiny model and its data; or change the paths below"
     return "\n".join(["```bash", data, exports, " \\\n    ".join([module, *lines]), "```"])
 
 
