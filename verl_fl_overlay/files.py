@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -27,8 +28,13 @@ def write_whole(file: Path, text: str) -> None:
         OSError: the folder is not there or cannot be written.
     """
     part = file.with_name(f"{file.name}.tmp")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error  # a full disk names no file
 
 
 class RegularFile:

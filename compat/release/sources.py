@@ -137,7 +137,7 @@ class PinnedReleases:
 
 
 def _open(target: str, scratch: Path) -> Tree:
-    path = Path(target).expanduser()
+    path = _path(target)
     if path.is_dir():
         origin, own = f"folder {target}", PACKAGES.get(path.absolute().name)
         itself = [Tree(path.absolute().parent, origin, package=own)] if own else []
@@ -145,8 +145,8 @@ def _open(target: str, scratch: Path) -> Tree:
     if path.is_file():
         return _held(path.name, _possible(None, path.name, _unpacked(path)))
     checkout, at, ref = target.rpartition("@")
-    if at and Path(checkout).expanduser().is_dir():
-        commit, contents = _at_commit(Path(checkout).expanduser(), ref)
+    if at and _path(checkout).is_dir():
+        commit, contents = _at_commit(_path(checkout), ref)
         origin = f"{ref} ({commit[:10]}) of {checkout}"
         return _held(origin, _possible(None, origin, contents))
     name, _, version = target.rpartition("==")
@@ -158,6 +158,11 @@ def _open(target: str, scratch: Path) -> Tree:
         )
     _download(package, version, scratch)
     return _held("the package index", [Tree(scratch, "the package index", package=package)])
+
+
+def _path(text: str) -> Path:
+    """Return a path as a shell would; ``~`` of a user who is not known is part of a name, as it is there."""
+    return Path(os.path.expanduser(text))
 
 
 def _is_version(text: str) -> bool:

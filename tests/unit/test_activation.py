@@ -202,8 +202,8 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
 @pytest.mark.parametrize(
     ("listed", "said"),
     [
-        (",verl_fl_overlay", "verl cannot be imported: ValueError: Empty module name."),
-        (" json,verl_fl_overlay", "verl cannot be imported: ModuleNotFoundError: No module named ' json'."),
+        (",verl_fl_overlay", "ValueError: Empty module name"),
+        (" json,verl_fl_overlay", "ModuleNotFoundError: No module named ' json'"),
     ],
 )
 def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, said):
@@ -211,7 +211,7 @@ def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, 
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
     assert done.returncode == 1, done.stderr
     problems = json.loads(done.stdout)["problems"]
-    assert problems[0] == said
+    assert problems[0] == f"verl cannot be imported: {said}. Where it fails: python -c 'import verl'"
     named = ["USE_FLAGCX", "VERL_FL_STRCT", "VERL_USE_EXTERNAL_MODULES"]
     assert [problem.split(" ")[0].split("=")[0] for problem in problems[1:]] == named
 

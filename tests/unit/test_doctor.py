@@ -341,7 +341,9 @@ def test_a_stale_plugin_that_breaks_torch_is_told_once(site):
     (site / "verl" / "__init__.py").write_text(INIT + "import torch")
     status, report, _ = doctor(site, NAMED)
     assert status == 1
-    assert report["problems"] == [f"verl cannot be imported: RuntimeError: {stale}."]
+    assert report["problems"] == [
+        f"verl cannot be imported: RuntimeError: {stale}. Where it fails: python -c 'import verl'"
+    ]
 
 
 @pytest.mark.parametrize(

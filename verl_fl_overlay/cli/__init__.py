@@ -6,7 +6,6 @@ A command's file is imported when the command is asked for, since some of them n
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import sys
 from collections.abc import Iterable
@@ -44,7 +43,8 @@ class _Overview(terminal.Parser):
 
     def format_help(self) -> str:
         width = max(map(len, NAMES))
-        lines = [f"usage: {self.prog} [-h] [--version] COMMAND ...", "", *terminal.folded(str(self.description)), ""]
+        usage = f"usage: {self.prog} [-h] [--version] COMMAND ..."
+        lines = [*terminal.folded(usage), "", *terminal.folded(str(self.description)), ""]
         for group, commands in COMMANDS.items():
             rows = [(f"  {name.ljust(width)}", summary) for name, summary in commands.items()]
             lines += [*terminal.folded(group), *terminal.table((), rows), ""]
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where its errors are told; the end of the interpreter would do it too
     except BrokenPipeError:
-        terminal.give_up_output()
+        terminal.give_up()
         return terminal.LEFT_BY_READER
     except KeyboardInterrupt:
         _refused(called, "interrupted")
@@ -100,8 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _refused(called, f"{error.filename}: {error.strerror}")
-        terminal.give_up_output()
-        return _refused(called, f"standard output cannot be written: {error.strerror or error}")
+        if isinstance(error, FileNotFoundError):  # without a name
+            return _refused(called, "the folder in which you are was removed; cd to another")
+        terminal.give_up()
+        return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror or error}")
     except ModuleNotFoundError as error:
         if error.name != "torch":  # torch is an extra; commands that run a step or a kernel need it
             raise
@@ -109,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refused(called: str, reason: str) -> int:
-    with contextlib.suppress(OSError):  # where nothing can be said, the exit status says it
+    try:
         print(f"{called}: {reason}", file=sys.stderr)
+    except OSError:  # where nothing can be said, the exit status says it
+        terminal.give_up()
     return 2

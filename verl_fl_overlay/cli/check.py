@@ -18,6 +18,9 @@ TARGET = (
     f"of {OTHERS}: NAME==VERSION, NAME==latest, a wheel, an sdist, or the folder in which it lies"
 )
 
+DIFF = " " * 6
+"""What stands before a line of a diff, which is code and is not wrapped."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
@@ -68,11 +71,14 @@ def as_text(report: Report, every: bool = False, wide: bool = False) -> str:
         rows.append((TRIAL, _worst(report.trial).status.value, changes + _means(without)))
     shown = [row for row in rows if every or row[2]]
     width = max((len(name) for name, *_ in shown), default=0)
-    lines = [f"{report.release} from {report.origin}, hooks of {report.shim}", *packages_as_text(report), ""]
+    what = f"{report.release} from {report.origin}, hooks of {report.shim}"
+    lines = [*terminal.sentences([what, *packages_as_text(report)], wide=wide), ""]
     for name, told, under in shown:
         status = terminal.Good(told) if told == Status.OK.value else told
-        lines += [*terminal.table((), [(name.ljust(width), status)], wide=wide), *terminal.sentences(under, wide=wide)]
-    lines += [] if every else [*([""] if shown else []), f"{_counted(rows, shown)}; --all lists every one"]
+        lines += terminal.table((), [(name.ljust(width), status)], wide=wide)
+        for text in under:
+            lines += terminal.sentences([text], wide=wide or text.startswith(DIFF))
+    lines += [] if every else [*([""] if shown else []), *terminal.sentences([_counted(rows, shown)], wide=wide)]
     verdict = (terminal.Good if report.holds else terminal.Bad)(report.verdict)
     return "\n".join([*lines, "", *terminal.sentences([verdict], wide=wide)])
 
@@ -88,10 +94,10 @@ def pinned(about: dict[str, Any]) -> str:
 
 
 def _counted(rows: list[tuple[str, str, list[str]]], shown: list[tuple[str, str, list[str]]]) -> str:
-    others = [told for row in rows if row not in shown for told in [row[1]]]
-    fine = sum(told == Status.OK.value for told in others)
-    apart = len(others) - fine
-    return f"{fine} OK" + (f", {apart} not compared: their packages have no pins, or are not here" if apart else "")
+    others = [told for name, told, under in rows if (name, told, under) not in shown]
+    fine = others.count(Status.OK.value)
+    apart = f", {len(others) - fine} not compared: their packages have no pins, or are not here"
+    return f"{fine} OK{apart if fine < len(others) else ''}; --all lists every one"
 
 
 def _means(meaning: str) -> list[str]:
@@ -101,7 +107,7 @@ def _means(meaning: str) -> list[str]:
 def _change(comparison: Comparison, of_what: str) -> list[str]:
     detail = f" {comparison.detail}" if comparison.detail else ""
     first = f"    {of_what}{comparison.status.value}{detail} (against {comparison.package} {comparison.against})"
-    return [first, *(f"      {line}" for line in comparison.diff)]
+    return [first, *(f"{DIFF}{line}" for line in comparison.diff)]
 
 
 def _worst(comparisons: Iterable[Comparison]) -> Comparison:

@@ -18,7 +18,7 @@ from typing import Any
 from verl_fl_overlay import activation, compat
 from verl_fl_overlay.cli import check as checked_release
 from verl_fl_overlay.cli import env, run_reports, standard_output, terminal
-from verl_fl_overlay.cli.attempt import Result, attempt, one_line
+from verl_fl_overlay.cli.attempt import Result, attempt, one_line, reason
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
 from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
@@ -50,7 +50,7 @@ def add(doctor: argparse.ArgumentParser) -> None:
         "verl-fl doctor",
         "verl-fl doctor --json > doctor.json",
         "verl-fl doctor --all --wide | grep attention",
-        "verl-fl doctor --reports reports   # after a run with VERL_FL_REPORT_DIR=reports",
+        "verl-fl doctor --reports reports  # after a run, VERL_FL_REPORT_DIR=reports",
     )
     exits = {
         0: "training can go on with the overlay and all that is asked for",
@@ -59,14 +59,20 @@ def add(doctor: argparse.ArgumentParser) -> None:
     terminal.explain(doctor, more, examples=examples, exits=exits)
     every = "list every hook with its target (default: those to look at)"
     doctor.add_argument("--all", action="store_true", help=every)
-    limit = "how long a component may take to be imported, seconds (default: %(default)g)"
-    doctor.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=limit)
+    limit = "how long a component may take to be imported, seconds above 0 (default: %(default)g)"
+    doctor.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS", help=limit)
     reports = "sum up the reports in this folder, which a run wrote to VERL_FL_REPORT_DIR (default: try everything)"
     doctor.add_argument("--reports", metavar="DIR", help=reports)
     form = doctor.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, with every hook (default: tables)")
     terminal.add_wide(form)
     doctor.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return float(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -212,8 +218,9 @@ def _import_verl() -> None:
         raise
     except Exception as error:  # whatever verl raises, or another module that VERL_USE_EXTERNAL_MODULES names
         missing = isinstance(error, ImportError) and error.name == "verl"
-        advice = f" Needed is verl >= {compat.OLDEST}: pip install verl" if missing else ""
-        raise UnsupportedVerlError(f"verl cannot be imported: {type(error).__name__}: {error}.{advice}") from error
+        needed = f"Needed is verl >= {compat.OLDEST}: pip install verl"
+        advice = needed if missing else "Where it fails: python -c 'import verl'"
+        raise UnsupportedVerlError(f"verl cannot be imported: {reason(error)}. {advice}") from error
 
 
 def _unloaded(version: str) -> tuple[str, bool]:
@@ -267,7 +274,6 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
         **{name: version for name, version in result["versions"].items() if name not in pinned},
         **{name: checked_release.pinned(about) for name, about in pinned.items()},
         "device": result["device"],
-        "attention": _attention(result["features"]),
         "settings": _settings(result["settings"]),
     }
     lines = [*terminal.table((), told.items(), wide=wide), ""]
@@ -276,8 +282,8 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             (name, about["asked for by"], _yes(not about["fault"]), _found(about))
             for name, about in result["components"].items()
         ]
-        lines += [*terminal.table(("tried", "asked for by", "can be used", "what is here"), tried, wide=wide), ""]
-    if result["features"]:
+        lines += [*terminal.table(("tried", "asked for by", "can be used", "found"), tried, wide=wide), ""]
+    if verl["shim"]:
         features = [
             (name, "yes" if about["on"] else "no", about["summary"] if about["on"] else about["reason"])
             for name, about in result["features"].items()
@@ -329,13 +335,6 @@ def _to_look_at(hook: dict[str, Any]) -> bool:
 
 def _found(told: dict[str, Any]) -> str:
     return _value({name: text for name, text in told.items() if text and name not in ("asked for by", "fault")})
-
-
-def _attention(features: dict[str, Any]) -> str:
-    """Say whose functions flash_attention_2 has here, what computes them, and why."""
-    told = features.get("attention", {}).get("detail", {})
-    computed = "; ".join(f"{problem}: {backend}" for problem, backend in told.get("backends", {}).items())
-    return "; ".join(filter(None, (told.get("flash_attention_2"), computed))) or "-"
 
 
 def _detail(name: str, detail: dict[str, Any], wide: bool) -> list[str]:

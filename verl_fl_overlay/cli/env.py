@@ -28,7 +28,7 @@ def add(env: argparse.ArgumentParser) -> None:
         "verl-fl env",
         "verl-fl env --phase rollout --wide | grep BLACKLIST",
         "verl-fl env --json > env.json",
-        "verl-fl env --sh > env.sh   # in another shell, or on another machine: . ./env.sh",
+        "verl-fl env --sh > env.sh  # in another shell, or elsewhere: . ./env.sh",
     )
     exits = {0: "all values are allowed; there may be warnings", 1: "a value is not allowed, or two contradict"}
     terminal.explain(env, more, examples=examples, exits=exits)

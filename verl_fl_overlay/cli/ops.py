@@ -81,8 +81,9 @@ def print_faults(pattern: str, as_json: bool, wide: bool) -> int:
         print(json.dumps([asdict(fault) for fault in found], indent=1))
         return 0 if found else 1
     rows = [(fault.key, fault.versions, fault.vendor or "all", str(fault)) for fault in found]
+    lines = terminal.table(("aten key", "versions", "chips", "what is wrong"), rows, wide=wide)
     known = f"{len(found)} faults are known of flag_gems {version or 'in its newest version (none is installed)'}"
-    print("\n".join([*terminal.table(("aten key", "versions", "chips", "what is wrong"), rows, wide=wide), "", known]))
+    print("\n".join([*lines, "", *terminal.sentences([known], wide=wide)]))
     return 0 if found else 1
 
 
@@ -99,6 +100,5 @@ def as_text(found: list[dict[str, Any]], wide: bool = False) -> str:
     ]
     unsafe = sum(1 for row in rows if row[2] != "yes")
     lines = terminal.table(("function", "aten key", "in training"), rows, wide=wide)
-    return "\n".join(
-        [*lines, "", f"{len(found)} functions, {len(rows)} aten keys, {unsafe} of them not safe in training"]
-    )
+    counted = f"{len(found)} functions, {len(rows)} aten keys, {unsafe} of them not safe in training"
+    return "\n".join([*lines, "", *terminal.sentences([counted], wide=wide)])

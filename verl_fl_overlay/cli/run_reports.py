@@ -116,7 +116,7 @@ def as_text(result: dict[str, Any], wide: bool = False) -> str:
             row["training"],
             row["hooks called"].removesuffix(" installed"),
             (terminal.Bad if row["problems"] else str)(row["problems"]),
-            f"{row['program']}: {', '.join(row['features on']) or 'none'}",
+            f"{row['program'] or '-'}: {', '.join(row['features on']) or 'none'}",
         ]
         for row in result["processes"]
     ]

@@ -38,6 +38,10 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong and where the right arguments stand; exit with 2."""
         self.exit(2, f"{self.prog}: {message}\n{' ' * len(self.prog)}  what it takes: {self.prog} --help\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help; argparse itself does not tell where that fails."""
+        (file or sys.stderr).write(message)
+
 
 def explain(
     parser: argparse.ArgumentParser, more: str, *, examples: Sequence[str], exits: Mapping[int, str]
@@ -187,7 +191,8 @@ def step(told: str) -> Iterator[None]:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
             shown = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            clock = stack.enter_context(Progress(*shown, console=Console(stderr=True), transient=True))
+            clock = Progress(*shown, console=Console(stderr=True), transient=True, redirect_stdout=False)
+            stack.enter_context(clock)
             clock.add_task(told, total=None)
         else:
             progress(f"{told} ...")
@@ -212,6 +217,10 @@ def prepare() -> bool:
     return sys.stdout is not None
 
 
-def give_up_output() -> None:
-    """Let nothing more be written to standard output, which takes nothing more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def give_up() -> None:
+    """Let nothing more be written to a standard stream that takes nothing more; the interpreter's end would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

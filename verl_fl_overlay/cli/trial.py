@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.cli.attempt import one_line
 from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import OverlayError
@@ -23,7 +26,7 @@ PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"
 
 
 class TrialError(OverlayError):
-    """A run of the engine failed; holds the end of what it printed."""
+    """A run of the engine failed; holds the last error that it printed, and where the rest is."""
 
 
 def native_environment() -> dict[str, str]:
@@ -80,11 +83,19 @@ def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:
             check=False,
         )
         if done.returncode or not result.exists():
-            raise TrialError(
-                f"the engine failed, exit status {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}"
-            )
+            raise TrialError(_why_failed(done))
         loaded: dict[str, Any] = torch.load(result, weights_only=True)
         return loaded
+
+
+def _why_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Return in a line what the process said last, and keep all that it said in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="verl-fl-", suffix=".log", encoding="utf-8", delete=False) as log:
+        log.write(done.stdout + done.stderr)
+    errors = re.findall(r"^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*", done.stderr, re.MULTILINE)
+    said = errors or done.stderr.strip().splitlines()
+    how = f"exit status {done.returncode}" if done.returncode >= 0 else signal.Signals(-done.returncode).name
+    return f"the engine failed, {how}: {one_line(''.join(said[-1:]))}. All that it printed is in {log.name}"
 
 
 def run_with_overlay(trial: Trial) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.flaggems.profile import Profile
+from verl_fl_overlay.packages import installed
 from verl_fl_overlay.settings.variables import names
 
 
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, or show what was measured; return 130 after an interruption."""
     from verl_fl_overlay.flaggems import profile as profiles
 
+    _refuse_files(options)
     try:
         if options.show:
             profile = profiles.load(options.out)
@@ -71,6 +74,19 @@ def run(options: argparse.Namespace) -> int:
 
         plot(profile, options.plot)
     return 0
+
+
+def _refuse_files(options: argparse.Namespace) -> None:
+    """Refuse what could not be read, written or drawn, before minutes of measuring."""
+    written = [("--plot", options.plot), ("--out", None if options.show else options.out)]
+    for option, file in (*written, ("--out", options.out)):
+        if file and file.exists() and not file.is_file():
+            raise OverlayError(f"{option} {file} is no file; name one that is a file, or is not there yet")
+    for option, file in written:
+        if file and not os.access(file.parent, os.W_OK):
+            raise OverlayError(f"{option} {file}: its folder is not there, or cannot be written; name another")
+    if options.plot and not installed("matplotlib"):
+        raise OverlayError("--plot needs matplotlib: pip install matplotlib")
 
 
 def as_text(profile: Profile, wide: bool = False) -> list[str]:
@@ -121,6 +137,8 @@ def tune_model(
         os.environ.pop(variable, None)
     gems = library.load()
     check(skip, "--skip", gems)
-    step = trial.steps(trial.Trial(model, rows, length, micro_batch))
+    with terminal.step("verl's engine is built on the model"):
+        step = trial.steps(trial.Trial(model, rows, length, micro_batch))
+    say("a step is run and its operators are measured, a line for each ...")
     workload = f"{model}: {rows} sequences of up to {length} tokens, {micro_batch} at a time"
     return tune(step, gems, key_here(), workload, file, skip=skip, say=say)

@@ -12,15 +12,12 @@ def plot(profile: Profile, file: Path) -> None:
     """Draw what a step spends in each operator, native and as chosen, as a PNG.
 
     Raises:
-        OverlayError: matplotlib is not installed, or the file cannot be written.
+        OverlayError: the file cannot be written.
     """
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise OverlayError("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
     shown = sorted(profile.measurements, key=lambda one: -one.native_ms)[:15]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), width_ratios=(4, 1), layout="constrained")
