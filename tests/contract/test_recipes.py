@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from processes import PLAIN, result
+from processes import PLAIN, result, warm
 from recipes import RECIPES, Place
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -33,7 +33,7 @@ def made(tiny_model, tmp_path_factory):
         assert place.bash(RECIPES / script, MODEL=str(tiny_model)).returncode == 0
         asked[script] = place.asked()[2:]
     stand_ins = str(RECIPES.parent / "stand_ins")  # of what verl 0.7.0's trainer imports
-    return result(PROGRAM, json.dumps(asked), env={**PLAIN, "PYTHONPATH": stand_ins})
+    return result(PROGRAM, json.dumps(asked), env={**PLAIN, "PYTHONPATH": stand_ins}, start=warm)
 
 
 @pytest.mark.parametrize("script", ACTORS)

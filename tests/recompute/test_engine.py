@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, result, run
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -30,8 +30,7 @@ def model(tmp_path_factory):
 
 def steps(model: Path, asked: Any, *options: Any, case: str = "lm:fsdp2", ranks: int = 1) -> dict[str, Any]:
     env = {**OVERLAY, "VERL_FL_RECOMPUTE": str(asked), "OMP_NUM_THREADS": "1"}
-    start = ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone") if ranks > 1 else ()
-    return result(*start, PROGRAM, model, "--case", case, *options, env=env, timeout=600)
+    return result(PROGRAM, model, "--case", case, *options, env=env, start=warm, ranks=ranks, timeout=600)
 
 
 def forwards(found: dict[str, Any]) -> list[list[int]]:
@@ -67,7 +66,7 @@ def test_it_composes(model, options):
 
 def test_a_number_above_the_layers_stops_the_engine(model):
     env = {**OVERLAY, "VERL_FL_RECOMPUTE": "200"}
-    done = run(PROGRAM, model, env=env, timeout=300)
+    done = warm(PROGRAM, model, env=env, timeout=300)
     assert done.returncode != 0
     assert "SettingsError: VERL_FL_RECOMPUTE=200: Qwen2ForCausalLM has 4 layers that can recompute." in done.stderr
 

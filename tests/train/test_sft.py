@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run
+from processes import OVERLAY, run, warm
 from schemas import faults
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -28,10 +28,8 @@ def test_the_unedited_trainer_learns(tmp_path):
 
 
 def test_a_report_folder_that_cannot_be_written_does_not_stop_training(tmp_path, tiny_model):
-    from processes import OVERLAY
-
     (tmp_path / "taken").write_text("a file")
     program = Path(__file__).parents[1] / "real_engine.py"
-    done = run(program, tiny_model, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(tmp_path / "taken")}, timeout=600)
+    done = warm(program, tiny_model, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(tmp_path / "taken")}, timeout=600)
     assert "RESULT " in done.stdout, done.stderr[-3000:]
     assert done.stderr.count("cannot be written") == 1
