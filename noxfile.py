@@ -335,7 +335,8 @@ def run_row(session: nox.Session, row: Row) -> None:
         if row.may_fail:
             session.skip("cannot be installed")
         raise
-    record(row.result, {**json.loads(str(session.run("python", "-c", VERSIONS, silent=True))), **about})
+    versions = json.loads(str(session.run("python", "-c", VERSIONS, silent=True, log=False)))
+    record(row.result, {**versions, **about})
     tests = (*row.tests, *BOTH, f"--junitxml={row.result}.xml", *session.posargs)
     begun = time.monotonic()
     try:

@@ -30,7 +30,7 @@ check_modules() {
     local missing
     missing=$(python -c 'import sys; from importlib.util import find_spec
 print(*(name for name in sys.argv[1:] if not find_spec(name)))' "$@")
-    [[ -z $missing ]] || fail "$(command -v python) cannot import: $missing (see docs/training.md for what to install)"
+    [[ -z $missing ]] || fail "$(command -v python) cannot import: $missing (docs/training.md says what to install)"
 }
 
 # Brings the overlay in, asks it whether it fits, trains with the command in "$@", and sums up what every process did.

@@ -33,6 +33,8 @@ if [[ $REWARD != null ]]; then
     check_model_and_files "$MODEL" REWARD "$REWARD"
 fi
 check_modules verl verl_fl_overlay vllm ray
+verl=$(python -c 'from importlib.util import find_spec; print(*find_spec("verl").submodule_search_locations)')
+[[ ! -d $verl/trainer/ppo/v1 ]] || check_modules transfer_queue # the trainer of 0.9 keeps its data there
 
 overrides=(
     algorithm.adv_estimator=grpo

@@ -195,7 +195,7 @@ from verl_fl_overlay.phase import training
 class E(BaseEngine):
     def forward_backward_batch(self, *a, **k): return training.depth
 print(E().infer_batch({{}}))"""
-    assert output(program, env=OVERLAY) == "1"
+    assert output(program, env=OVERLAY, start=run if order == "overlay first" else warm) == "1"
 
 
 def test_overlay_imported_by_hand_after_the_engines():
@@ -206,7 +206,7 @@ def test_overlay_imported_by_hand_after_the_engines():
     class E(BaseEngine):
         def forward_backward_batch(self, *a, **k): return training.depth
     print(E().infer_batch({}))"""
-    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "1"
+    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}, start=warm) == "1"
 
 
 MODULES = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
@@ -215,12 +215,12 @@ MODULES = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
 @pytest.fixture(scope="module")
 def plain_modules():
     """Return what verl alone imports."""
-    return set(json.loads(output(MODULES, env=PLAIN)))
+    return set(json.loads(output(MODULES, env=PLAIN, start=warm)))
 
 
 @SHARES_THE_MODULES
 def test_entry_point_alone_loads_it_where_verl_looks_for_plugins(plain_modules):
-    assert ("verl_fl_overlay" in json.loads(output(MODULES, env={}))) == (VERL >= "0.9")
+    assert ("verl_fl_overlay" in json.loads(output(MODULES, env={}, start=warm))) == (VERL >= "0.9")
     assert "verl_fl_overlay" not in plain_modules
 
 
@@ -246,7 +246,7 @@ def test_removal_is_exact():
 
 @SHARES_THE_MODULES
 def test_loading_imports_nothing_heavy(plain_modules):
-    more = set(json.loads(output(MODULES, env={**OVERLAY, **PLAIN}))) - plain_modules
+    more = set(json.loads(output(MODULES, env={**OVERLAY, **PLAIN}, start=warm))) - plain_modules
     heavy = {m for m in more if m.split(".")[0] in {"torch", "verl", "flag_gems", "transformers", "rich", "yaml"}}
     assert "verl_fl_overlay" in more
     assert not heavy

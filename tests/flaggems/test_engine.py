@@ -10,6 +10,8 @@ from processes import OVERLAY, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = pytest.mark.xdist_group("routed")  # they share the native run
+
 PROGRAM = Path(__file__).with_name("routed_engine.py")
 
 

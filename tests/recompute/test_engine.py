@@ -71,11 +71,15 @@ def test_a_number_above_the_layers_stops_the_engine(model):
     assert "SettingsError: VERL_FL_RECOMPUTE=200: Qwen2ForCausalLM has 4 layers that can recompute." in done.stderr
 
 
+SHARES_FIVE = pytest.mark.xdist_group("five")
+
+
 @pytest.fixture(scope="module")
 def five(model):
     return steps(model, "all", "--updates", 5)
 
 
+@SHARES_FIVE
 def test_auto_takes_what_fits(model, five):
     found = steps(model, "auto", "--updates", 5, "--memory", TWO_FIT)
     assert forwards(found) == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
@@ -87,6 +91,7 @@ def test_auto_takes_what_fits(model, five):
     assert found["hooks after"] == five["hooks after"]
 
 
+@SHARES_FIVE
 def test_out_of_memory_in_a_forward_is_repeated(model, five):
     found = steps(model, "auto", "--updates", 5, "--memory", ALL_FIT, "--fail", "4:2")
     first, second = [1, 1, 1, 1], [2, 2, 2, 2]
