@@ -19,7 +19,7 @@ from processes import clean_environment
 
 import verl_fl_overlay
 from verl_fl_overlay import cli
-from verl_fl_overlay.cli import terminal
+from verl_fl_overlay.cli import terminal, trial
 from verl_fl_overlay.files import write_whole
 from verl_fl_overlay.flaggems.profile import SHIPPED
 
@@ -245,7 +245,22 @@ def test_a_file_that_cannot_be_opened_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr("verl_fl_overlay.cli.env.examine", refused)
     assert cli.main(["env"]) == 2
-    assert capsys.readouterr().err == "verl-fl env: /proc/nothing/x: No such file or directory\n"
+    assert capsys.readouterr().err == (
+        "verl-fl env: /proc/nothing/x cannot be read or written: No such file or directory\n"
+    )
+
+
+def test_an_engine_that_fails_is_told_in_a_line_and_the_rest_is_kept():
+    """What verl and torch print after the error, or while they are taken down, is not the reason."""
+    printed = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: no memory\nsome thread ended\n"
+    told = trial._why_failed(subprocess.CompletedProcess([], 1, "output\n", printed))
+    said, _, log = told.rpartition(". All that it printed is in ")
+    assert said == "the engine failed, exit status 1: torch.OutOfMemoryError: no memory"
+    assert Path(log).read_text() == f"output\n{printed}"
+    Path(log).unlink()
+    told = trial._why_failed(subprocess.CompletedProcess([], -9, "", ""))
+    assert told.startswith("the engine failed, SIGKILL (the machine may be short of memory). All")
+    Path(told.split()[-1]).unlink()
 
 
 def test_a_folder_that_was_removed_is_told(tmp_path, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_wide_is_one_line_a_row(window):
 def test_a_path_is_not_broken(window):
     window(40)
     path = f"/{'folder/' * 9}"
-    assert terminal.table((), [("name", f"it is {path} here")]) == ["name  it is", f"      {path}", "      here"]
+    assert terminal.table((), [("name", f"it is {path} here")]) == ["name", "    it is", f"    {path}", "    here"]
 
 
 def test_a_sentence_is_wrapped_on_a_terminal_and_whole_in_a_pipe(window, monkeypatch):

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _refused(called, str(error))
     except OSError as error:
         if error.filename is not None:
-            return _refused(called, f"{error.filename}: {error.strerror}")
+            return _refused(called, f"{error.filename} cannot be read or written: {error.strerror}")
         if isinstance(error, FileNotFoundError):  # without a name
             return _refused(called, "the folder in which you are was removed; cd to another")
         terminal.give_up()

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay import activation, compat
-from verl_fl_overlay.cli import check as checked_release
 from verl_fl_overlay.cli import env, run_reports, standard_output, terminal
 from verl_fl_overlay.cli.attempt import Result, attempt, one_line, reason
+from verl_fl_overlay.cli.check import pinned
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
 from verl_fl_overlay.cli.versions import misfits, versions
 from verl_fl_overlay.compat.pins import VERL
@@ -267,12 +267,12 @@ def _pinned(comparison: Comparison) -> str:
 
 def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> str:
     """Lay the report out as tables that can be pasted into an issue; ``every`` hook, or those to look at."""
-    verl, pinned = result["verl"], result["packages"]
+    verl, packages = result["verl"], result["packages"]
     told = {
         "verl-fl-overlay": f"{result['overlay']} in {result['overlay folder']}",
         "verl": _verl(verl),
-        **{name: version for name, version in result["versions"].items() if name not in pinned},
-        **{name: checked_release.pinned(about) for name, about in pinned.items()},
+        **{name: version for name, version in result["versions"].items() if name not in packages},
+        **{name: pinned(about) for name, about in packages.items()},
         "device": result["device"],
         "settings": _settings(result["settings"]),
     }
@@ -326,7 +326,7 @@ def _hooks(hooks: list[dict[str, Any]], every: bool, wide: bool) -> list[str]:
 
 
 def _to_look_at(hook: dict[str, Any]) -> bool:
-    """Return whether somebody has to look at a hook: it failed, something is not as pinned, or nobody called it on."""
+    """Return whether somebody has to look at a hook: it is on no target, or something is not as pinned."""
     if hook["state"] == State.DISABLED.value or hook["detail"].startswith(NOT_NEEDED):
         return False
     as_pinned = hook["outcome"] in ("", Outcome.WORKS.value)

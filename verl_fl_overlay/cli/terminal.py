@@ -24,7 +24,7 @@ LEFT_BY_READER = 141
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
 
-LEAST = 30
+LEAST = 40
 """The columns that a table's last column needs; with fewer it goes under the others."""
 
 
@@ -186,7 +186,7 @@ def step(told: str) -> Iterator[None]:
     """Say on standard error what begins, and after it how long it took; on a terminal a clock runs meanwhile."""
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

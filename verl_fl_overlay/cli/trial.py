@@ -95,7 +95,9 @@ def _why_failed(done: subprocess.CompletedProcess[str]) -> str:
     errors = re.findall(r"^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*", done.stderr, re.MULTILINE)
     said = errors or done.stderr.strip().splitlines()
     how = f"exit status {done.returncode}" if done.returncode >= 0 else signal.Signals(-done.returncode).name
-    return f"the engine failed, {how}: {one_line(''.join(said[-1:]))}. All that it printed is in {log.name}"
+    how += " (the machine may be short of memory)" if done.returncode == -signal.SIGKILL else ""
+    why = f": {one_line(said[-1])}" if said else ""
+    return f"the engine failed, {how}{why}. All that it printed is in {log.name}"
 
 
 def run_with_overlay(trial: Trial) -> dict[str, Any]:
