@@ -317,7 +317,8 @@ def run_row(session: nox.Session, row: Row) -> None:
     session.notify("report", posargs=["ran"])
     rows = COMPAT if row in COMPAT else AXES
     number = f"row {rows.index(row) + 1} of {len(rows)}"
-    session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}: {row.id}")
+    python = row.python or platform.python_version()
+    session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}, Python {python}")
     row.result.with_suffix(".xml").unlink(missing_ok=True)
     ran.append(row.result.name)
     about = {"device": "cpu", **({"may fail": True} if row.may_fail else {})}
