@@ -271,8 +271,8 @@ def next_release(session: nox.Session) -> None:
 
 
 DOWNLOADS = (
-    "downloads 0.5 GB and takes 1.6 GB in .nox/demo where the index has torch for the CPU, 3 GB and 6 GB where it is "
-    "torch for CUDA, as on PyPI"
+    "downloads 0.5 GB and takes 2 GB in .nox/demo where the index has torch for the CPU, 3 GB and 6 GB where it has "
+    "torch for CUDA, as PyPI does"
 )
 
 
