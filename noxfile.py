@@ -278,8 +278,8 @@ def next_release(session: nox.Session) -> None:
 
 
 DOWNLOADS = (
-    "downloads 0.5 GB and takes 1.6 GB in .nox/demo where the index has torch for the CPU, 3 GB and 6 GB where it is "
-    "torch for CUDA, as on PyPI"
+    "downloads 0.5 GB and takes 2 GB in .nox/demo where the index has torch for the CPU, 3 GB and 6 GB where it has "
+    "torch for CUDA, as PyPI does"
 )
 
 
@@ -324,7 +324,8 @@ def run_row(session: nox.Session, row: Row) -> None:
     session.notify("report", posargs=["ran"])
     rows = COMPAT if row in COMPAT else AXES
     number = f"row {rows.index(row) + 1} of {len(rows)}"
-    session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}: {row.id}")
+    python = row.python or platform.python_version()
+    session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}, Python {python}")
     row.result.with_suffix(".xml").unlink(missing_ok=True)
     ran.append(row.result.name)
     about = {"device": "cpu", **({"may fail": True} if row.may_fail else {})}
