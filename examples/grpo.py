@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sft import end, never_called, overlay_environment, rank_reports
+from sft import end, never_called, overlay_environment, rank_reports, recipe
 
 WORKERS = 2
 EXAMPLES = Path(__file__).resolve().parent
@@ -185,7 +185,7 @@ def main() -> int:
         stale.unlink()
     subprocess.run([sys.executable, EXAMPLES / "arithmetic.py", folder], check=True)
 
-    print(f"verl's PPO trainer, GRPO, {WORKERS} Ray workers, CPU:")
+    print(f"verl's PPO trainer, GRPO, {WORKERS} Ray workers, CPU; until its first step it imports for half a minute:")
     begun = time.monotonic()
     seen = train(folder, options.steps)
     seconds = time.monotonic() - begun
@@ -201,7 +201,8 @@ def main() -> int:
         first, last = (mean(step["reward"] for step in part) for part in (seen[:5], seen[-5:]))
         print(f"  reward      {first:.3f} -> {last:.3f} (means of five steps)")
         print(f"  plot        {folder / 'grpo.png'}")
-    return end(reports, faults, "worker")
+    own = recipe("grpo_vllm.sh", folder, DATA="problems.parquet")
+    return end(reports, faults, "worker", folder, f"{own}  # in an environment with vLLM, on a GPU")
 
 
 if __name__ == "__main__":

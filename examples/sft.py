@@ -135,8 +135,25 @@ def never_called(report: dict[str, Any]) -> list[str]:
     return sorted(idle - of_engines - ({"chip.configured_device"} if version("verl") == "0.7.0" else set()))
 
 
-def end(reports: list[dict[str, Any]], faults: list[str], process: str) -> int:
-    """Print what the hooks did in each ``process`` and every fault; return the exit status."""
+def disk(folder: Path) -> str:
+    """Return how much disk a folder takes, in words; a file with several names in it counts once."""
+    files = {(found.st_dev, found.st_ino): found.st_blocks * 512 for found in map(os.lstat, folder.rglob("*"))}
+    taken = sum(files.values())
+    return f"{taken / 1e9:.1f} GB" if taken >= 1e8 else f"{taken / 1e6:.1f} MB"
+
+
+def recipe(script: str, folder: Path, **files: str) -> str:
+    """Return the command that runs a recipe with the demo's model, and with files of its folder in these variables."""
+    here, beside = os.path.relpath(folder), os.path.relpath(Path(__file__).parent)
+    data = " ".join(f"{name}={here}/{file}" for name, file in files.items())
+    return f"MODEL={here}/model {data} bash {beside}/recipes/{script}"
+
+
+def end(reports: list[dict[str, Any]], faults: list[str], process: str, folder: Path, own: str) -> int:
+    """Print what the hooks did in each ``process``, every fault, where things lie and what to do next.
+
+    ``own`` is the command that trains the reader's own model.  Return the exit status.
+    """
     for report in reports:
         installed = [h for h in report["hooks"] if h["state"] == "installed"]
         called = sum(1 for h in installed if h["calls"])
@@ -145,7 +162,15 @@ def end(reports: list[dict[str, Any]], faults: list[str], process: str) -> int:
         print(f"  {name:<12}{len(installed)} hooks installed, {called} called, {calls} calls")
     for fault in faults:
         print(f"  FAULT       {fault}")
+    environment = Path(sys.prefix)
+    here, python = os.path.relpath(folder), os.path.relpath(sys.executable)
+    print(f"  log         {here}/trainer.log")
+    print(f"  reports     {here}/reports, one of each process")
+    print(f"  disk        {disk(environment)} in {os.path.relpath(environment)}, {disk(folder)} in {here}")
     print("  FAILED" if faults else "  ok")
+    print("Next, what every process did, and a model and data of your own, which docs/training.md explains:")
+    print(f"  {python} -m verl_fl_overlay doctor --reports {here}/reports")
+    print(f"  {own}")
     return 1 if faults else 0
 
 
@@ -160,7 +185,7 @@ def main() -> int:
         stale.unlink()
     subprocess.run([sys.executable, Path(__file__).with_name("arithmetic.py"), folder], check=True)
 
-    print(f"verl's SFT trainer, {RANKS} ranks, CPU:")
+    print(f"verl's SFT trainer, {RANKS} ranks, CPU; until its first step it imports for some seconds:")
     begun = time.monotonic()
     loss = train(folder, options.steps)
     seconds = time.monotonic() - begun
@@ -185,7 +210,9 @@ def main() -> int:
     print(f"  steps       {len(loss)} in {seconds:.0f} s, start of the processes included")
     if loss:
         print(f"  loss        {loss[0]:.4f} -> {loss[-1]:.4f}")
-    return end(reports, faults, "rank")
+    here = f"PATH=$PWD/{os.path.relpath(Path(sys.executable).parent)}:$PATH VERL_FL_DEVICE=cpu GPUS={RANKS}"
+    own = recipe("sft.sh", folder, DATA="train.parquet", VAL="val.parquet")
+    return end(reports, faults, "rank", folder, f"{here} {own}")
 
 
 if __name__ == "__main__":

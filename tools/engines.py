@@ -1,4 +1,4 @@
-"""Write compat/engines.md from results: ``python tools/engines.py out/engines``.
+"""Write docs/engines.md from results: ``python tools/engines.py out/engines``.
 
 A result is the JUnit file of ``pytest tests/engines``, one per release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
 Cells without a result in the folder stay as they were.  The exit status is 1 if a test failed.
@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 from junit import Case, cases
-from tables import ROOT, markdown
+from tables import DOCS, markdown
 
-TABLE = ROOT / "compat" / "engines.md"
+TABLE = DOCS / "engines.md"
 COLUMNS = {
     ("cpu", "test_hooks_on_the_real_class"): "hooks on the real class",
     ("cpu", "test_phase_on_in_training"): "training, CPU",

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-from tables import ROOT, markdown
+from tables import DOCS, ROOT, markdown
 
-FILE = ROOT / "docs" / "families.md"
+FILE = DOCS / "families.md"
 KINDS = ("norms", "MLPs", "experts", "rotary")
 LIGER = {
     "NMR": "qwen2 llama mistral ministral smollm3 granite qwen3 olmo2 olmo3 hunyuan_v1_dense exaone4 qwen2_vl "
@@ -81,7 +81,6 @@ def main() -> None:
                 f"{FILE.relative_to(ROOT)} is not what its models give; run: python tools/families.py\n{made}"
             )
         return
-    FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(made)
 
 

@@ -1,4 +1,4 @@
-"""The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into README.md.
+"""The matrix, from its results: ``python tools/matrix.py out/compat`` prints it and writes it into docs/matrix.md.
 
 A row is a JSON file, which says what it ran on, and a JUnit file beside it.  A row without a result says "not run".
 The exit status is 1 if a row failed that must not fail.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from junit import cases
-from tables import README, markdown, replaced
+from tables import ROOT, markdown, replaced
 
+PAGE = ROOT / "docs" / "matrix.md"
 HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
 
 
@@ -45,24 +48,34 @@ def result(about: dict[str, Any], counts: dict[str, Counter[str]]) -> tuple[str,
     return words + allowed, about["date"]
 
 
+def printed(table: list[list[str]]) -> str:
+    """Return the table for a terminal: under each row its tests, as wide as the terminal is."""
+    columns = shutil.get_terminal_size().columns
+    told = [[*cells[:6], cells[7]] for cells in [HEAD, *table]]
+    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip() for cells in told]
+    tests = [textwrap.fill(cells[6], columns, initial_indent="    ", subsequent_indent="    ") for cells in table]
+    return "\n".join([lines[0], *(f"{line}\n{below}" for line, below in zip(lines[1:], tests, strict=True))])
+
+
 def main() -> int:
-    """Print the table and write it into the README; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the table and write it into its page; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--print", action="store_true", help="leave README.md as it is")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="print these alone, files without suffix; write nothing")
     options = parser.parse_args()
     rows = []
     for file in sorted(options.folder.glob("*.json"), key=lambda file: (not file.stem.startswith("verl"), file.stem)):
+        if options.rows and file.stem not in options.rows:
+            continue
         about, junit = json.loads(file.read_text()), file.with_suffix(".xml")
         rows.append((about, outcomes(junit) if junit.exists() else {}))
     rows.sort(key=lambda row: (row[0]["device"], [int(number) for number in re.findall(r"\d+", row[0]["verl"])]))
     table = [[*(about[name.lower()] for name in HEAD[:6]), *result(about, counts)] for about, counts in rows]
-    widths = [max(map(len, column)) for column in zip(HEAD, *table, strict=True)]
-    for cells in [HEAD, *table]:
-        print("  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip())
-    if not options.print:
-        text = replaced(README.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))
-        README.write_text(text, encoding="utf-8")
+    print(printed(table))
+    if not options.rows:
+        text = replaced(PAGE.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))
+        PAGE.write_text(text, encoding="utf-8")
     counted = [counts for about, counts in rows if not {"not run", "may fail"} & set(about)]
     return int(not rows or any(map(went_wrong, counted)))
 

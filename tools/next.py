@@ -34,7 +34,7 @@ def main(check: Path, result: Path | None) -> None:
         todo += [
             f"write compat/constraints/verl-{version}.txt from the environment of this session (pip freeze)",
             f"verl-fl pin {version} --write",
-            "python tools/readme.py",
+            "python tools/pages.py",
             f"nox -s \"compat(verl='{version}')\"",
         ]
     print("\n".join(f"{number}. {task}" for number, task in enumerate(todo, 1)))

@@ -39,7 +39,7 @@ class Hook:
     """One function of another package, and what we put around it.
 
     ``why`` says what the package does and what we change, ``upstream`` links the place, ``until`` says what would make
-    the hook unnecessary: the table in compat/README.md and ``doctor`` show these.  ``needs`` names a package that the
+    the hook unnecessary: the table in docs/hooks.md and ``doctor`` show these.  ``needs`` names a package that the
     module imports; without it the hook may wait for ever, and that is no fault.  ``relies_on`` lists, as
     ``module:attribute``, what the wrapper reads, calls or subclasses beside its target.  ``pair`` names the counterpart
     of this hook: one undoes what the other does.  If a user leaves the counterpart out by name, this one is out too.

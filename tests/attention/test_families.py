@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, result
+from processes import OVERLAY, result, warm
 
 from verl_fl_overlay.cli.model_folder import Model
 
@@ -43,7 +43,7 @@ def here(case: str) -> bool:
 @pytest.fixture(scope="module")
 def found():
     cases = ",".join(filter(here, [*RIGHT, *WRONG, *FUSED_HEAD]))
-    return result(PROGRAM, cases, env={**OVERLAY, "TRANSFORMERS_VERBOSITY": "error"}, timeout=600)
+    return result(PROGRAM, cases, env={**OVERLAY, "TRANSFORMERS_VERBOSITY": "error"}, start=warm, timeout=600)
 
 
 @pytest.mark.parametrize("case", RIGHT)

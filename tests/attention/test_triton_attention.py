@@ -16,6 +16,8 @@ from attention.interpreted import CASES  # noqa: E402
 from attention.reference import packed, random_case  # noqa: E402
 from verl_fl_overlay.kernels.sequences import Form  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("interpreted attention")  # they share the run
+
 BOUND = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """fp32: what exp2 and sums may lose; else: weights and results are rounded to the type, 2 ** -11 and 2 ** -8."""
 

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, PLAIN, output, python, run
+from processes import OVERLAY, PLAIN, output, python, run, warm
+from schemas import faults
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -48,6 +49,7 @@ def test_every_hook_installs_on_this_release():
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=OVERLAY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(done.stdout)
+    assert faults(report, "doctor") == []
     assert report["verl"]["version"] == VERL
     assert report["problems"] == []
     for hook in report["hooks"]:
@@ -61,7 +63,7 @@ def test_every_hook_installs_on_this_release():
 @SHARES_THE_STUB
 def test_without_asking_for_the_cpu_its_hooks_stay_off(stub):
     program = "import verl; from verl.utils.device import get_nccl_backend; print(get_nccl_backend())"
-    done = python(program, env={"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"})
+    done = python(program, env={"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}, start=warm)
     assert done.stdout.strip().endswith("nccl"), done.stderr
     assert stub["backend"] == "gloo"
 
@@ -79,11 +81,11 @@ CONFIGURED = """
 
 @pytest.mark.parametrize("given", ["cuda", "cpu"])
 def test_the_configured_device_follows_the_chip(given):
-    done = python(CONFIGURED % given, env=OVERLAY)
+    done = python(CONFIGURED % given, env=OVERLAY, start=warm)
     assert done.stdout.split()[-1] == "cpu", done.stderr
     assert done.stderr.count("trainer.device is cuda, and this process trains on cpu: ") == (given == "cuda")
     left_out = {**OVERLAY, "VERL_FL_DISABLE": "chip.configured_device"}
-    assert output(CONFIGURED % given, env=left_out) == given
+    assert output(CONFIGURED % given, env=left_out, start=warm) == given
 
 
 STEPS = """
@@ -126,7 +128,7 @@ STEPS = """
 @pytest.fixture(scope="module")
 def stub():
     """Return what the stub engine saw in one process."""
-    return json.loads(output("import verl\n" + (STUB + STEPS).replace("\n    ", "\n"), env=OVERLAY))
+    return json.loads(output("import verl\n" + (STUB + STEPS).replace("\n    ", "\n"), env=OVERLAY, start=warm))
 
 
 @SHARES_THE_STUB
@@ -170,7 +172,8 @@ def test_a_feature_that_fails_strictly_leaves_its_error_and_verl_clean():
     print(found)
     """
     )
-    said = output("import verl\n" + code.replace("\n    ", "\n"), env={**OVERLAY, "VERL_FL_STRICT": "1"})
+    strict = {**OVERLAY, "VERL_FL_STRICT": "1"}
+    said = output("import verl\n" + code.replace("\n    ", "\n"), env=strict, start=warm)
     assert said == str([("feature", 0, None)] * 3)
 
 
@@ -192,7 +195,7 @@ from verl_fl_overlay.phase import training
 class E(BaseEngine):
     def forward_backward_batch(self, *a, **k): return training.depth
 print(E().infer_batch({{}}))"""
-    assert output(program, env=OVERLAY) == "1"
+    assert output(program, env=OVERLAY, start=run if order == "overlay first" else warm) == "1"
 
 
 def test_overlay_imported_by_hand_after_the_engines():
@@ -203,7 +206,7 @@ def test_overlay_imported_by_hand_after_the_engines():
     class E(BaseEngine):
         def forward_backward_batch(self, *a, **k): return training.depth
     print(E().infer_batch({}))"""
-    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "1"
+    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}, start=warm) == "1"
 
 
 MODULES = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
@@ -212,12 +215,12 @@ MODULES = "import verl, sys, json; print(json.dumps(sorted(sys.modules)))"
 @pytest.fixture(scope="module")
 def plain_modules():
     """Return what verl alone imports."""
-    return set(json.loads(output(MODULES, env=PLAIN)))
+    return set(json.loads(output(MODULES, env=PLAIN, start=warm)))
 
 
 @SHARES_THE_MODULES
 def test_entry_point_alone_loads_it_where_verl_looks_for_plugins(plain_modules):
-    assert ("verl_fl_overlay" in json.loads(output(MODULES, env={}))) == (VERL >= "0.9")
+    assert ("verl_fl_overlay" in json.loads(output(MODULES, env={}, start=warm))) == (VERL >= "0.9")
     assert "verl_fl_overlay" not in plain_modules
 
 
@@ -238,12 +241,12 @@ def test_removal_is_exact():
     after = [vars(owner)[name] for owner, name in places]
     assert sum(a is not b for a, b in zip(before, during)) >= 7
     print(all(a is b for a, b in zip(before, after)))"""
-    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}) == "True"
+    assert output(program, env={**PLAIN, "VERL_FL_DEVICE": "cpu"}, start=warm) == "True"
 
 
 @SHARES_THE_MODULES
 def test_loading_imports_nothing_heavy(plain_modules):
-    more = set(json.loads(output(MODULES, env={**OVERLAY, **PLAIN}))) - plain_modules
+    more = set(json.loads(output(MODULES, env={**OVERLAY, **PLAIN}, start=warm))) - plain_modules
     heavy = {m for m in more if m.split(".")[0] in {"torch", "verl", "flag_gems", "transformers", "rich", "yaml"}}
     assert "verl_fl_overlay" in more
     assert not heavy
@@ -257,8 +260,8 @@ def test_disabled_hook_has_no_effect():
     class E(BaseEngine):
         def forward_backward_batch(self, *a, **k): return training.depth
     print(E().infer_batch({}))"""
-    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "engine.infer_batch"}) == "0"
-    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "*"}) == "0"
+    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "engine.infer_batch"}, start=warm) == "0"
+    assert output(program, env={**OVERLAY, "VERL_FL_DISABLE": "*"}, start=warm) == "0"
 
 
 def test_leaving_left_out_leaves_no_phase_on():
@@ -271,7 +274,7 @@ def test_leaving_left_out_leaves_no_phase_on():
     print(seen[-1], phase.training.depth)"""
     )
     environment = {**OVERLAY, "VERL_FL_DISABLE": "engine.exit"}
-    assert output("import verl\n" + program.replace("\n    ", "\n"), env=environment) == "left 0"
+    assert output("import verl\n" + program.replace("\n    ", "\n"), env=environment, start=warm) == "left 0"
 
 
 @pytest.mark.parametrize(
@@ -282,13 +285,13 @@ def test_leaving_left_out_leaves_no_phase_on():
     ],
 )
 def test_bad_settings_stop_the_import(setting, said):
-    done = python("import verl", env={**OVERLAY, **setting})
+    done = python("import verl", env={**OVERLAY, **setting}, start=warm)
     assert done.returncode == 1
     assert said in done.stderr
 
 
 def test_verl_itself_fails_on_a_space_in_the_list():
-    done = python("import verl", env={**OVERLAY, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, json"})
+    done = python("import verl", env={**OVERLAY, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay, json"}, start=warm)
     assert "No module named ' json'" in done.stderr
 
 
@@ -329,7 +332,7 @@ def test_renamed_target_is_refused_whole(renamed):
     from verl_fl_overlay import activation
     states = {s.state.value for s in activation.active().hooks.report()}
     print(states <= {"removed", "failed", "disabled"}, type(device.get_nccl_backend).__name__)"""
-    done = python(program, env={**OVERLAY, "PYTHONPATH": str(renamed)})
+    done = python(program, env={**OVERLAY, "PYTHONPATH": str(renamed)}, start=warm)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.strip().splitlines()
     said = "HookError hook 'engine.infer_batch' cannot be put on verl.workers.engine.base:BaseEngine.infer_batch"
@@ -338,7 +341,7 @@ def test_renamed_target_is_refused_whole(renamed):
 
 
 def test_doctor_refuses_the_renamed_target(renamed):
-    done = run("-m", "verl_fl_overlay", "doctor", env={**OVERLAY, "PYTHONPATH": str(renamed)})
+    done = warm("-m", "verl_fl_overlay", "doctor", env={**OVERLAY, "PYTHONPATH": str(renamed)})
     assert done.returncode == 1
     assert "NOT SUPPORTED" in done.stdout
     assert "BaseEngine has no infer_batch" in done.stdout or "has no BaseEngine.infer_batch" in done.stdout
@@ -354,7 +357,7 @@ def test_doctor_tells_what_was_edited_and_what_cannot_be_tried(tmp_path):
         ("verl/utils/model.py", "def load_valuehead_model(local_path,", "def load_valuehead_model(folder,"),
         (fsdp, "class FSDPEngine(", "raise OSError('no such device')\nclass FSDPEngine("),
     )
-    done = run("-m", "verl_fl_overlay", "doctor", "--json", env={**OVERLAY, "PYTHONPATH": str(folder)})
+    done = warm("-m", "verl_fl_overlay", "doctor", "--json", env={**OVERLAY, "PYTHONPATH": str(folder)})
     assert done.returncode == 1
     report = json.loads(done.stdout)
     hooks = {hook["name"]: hook for hook in report["hooks"]}

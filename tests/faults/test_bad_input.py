@@ -10,6 +10,8 @@ from sft import without_images
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = pytest.mark.xdist_group("bad input")  # they share the run
+
 PROGRAM = Path(__file__).with_name("bad_input.py")
 SAYS = {
     "a strategy misspelt": "fsdp3",

@@ -10,6 +10,8 @@ from processes import OVERLAY, PLAIN, run
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = pytest.mark.xdist_group("checkpoints")  # they share the run
+
 PROGRAM = Path(__file__).with_name("faulty_engine.py")
 # With verl's own log-probs: the overlay's are fp32 where verl rounds to bf16, which trains to other weights.
 WITH, WITHOUT = ({**OVERLAY, "VERL_FL_DISABLE": "logprobs.fsdp,entropy.fsdp"},), (PLAIN, "--plain")

@@ -10,6 +10,8 @@ from processes import OVERLAY, run
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
+pytestmark = pytest.mark.xdist_group("failing steps")  # they share the run
+
 PROGRAM = Path(__file__).with_name("faulty_engine.py")
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, run
+from processes import OVERLAY, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+pytestmark = pytest.mark.xdist_group("routed")  # they share the native run
 
 PROGRAM = Path(__file__).with_name("routed_engine.py")
 
@@ -23,7 +25,7 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 def trained(model: Path, **environment: str) -> dict:
-    result = run(PROGRAM, model, env={**OVERLAY, **environment})
+    result = warm(PROGRAM, model, env={**OVERLAY, **environment})
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.split("RESULT ")[-1])
 
@@ -59,7 +61,7 @@ def test_where_with_a_number_keeps_its_gradient_norm(tiny_model, native):
 
 
 def test_a_name_of_the_documents_that_flaggems_does_not_have_stops_the_engine_with_an_explanation(tiny_model):
-    result = run(
+    result = warm(
         PROGRAM, tiny_model, env={**OVERLAY, "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "rmsnorm,mul"}
     )
     assert result.returncode == 1

@@ -16,7 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from processes import OVERLAY, result  # noqa: E402
+from processes import OVERLAY, result, warm  # noqa: E402
 
 from verl_fl_overlay import events  # noqa: E402
 from verl_fl_overlay.features.fused import Fused  # noqa: E402
@@ -426,7 +426,9 @@ def each_from_the_other_s_checkpoint(folder, env):
     from arithmetic import write_model
 
     write_model(folder)
-    told = result(Path(__file__).with_name("adam_engine.py"), folder, folder / "saved", env=env, timeout=280)
+    told = result(
+        Path(__file__).with_name("adam_engine.py"), folder, folder / "saved", env=env, start=warm, timeout=280
+    )
     for strategy, runs in told.items():
         for name, one in runs.items():
             ours = name.startswith("fused")

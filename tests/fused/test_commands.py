@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from processes import OVERLAY, run
+from processes import OVERLAY, run, warm
 
 from verl_fl_overlay.cli import main
 from verl_fl_overlay.flaggems.profile import SHIPPED, load
@@ -76,7 +76,7 @@ def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
     file = tmp_path / "profile.json"
     batch = ("--rows", "4", "--length", "16", "--micro-batch", "2", "--out", file)
     routed = {**OVERLAY, "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGGEMS_ENABLE": "1"}  # as the job will have it
-    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=routed, timeout=280)
+    done = warm("-c", TUNE, tmp_path / "model", *batch, "--skip", "embedding", env=routed, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     made = load(file)
     layers = json.loads((tmp_path / "model" / "config.json").read_text())["num_hidden_layers"]
@@ -88,7 +88,7 @@ def test_tune_measures_a_step_of_verl_s_engine(tmp_path):
     assert made.chosen == ()
     assert "nothing is routed: nothing made whole steps faster" in done.stderr
 
-    done = run("-c", TUNE, tmp_path / "model", *batch, "--skip", "silo", env=OVERLAY, timeout=280)
+    done = warm("-c", TUNE, tmp_path / "model", *batch, "--skip", "silo", env=OVERLAY, timeout=280)
     assert done.returncode == 2
     assert "--skip names operators that FlagGems 5 does not offer here:\n  'silo': " in done.stderr
     assert "silu" in done.stderr

@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from processes import OVERLAY, run
+from processes import OVERLAY, warm
 
 
 def test_steps_under_fsdp1_and_fsdp2_are_those_of_the_native_modules(tmp_path):
     from arithmetic import write_model
 
     write_model(tmp_path)
-    done = run(Path(__file__).parent / "engine_steps.py", tmp_path, env=OVERLAY, timeout=280)
+    done = warm(Path(__file__).parent / "engine_steps.py", tmp_path, env=OVERLAY, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert set(result) == {"fsdp", "fsdp2"}

@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, result, run
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 PROGRAM = Path(__file__).parents[1] / "real_engine.py"
 CHUNKED = {**OVERLAY, "VERL_FL_HEAD": "chunked"}
 LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "lm_head"]}
-RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
-def numbers(model, env, *options, cases="lm:fsdp2,lm:fsdp,value:fsdp2", hf=None, ranks=()):
+def numbers(model, env, *options, cases="lm:fsdp2,lm:fsdp,value:fsdp2", hf=None, ranks=1):
     fields = ["--hf", json.dumps(hf or {}), "--steps", "2"]
-    return result(*ranks, PROGRAM, model, "--cases", cases, *fields, *options, env=env, timeout=600)
+    command = (PROGRAM, model, "--cases", cases, *fields, *options)
+    return result(*command, env=env, start=warm, ranks=ranks, timeout=600)
 
 
 def decoded(run):
@@ -54,13 +54,13 @@ def test_an_adapter_on_the_head_trains_or_is_refused_by_name(tmp_path):
     ours, native = (numbers(tmp_path, env, "--packed", cases="lm:fsdp2", hf=LORA) for env in (CHUNKED, OVERLAY))
     compare(ours, native, ["lm:fsdp2"])
     arguments = [PROGRAM, tmp_path, "--cases", "lm:fsdp", "--hf", json.dumps(LORA), "--packed"]
-    refused = run(*arguments, env=CHUNKED, timeout=300)
+    refused = warm(*arguments, env=CHUNKED, timeout=300)
     assert "Qwen2ForCausalLM cannot: FSDP shards parts of its lm_head by themselves" in refused.stderr
 
 
 def test_two_ranks_that_share_a_model(tiny_model):
     ours, native = (
-        numbers(tiny_model, env, "--packed", cases="lm:fsdp2,lm:fsdp", ranks=RANKS) for env in (CHUNKED, OVERLAY)
+        numbers(tiny_model, env, "--packed", cases="lm:fsdp2,lm:fsdp", ranks=2) for env in (CHUNKED, OVERLAY)
     )
     compare(ours, native, ["lm:fsdp2", "lm:fsdp"])
 
@@ -75,7 +75,7 @@ def test_an_engine_that_makes_logits_is_refused_by_name(tmp_path):
             print(type(error).__name__, error)
     events.engine_initialized.emit(events.Engine("fsdp"))
     """
-    done = run("-c", "import verl\n" + "\n".join(line[4:] for line in program.splitlines()), env=CHUNKED)
+    done = warm("-c", "import verl\n" + "\n".join(line[4:] for line in program.splitlines()), env=CHUNKED)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = done.stdout.strip().splitlines()[-2:]
     assert first.startswith("SettingsError VERL_FL_HEAD=chunked: verl's megatron engine makes all logits")

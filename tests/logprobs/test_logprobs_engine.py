@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("verl")
 
-from processes import OVERLAY, PLAIN, run
+from processes import OVERLAY, PLAIN, warm
 
 from verl_fl_overlay import events
 from verl_fl_overlay.compat import token_logprobs
@@ -23,7 +23,7 @@ BF16 = 2**-7
 
 
 def engine(model, **environment):
-    done = run(Path(__file__).parent / "engine_rows.py", model, env={**OVERLAY, **environment}, timeout=500)
+    done = warm(Path(__file__).parent / "engine_rows.py", model, env={**OVERLAY, **environment}, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -114,7 +114,7 @@ def test_the_legacy_actor_s_log_probs_and_entropy_and_their_gradient(tmp_path):
     results = []
     for environment in ({}, {"VERL_FL_DISABLE": ",".join(hooks)}):
         script = Path(__file__).parent / "legacy_actor.py"
-        done = run(script, tmp_path, env={**OVERLAY, **environment}, timeout=300)
+        done = warm(script, tmp_path, env={**OVERLAY, **environment}, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         results.append(json.loads(done.stdout.strip().splitlines()[-1]))
     for case, ours in results[0].items():
@@ -126,7 +126,7 @@ def test_the_legacy_actor_s_log_probs_and_entropy_and_their_gradient(tmp_path):
 
 
 def test_every_engine_s_own_code_lays_out_the_log_probs_and_the_entropy():
-    done = run(Path(__file__).parent / "engine_outputs.py", env=PLAIN, timeout=500)
+    done = warm(Path(__file__).parent / "engine_outputs.py", env=PLAIN, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout.strip().splitlines()[-1])
     compared = {case: found for case, found in told.items() if isinstance(found, dict) and "off" in found}

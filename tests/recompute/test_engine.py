@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, result, run
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -30,8 +30,7 @@ def model(tmp_path_factory):
 
 def steps(model: Path, asked: Any, *options: Any, case: str = "lm:fsdp2", ranks: int = 1) -> dict[str, Any]:
     env = {**OVERLAY, "VERL_FL_RECOMPUTE": str(asked), "OMP_NUM_THREADS": "1"}
-    start = ("-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone") if ranks > 1 else ()
-    return result(*start, PROGRAM, model, "--case", case, *options, env=env, timeout=600)
+    return result(PROGRAM, model, "--case", case, *options, env=env, start=warm, ranks=ranks, timeout=600)
 
 
 def forwards(found: dict[str, Any]) -> list[list[int]]:
@@ -67,9 +66,12 @@ def test_it_composes(model, options):
 
 def test_a_number_above_the_layers_stops_the_engine(model):
     env = {**OVERLAY, "VERL_FL_RECOMPUTE": "200"}
-    done = run(PROGRAM, model, env=env, timeout=300)
+    done = warm(PROGRAM, model, env=env, timeout=300)
     assert done.returncode != 0
     assert "SettingsError: VERL_FL_RECOMPUTE=200: Qwen2ForCausalLM has 4 layers that can recompute." in done.stderr
+
+
+SHARES_FIVE = pytest.mark.xdist_group("five")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,7 @@ def five(model):
     return steps(model, "all", "--updates", 5)
 
 
+@SHARES_FIVE
 def test_auto_takes_what_fits(model, five):
     found = steps(model, "auto", "--updates", 5, "--memory", TWO_FIT)
     assert forwards(found) == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1], [2, 2, 1, 1], [2, 2, 1, 1]]
@@ -88,6 +91,7 @@ def test_auto_takes_what_fits(model, five):
     assert found["hooks after"] == five["hooks after"]
 
 
+@SHARES_FIVE
 def test_out_of_memory_in_a_forward_is_repeated(model, five):
     found = steps(model, "auto", "--updates", 5, "--memory", ALL_FIT, "--fail", "4:2")
     first, second = [1, 1, 1, 1], [2, 2, 2, 2]

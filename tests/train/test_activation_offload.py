@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from arithmetic import write_model
-from processes import OVERLAY, result
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -17,5 +17,5 @@ PROGRAM = Path(__file__).with_name("offloaded_activations.py")
 def test_offloaded_activations_change_no_gradient(tmp_path, disabled):
     write_model(tmp_path, num_hidden_layers=3)  # verl offloads the activations of no fewer
     environment = {**OVERLAY, "VERL_FL_DISABLE": f"cpu.activation_offload{disabled}"}
-    for strategy, steps in result(PROGRAM, tmp_path, env=environment).items():
+    for strategy, steps in result(PROGRAM, tmp_path, env=environment, start=warm).items():
         assert (steps["offloaded"] == steps["kept"]) is not bool(disabled), (strategy, steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, PLAIN, run
+from processes import OVERLAY, PLAIN, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -19,7 +19,7 @@ CASES = ["lm:fsdp2", "value:fsdp2", "lm:fsdp", "value:fsdp"]
 
 
 def numbers(model: Path, cases: list[str], env: dict[str, str], *more: str) -> dict[str, Any]:
-    done = run(PROGRAM, model, "--cases", ",".join(cases), *more, env=env, timeout=600)
+    done = warm(PROGRAM, model, "--cases", ",".join(cases), *more, env=env, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-6000:]
     return json.loads(lines[-1].removeprefix("RESULT "))

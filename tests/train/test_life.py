@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from arithmetic import write_model
-from processes import OVERLAY, result
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -19,7 +19,8 @@ PROGRAM = Path(__file__).with_name("engine_life.py")
 def lives(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lives")
     write_model(folder / "model", num_hidden_layers=3)  # verl offloads the activations of no fewer
-    return result(PROGRAM, folder / "model", folder, env={**OVERLAY, "VERL_FL_STRICT": "1"}, timeout=600)
+    env = {**OVERLAY, "VERL_FL_STRICT": "1"}
+    return result(PROGRAM, folder / "model", folder, env=env, start=warm, timeout=600)
 
 
 @pytest.fixture(params=["fsdp", "fsdp2"])

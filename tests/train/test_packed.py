@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from packaging.version import Version
-from processes import OVERLAY, result, run
+from processes import OVERLAY, result, warm
 from real_engine import THEN
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -21,7 +21,6 @@ CASES = "lm:fsdp2,lm:fsdp,value:fsdp2"
 HEADS = CASES.split(",")
 CHECKPOINTED = {"enable_gradient_checkpointing": True}
 LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-RANKS = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 def command(model: Path, *options: str, cases: str = CASES, hf: Any = None, engine: Any = None) -> list[Any]:
@@ -30,7 +29,7 @@ def command(model: Path, *options: str, cases: str = CASES, hf: Any = None, engi
 
 
 def numbers(model: Path, *options: str, env: dict[str, str] | None = None, **more: Any) -> dict[str, Any]:
-    return result(*command(model, *options, **more), env={**OVERLAY, **(env or {})}, timeout=600)
+    return result(*command(model, *options, **more), env={**OVERLAY, **(env or {})}, start=warm, timeout=600)
 
 
 LORAS_PADDED = {**LORA, "use_remove_padding": False, "override_config": {"attn_implementation": "sdpa"}}
@@ -50,7 +49,7 @@ def runs(tiny_model):
     """Return the results of what one process can run."""
     arguments = [command(tiny_model, *options, **more) for options, more in RUNS.values()]
     joined = [argument for program, *each in arguments for argument in (THEN, *each)]
-    found = result(arguments[0][0], *joined[1:], env=OVERLAY, timeout=600)
+    found = result(arguments[0][0], *joined[1:], env=OVERLAY, start=warm, timeout=600)
     return dict(zip(RUNS, found, strict=True))
 
 
@@ -112,7 +111,7 @@ def test_lora_trains_packed_as_padded(runs):
 @pytest.mark.skipif(Version(version("torch")) < Version("2.13"), reason="gloo exchanges lists of tensors from 2.13 on")
 def test_ulysses_on_two_ranks_equals_one(tiny_model, packed):
     options = command(tiny_model, "--packed", cases="lm:fsdp2", engine={"ulysses_sequence_parallel_size": 2})
-    found = result(*RANKS, *options, env=OVERLAY, timeout=600)
+    found = result(*options, env=OVERLAY, start=warm, ranks=2, timeout=600)
     assert decoded(found["lm:fsdp2"]) == pytest.approx(decoded(packed["lm:fsdp2"]), rel=0.02, abs=0.02)
     assert found["derived lengths"] == 0
     assert set(found["report"]["features"]["attention"]["detail"]["packed models"].values()) == {"keeps them apart"}
@@ -121,7 +120,7 @@ def test_ulysses_on_two_ranks_equals_one(tiny_model, packed):
 def test_ulysses_with_other_attention_is_refused(tiny_model):
     hf = {"override_config": {"attn_implementation": "sdpa"}}
     options = command(tiny_model, "--packed", cases="lm:fsdp2", hf=hf, engine={"ulysses_sequence_parallel_size": 2})
-    done = run(*RANKS, *options, env=OVERLAY, timeout=600)
+    done = warm(*options, env=OVERLAY, ranks=2, timeout=600)
     assert done.returncode
     assert "PackingError: ulysses_sequence_parallel_size=2 with attn_implementation=sdpa computes wrong" in done.stderr
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run
+from processes import OVERLAY, run, warm
+from schemas import faults
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -16,20 +17,19 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sft.py"
 def test_the_unedited_trainer_learns(tmp_path):
     done = run(EXAMPLE, tmp_path, "--steps", "12", env={}, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert done.stdout.strip().endswith("ok")
+    assert "\n  ok\n" in done.stdout
     reports = [json.loads(file.read_text()) for file in (tmp_path / "reports").glob("*.json")]
     ranks = {r["process"]["rank"]: r for r in reports if r["phase"]["counts"]}
     assert sorted(ranks) == ["0", "1"]
     for report in ranks.values():
         assert report["phase"]["counts"]["train_batch"] == 12
         assert report["problems"] == []
+        assert faults(report, "report") == []
 
 
 def test_a_report_folder_that_cannot_be_written_does_not_stop_training(tmp_path, tiny_model):
-    from processes import OVERLAY
-
     (tmp_path / "taken").write_text("a file")
     program = Path(__file__).parents[1] / "real_engine.py"
-    done = run(program, tiny_model, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(tmp_path / "taken")}, timeout=600)
+    done = warm(program, tiny_model, env={**OVERLAY, "VERL_FL_REPORT_DIR": str(tmp_path / "taken")}, timeout=600)
     assert "RESULT " in done.stdout, done.stderr[-3000:]
     assert done.stderr.count("cannot be written") == 1

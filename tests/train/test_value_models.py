@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, result
+from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -26,7 +26,7 @@ TRL = Path(__file__).parents[1] / "trl_stand_in"
 def found(tmp_path_factory):
     paths = os.pathsep.join(filter(None, (str(TRL), os.environ.get("PYTHONPATH"))))
     env = {**OVERLAY, "VERL_FL_STRICT": "1", "PYTHONPATH": paths}
-    return result(PROGRAM, tmp_path_factory.mktemp("models"), env=env, timeout=600)
+    return result(PROGRAM, tmp_path_factory.mktemp("models"), env=env, start=warm, timeout=600)
 
 
 @pytest.mark.parametrize("kind", ["cohere", "qwen2_vl"])
