@@ -77,7 +77,8 @@ FITS = (
     Fit("vllm_fl", "<0.1", "vllm", "==0.11.*", f"{_VLLM_FL}/8e0422d/README.md"),
     Fit("vllm_fl", "==0.1.*", "vllm", "==0.13.*", f"{_HARDWARE}/install_guidance.md"),
     Fit("vllm_fl", "==0.2.*", "vllm", "==0.20.2", f"{_VLLM_FL}/main/README.md"),
-    Fit("vllm_fl", ">=0.3", "vllm", "==0.28.*", f"{_VLLM_FL}/main/README.md"),
+    Fit("vllm_fl", "==0.3.*", "vllm", "==0.24.0", f"{_VLLM_FL}/main/docker/musa/README.md"),
+    Fit("vllm_fl", ">=0.4", "vllm", "==0.28.*", f"{_VLLM_FL}/main/README.md"),
     Fit(
         "sglang_fl", ">=0", "sglang", "==0.5.11", "https://github.com/flagos-ai/sglang-plugin-FL/blob/4eb5b2a/README.md"
     ),
