@@ -71,7 +71,8 @@ def warm(
         )
         status = _warm[0].stdout.readline().strip()
         told = [Path(file.name).read_text(errors="replace") for file in (output, errors)]
-    if not status.lstrip("-").isdigit():
+    assert status, f"the process of tests/warm.py ended, exit status {_warm[0].wait()}"
+    if status == "late":
         raise subprocess.TimeoutExpired(arguments, timeout, *told)
     return subprocess.CompletedProcess(arguments, int(status), *told)
 

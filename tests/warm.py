@@ -36,7 +36,7 @@ def become(asked: dict[str, Any]) -> int:
     for number, file in ((1, asked["output"]), (2, asked["errors"])):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     program, *sys.argv = asked["command"] if asked["command"][0] in ("-c", "-m") else ("", *asked["command"])
-    beside = "" if program else os.path.dirname(sys.argv[0])
+    beside = {"-c": "", "-m": os.getcwd()}.get(program, os.path.dirname(sys.argv[0]))
     sys.path[0:1] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         if program == "-c":
