@@ -49,7 +49,7 @@ nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False  # the report says of such a row that it was not run
-nox.options.sessions = ["lint", "drift", "compat", "features"]
+nox.options.sessions = ["lint", "docs", "drift", "compat", "features"]
 if (pyenv := Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions").is_dir():
     # pyenv finds only the versions that are switched on: all of them, and first the one that runs this.
     found = sorted((python.name for python in pyenv.glob("3.*")), key=lambda name: name != platform.python_version())
@@ -200,7 +200,7 @@ def lint(session: nox.Session) -> None:
     session.run("shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts)
 
 
-@nox.session(default=False)
+@nox.session
 def docs(session: nox.Session) -> None:
     """The site of docs/, in out/site, with every warning an error; nothing is fetched while it is built."""
     session.install("mkdocs-material==9.8.2", "mkdocs==1.6.1")
@@ -239,7 +239,7 @@ def drift(session: nox.Session) -> None:
             if not given and not list(wheels.glob(f"{name.replace('-', '_')}-{release}-*.whl")):
                 download = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
                 session.run(sys.executable, "-m", *download, f"{name}=={release}", external=True)
-    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle", *BUILD)
+    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle", "jsonschema", *BUILD)
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 
