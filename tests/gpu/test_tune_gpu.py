@@ -34,7 +34,7 @@ def embedding(*args, **kwargs):
     return kernel.function(*args, **kwargs)
 
 gems = replace(gems, kernels=(replace(kernel, function=embedding),))
-native, ours = contest.Contest(trial.steps(sys.argv[1], 4, 32, 2), gems, print).times(["embedding"])
+native, ours = contest.Contest(trial.steps(trial.Trial(sys.argv[1], 4, 32, 2)), gems, print).times(["embedding"])
 print("RESULT", json.dumps({"native": native, "ours": ours, "asked": len(asked), "rounds": contest.ROUNDS}))
 """
 
