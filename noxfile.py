@@ -37,8 +37,10 @@ RELEASES = sorted((file.stem.removeprefix("verl-") for file in CONSTRAINTS.glob(
 # What verl's engines import beyond verl's own requirements; see constraints for the versions.
 ENGINE_NEEDS = ("einops", "uvicorn", "fastapi", "cachetools", "pyzmq", "msgspec")
 
+PYPROJECT = nox.project.load_toml(HERE / "pyproject.toml")
 # What builds the overlay's wheel, for the tests of what is in it.
-BUILD = nox.project.load_toml(HERE / "pyproject.toml")["build-system"]["requires"]
+BUILD = PYPROJECT["build-system"]["requires"]
+OVERLAY_NEEDS = PYPROJECT["project"]["dependencies"]
 
 # The real FlagGems, whose device probes its tests answer; it needs triton, which a CPU build of torch does not bring.
 FLAGGEMS = ("triton==3.5.1", "flag-gems==5.0.0")
@@ -170,7 +172,8 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
     The installer's progress is shown, since it may download gigabytes.
     """
     session.env["CUDA_VISIBLE_DEVICES"] = ""  # on a machine with GPUs too, these sessions are about the CPU
-    needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
+    ours = [*OVERLAY_NEEDS, *ENGINE_NEEDS, "pytest", "pytest-xdist", *more]
+    needs = [f"verl=={verl}", f"torch=={torch}" if torch else "torch", *ours]
     fresh = [] if torch else ["--upgrade"]
     constraints = ("-c", str(CONSTRAINTS / f"verl-{verl}.txt"))
     session.install(*fresh, *needs, *constraints, env=installer_environment(), silent=False)
@@ -217,8 +220,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(python=["3.10", "3.11", "3.12"], default=False)
 def minimum(session: nox.Session) -> None:
     """The oldest dependencies that pyproject allows, on every Python that is here."""
-    dependencies = nox.project.load_toml(HERE / "pyproject.toml")["project"]["dependencies"]
-    install_overlay(session, "pytest", *(dependency.split(",")[0].replace(">=", "==") for dependency in dependencies))
+    install_overlay(session, "pytest", *(needed.split(",")[0].replace(">=", "==") for needed in OVERLAY_NEEDS))
     session.run("pytest", "tests/unit", *session.posargs)
 
 

@@ -148,3 +148,11 @@ def test_no_extra_brings_what_constraints_must_hold(built):
 def test_the_changelog_begins_with_this_version():
     headings = re.findall(r"^## \[?([^\]\s]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert next(heading for heading in headings if heading != "Unreleased") == __version__
+
+
+def test_the_constraints_hold_what_the_overlay_itself_needs(built):
+    needed = {Requirement(text).name for text in built.metadata.get_all("Requires-Dist") if "extra" not in text}
+    assert {"wrapt", "packaging", "rich"} <= needed
+    for file in (built.tree / "compat" / "constraints").glob("verl-*.txt"):
+        held = {line.partition("==")[0] for line in file.read_text(encoding="utf-8").splitlines()}
+        assert needed <= held, file.name
