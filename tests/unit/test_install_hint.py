@@ -88,6 +88,21 @@ def test_a_release_without_constraints_holds_what_is_installed():
         ]
 
 
+def test_what_vllm_was_installed_with_is_held():
+    for component in ("flaggems", "megatron"):
+        for why, printed in hints(component, "0.9.1", "2.11.0", "nvidia", "vllm 0.24.0"):
+            assert "constraints/" not in " ".join(printed)
+            assert not printed or (printed[0].endswith("> here.txt") and "vllm 0.24.0, which is here" in why)
+    assert hints("verl", "0.9.1", "", "", "vllm 0.24.0") == hints("verl", "0.9.1", "", "")
+
+
+def test_the_pages_install_vllm_as_the_hint_does():
+    line, *_ = lines("vllm", torch="")
+    assert [
+        page for page in ("README.md", "docs/install.md", "docs/training.md") if line not in (ROOT / page).read_text()
+    ] == []
+
+
 def test_wheels_of_the_index_are_not_for_another_vendors_chip():
     for component in ("vllm", "sglang", "flash-attn"):
         assert lines(component, vendor="ascend") == []

@@ -239,20 +239,23 @@ def run(options: argparse.Namespace) -> int:
     release = _release(options.verl, options.component)
     found = [f"{name} {here[name]}" if name in here else f"no {name}" for name in ("torch", "triton")]
     print(_comment(f"For verl {release}. Here: Python {here['Python']}, {', '.join(found)}; chip: {told_by}."))
-    ways = hints(options.component, release, here.get("torch", ""), chip.vendor if chip and chip != chips.CPU else "")
+    vendor = chip.vendor if chip and chip != chips.CPU else ""
+    beside = next((f"{engine} {here[engine]}" for engine in ("vllm", "sglang") if engine in here), "")
+    ways = hints(options.component, release, here.get("torch", ""), vendor, beside)
     for why, lines in ways:
         print("", _comment(why), *lines, sep="\n")
     return 0 if any(lines for _, lines in ways) else 1
 
 
-def hints(component: str, release: str, torch: str, vendor: str) -> list[tuple[str, list[str]]]:
+def hints(component: str, release: str, torch: str, vendor: str, beside: str = "") -> list[tuple[str, list[str]]]:
     """Return the ways that fit ``release`` of verl, the ``torch`` that is here and the chip's vendor ("": none here).
 
-    Each is the reason and its lines.  Where no chip is here, it is taken for NVIDIA's.
+    Each is the reason and its lines.  Where no chip is here, it is taken for NVIDIA's.  ``beside`` is the engine for
+    rollout that is here and its version: what it was installed with is held, not what ``release`` was run with.
     """
     base = Version(Version(release).base_version)
     fitting = [
-        _filled(way, str(base), torch, vendor)
+        _filled(way, str(base), torch, vendor, beside)
         for way in ADDITIONS[component]
         if SpecifierSet(way.verl).contains(base) and way.nvidia in (None, vendor in ("", NVIDIA))
     ]
@@ -275,13 +278,15 @@ def harmless(unmet: Unmet) -> bool:
     )
 
 
-def _filled(way: Way, release: str, torch: str, vendor: str) -> tuple[str, list[str]]:
+def _filled(way: Way, release: str, torch: str, vendor: str, beside: str) -> tuple[str, list[str]]:
     """Return why and lines with their words filled in."""
     told, lines, options = [way.why], list(way.lines), held(release)
-    if not options and any("{verl}" in line for line in lines):
+    brings_verl = any("{verl}" in line for line in lines)
+    if not options and brings_verl:
         return f"No constraints are known for verl {release}: no set of versions was run with it.", []
-    if not options and any("{held}" in line for line in lines):
-        told.append(f"No constraints are known for verl {release}: what is installed now is held in their place.")
+    if (not options or (beside and not brings_verl)) and any("{held}" in line for line in lines):
+        no_use = f"were run without {beside}, which is here" if options else f"are not known for verl {release}"
+        told.append(f"The constraints {no_use}: what is installed now is held in their place.")
         lines.insert(0, "pip list --format=freeze > here.txt")
         options = "-c here.txt"
     if way.torch and torch and Version(torch).public != way.torch:
