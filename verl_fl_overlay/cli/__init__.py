@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         terminal.give_up()
         return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror or error}")
     except ModuleNotFoundError as error:
-        if error.name != "torch":  # torch is an extra; commands that run a step or a kernel need it
+        if error.name != "torch":  # the overlay does not require it; commands that run a step or a kernel do
             raise
         return _refused(called, "torch is not installed: pip install torch")
 
