@@ -1,7 +1,8 @@
 """Write docs/engines.md from results: ``python tools/engines.py out/engines``.
 
 A result is the JUnit file of ``pytest tests/engines``, one per release and device: 0.9.1-cpu.xml, 0.9.1-cuda.xml.
-Cells without a result in the folder stay as they were.  The exit status is 1 if a test failed.
+Cells without a result in the folder stay as they were, and an engine that a release lacks has no row.  The exit status
+is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import re
 from pathlib import Path
 
 from junit import Case, cases
-from tables import DOCS, markdown
+from tables import DOCS, markdown, replaced
 
-TABLE = DOCS / "engines.md"
+PAGE = DOCS / "engines.md"
 COLUMNS = {
     ("cpu", "test_hooks_on_the_real_class"): "hooks on the real class",
     ("cpu", "test_phase_on_in_training"): "training, CPU",
@@ -23,19 +24,13 @@ COLUMNS = {
 }
 KEY = ["verl", "backend", "head"]
 HEAD = [*KEY, *COLUMNS.values()]
-INTRODUCTION = """# What was run with each engine and worker
-
-Made by `tools/engines.py` from the results of `nox -s engines` (on a GPU: `pytest tests/engines`), not by hand.
-Training and inference "passed" means that verl's real engine or worker did it, with the training phase on in every
-forward pass and off after it.  Megatron has its own local layers there, since TransformerEngine was not installed; on a
-CPU, what it asks torch.cuda is answered for the CPU.
-"""
+LACKING = "not in that release"
 
 
 def said(case: Case) -> str:
     """Return the text of a cell for one test."""
     if case.outcome == "skipped":
-        return "not in that release" if case.why.startswith("not in verl") else f"not run ({case.why})"
+        return LACKING if case.why.startswith("not in verl") else f"not run ({case.why})"
     return case.outcome.replace("failed", "FAILED")
 
 
@@ -53,16 +48,9 @@ def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 def before() -> dict[tuple[str, ...], dict[str, str]]:
     """Return the cells of the table as it is now."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {tuple(row[: len(KEY)]): dict(zip(HEAD, row, strict=True)) for row in rows[2:]}
-
-
-def row(key: tuple[str, ...], known: dict[str, str]) -> list[str]:
-    """Return a row; an engine that the release lacks is marked so on every device."""
-    lacking = "not in that release" in known.values()
-    nothing = "not in that release" if lacking else "not run (no result)"
-    return [*key, *(nothing if lacking else known.get(column, nothing) for column in COLUMNS.values())]
 
 
 def main() -> int:
@@ -72,10 +60,15 @@ def main() -> int:
     rows = before()
     for key, known in results(parser.parse_args().folder).items():
         rows[key] = {**rows.get(key, {}), **known}
-    table = [row(key, known) for key, known in sorted(rows.items())]
-    TABLE.write_text(f"{INTRODUCTION}\n{markdown(HEAD, table)}\n", encoding="utf-8")
+    table = [
+        [*key, *(known.get(column, "not run") for column in COLUMNS.values())]
+        for key, known in sorted(rows.items())
+        if LACKING not in known.values()
+    ]
+    text = replaced(PAGE.read_text(encoding="utf-8"), "engines", "nox -s engines", markdown(HEAD, table))
+    PAGE.write_text(text, encoding="utf-8")
     failed = [" ".join(cells[: len(KEY)]) for cells in table if "FAILED" in cells]
-    print(f"{TABLE}: {len(table)} rows, failed: {', '.join(failed) or 'none'}")
+    print(f"{PAGE}: {len(table)} rows, failed: {', '.join(failed) or 'none'}")
     return 1 if failed or not table else 0
 
 

@@ -12,9 +12,9 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-from tables import DOCS, ROOT, markdown
+from tables import DOCS, ROOT, markdown, replaced
 
-FILE = DOCS / "families.md"
+PAGE = DOCS / "families.md"
 KINDS = ("norms", "MLPs", "experts", "rotary")
 LIGER = {
     "NMR": "qwen2 llama mistral ministral smollm3 granite qwen3 olmo2 olmo3 hunyuan_v1_dense exaone4 qwen2_vl "
@@ -27,20 +27,6 @@ LIGER = {
     "M": "nemotron",
 }
 """What Liger-Kernel 0.8.5 patches when nothing is said: norms, MLPs, experts, rotary.  It has none of the others."""
-
-TEXT = """\
-# What runs on kernels in which family
-
-Modules of a tiny bf16 model of each family (transformers {transformers}) that ran on a kernel of the overlay / all that
-the model has. A dash: the family has none. No list in the overlay names families: a module is recognised by its
-structure, and runs on its kernel if that agrees with the native code. Norms are RMS norms and LayerNorms that have a
-weight; experts have parameters of three dimensions; rotary counts the attention modules that rotate. The last column is
-what Liger-Kernel 0.8.5 patches in the family by default.
-
-<!-- Made by `python tools/families.py`. -->
-
-{table}
-"""
 
 
 def measured() -> dict[str, dict[str, tuple[int, int]]]:
@@ -58,8 +44,8 @@ def measured() -> dict[str, dict[str, tuple[int, int]]]:
     return dict(results)
 
 
-def page(results: dict[str, dict[str, tuple[int, int]]]) -> str:
-    """Return the text of the file."""
+def families(results: dict[str, dict[str, tuple[int, int]]]) -> str:
+    """Return the part of the page."""
     of_liger = {family: kinds for kinds, families in LIGER.items() for family in families.split()}
     words = dict(zip("NMER", KINDS, strict=True))
     rows = []
@@ -67,21 +53,22 @@ def page(results: dict[str, dict[str, tuple[int, int]]]) -> str:
         cells = [f"{ran}/{all_of_them}" if all_of_them else "-" for ran, all_of_them in (found[kind] for kind in KINDS)]
         rows.append([family, *cells, ", ".join(words[kind] for kind in of_liger.get(family, "")) or "-"])
     table = markdown(["family", *KINDS, "Liger"], rows)
-    return TEXT.format(transformers=version("transformers"), table=table)
+    return f"With transformers {version('transformers')}:\n\n{table}"
 
 
 def main() -> None:
     """Write the file, or compare it with what the models give."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if the file differs")
-    made = page(measured())
+    text = PAGE.read_text(encoding="utf-8")
+    made = replaced(text, "families", "tools/families.py", families(measured()))
     if parser.parse_args().check:
-        if FILE.read_text() != made:
+        if text != made:
             raise SystemExit(
-                f"{FILE.relative_to(ROOT)} is not what its models give; run: python tools/families.py\n{made}"
+                f"{PAGE.relative_to(ROOT)} is not what its models give; run: python tools/families.py\n{made}"
             )
         return
-    FILE.write_text(made)
+    PAGE.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from junit import cases
-from tables import ROOT, markdown, replaced
+from tables import DOCS, markdown, replaced
 
-PAGE = ROOT / "docs" / "matrix.md"
+PAGE = DOCS / "matrix.md"
 HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
 
 

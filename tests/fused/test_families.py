@@ -26,7 +26,7 @@ def of_the_newest_release():
 
 
 def test_the_table_is_made_with_the_transformers_of_the_newest_release():
-    assert f"(transformers {of_the_newest_release()})" in TABLE.read_text()
+    assert f"With transformers {of_the_newest_release()}:" in TABLE.read_text()
 
 
 def test_the_table_is_what_tiny_models_give():
