@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # the tables are this checkout's, also where another overlay is installed
 
 from verl_fl_overlay import cli, compat
+from verl_fl_overlay.cli.install_hint import MAKE
 from verl_fl_overlay.devices.chips import CHIPS, CPU, KNOWN_TO_VERL, Chip
 from verl_fl_overlay.hooks import Hook
 from verl_fl_overlay.settings import VARIABLES
@@ -128,8 +129,10 @@ def chips() -> str:
     for chip in (*sorted(CHIPS.values(), key=lambda chip: chip.vendor), CPU):
         name = f"{chip.vendor} (`VERL_FL_DEVICE=cpu`)" if chip is CPU else chip.vendor
         own = chip.backend or "none: FlagCX only"
-        rows.append([name, chip.device, own, f"`{chip.visible_devices}`", *platform(chip)])
-    return markdown(["chip", "torch device", "collectives", "visible devices", "verl 0.9", "verl 0.7, 0.8"], rows)
+        flagcx = f"`USE_{MAKE[chip.vendor]}=1`" if chip.vendor in MAKE else "-"
+        rows.append([name, chip.device, own, flagcx, f"`{chip.visible_devices}`", *platform(chip)])
+    head = ["chip", "torch device", "collectives", "FlagCX", "visible devices", "verl 0.9", "verl 0.7, 0.8"]
+    return markdown(head, rows)
 
 
 def platform(chip: Chip) -> tuple[str, str]:

@@ -89,8 +89,7 @@ def test_files_that_are_named_are_there(page):
 def test_variables_that_are_named_are_known(page):
     prefixes = "VERL_FL|TRAINING_FL|VLLM_FL|SGLANG_FL|TE_FL|FLAGCX|FLAGGEMS"
     named = set(re.findall(rf"(?<![\w$])(?:{prefixes})_[A-Z_]*[A-Z]\b(?!_)", text(page)))
-    built = {"FLAGCX_ADAPTOR"}  # for FlagCX's own build; no process that trains reads it
-    assert not named - TABLE.keys() - built
+    assert not named - TABLE.keys()
 
 
 @each_page

@@ -96,7 +96,9 @@ def test_what_vllm_was_installed_with_is_held():
     assert hints("verl", "0.9.1", "", "", "vllm 0.24.0") == hints("verl", "0.9.1", "", "")
 
 
-def test_the_pages_install_vllm_as_the_hint_does():
+def test_the_pages_install_as_the_hint_does():
+    page = (ROOT / "docs" / "flagcx.md").read_text()
+    assert [line for line in lines("flagcx") if line not in page] == []
     line, *_ = lines("vllm", torch="")
     assert [
         page for page in ("README.md", "docs/install.md", "docs/training.md") if line not in (ROOT / page).read_text()

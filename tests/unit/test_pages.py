@@ -41,4 +41,4 @@ def test_a_row_of_the_chips_is_a_row_of_the_table(monkeypatch):
     lines = pages.chips().splitlines()
     monkeypatch.setitem(CHIPS, "new", dataclasses.replace(CHIPS["metax"], vendor="new", device="newt", backend=""))
     (added,) = set(pages.chips().splitlines()) - set(lines)
-    assert added.startswith("| new | newt | none: FlagCX only | `CUDA_VISIBLE_DEVICES` | the overlay's platform |")
+    assert added.startswith("| new | newt | none: FlagCX only | - | `CUDA_VISIBLE_DEVICES` | the overlay's platform |")

@@ -74,7 +74,7 @@ MAKE = {
     "sunrise": "SUNRISE",
     "thead": "PPU",
 }
-"""FlagGems' name of a chip's vendor -> FlagCX's, from the Makefile of FlagCX 0.13.0."""
+"""FlagGems' name of a chip's vendor -> FlagCX's, from FlagCX's Makefile of 2026-08-22; 0.13.0 has no PPU yet."""
 
 ADDITIONS: Mapping[str, tuple[Way, ...]] = {
     "verl": (
