@@ -71,7 +71,7 @@ class Fit:
 
 _GEMS = "https://github.com/flagos-ai/FlagGems/blob"
 _VLLM_FL = "https://github.com/flagos-ai/vllm-plugin-FL/blob"
-_HARDWARE = "https://github.com/verl-project/verl-hardware-plugin/blob/main/docs/user_guide_flagos/nvidia"
+_HARDWARE = "https://github.com/verl-project/verl-hardware-plugin/blob/a7f2d79/docs/user_guide_flagos/nvidia"
 
 FITS = (
     Fit("vllm_fl", "<0.1", "vllm", "==0.11.*", f"{_VLLM_FL}/8e0422d/README.md"),
