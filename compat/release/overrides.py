@@ -5,6 +5,7 @@ Tests hold that every key is in the configuration of its release, and that no li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Override:
-    """A key of verl's configuration, the value that it needs, and the reason in a line."""
+    """A key of verl's configuration, the value that it needs as hydra reads it, and the reason in a line."""
 
     key: str
     value: str
@@ -97,6 +98,17 @@ BRIDGE = "verl's default, Megatron-Bridge, needs TransformerEngine, which is not
 PATH = "the model's folder; absolute, since verl's processes run in other folders"
 
 
+def _quoted(path: str) -> str:
+    r"""Return a path as hydra reads it: plain where no letter means something to hydra, else in quotes.
+
+    In quotes a backslash is doubled before a quote, and is itself elsewhere.
+    """
+    if re.fullmatch(r"[\w./+@%-]+", path, re.ASCII):
+        return path
+    doubled = re.sub(r"(\\*)('|$)", r"\1\1\2", path)
+    return "'" + doubled.replace("'", r"\'") + "'"
+
+
 def _models(job: Job) -> list[str]:
     if job.task == "sft":
         return ["model.path"]
@@ -105,7 +117,7 @@ def _models(job: Job) -> list[str]:
 
 def _sft(job: Job) -> Iterator[Override]:
     if job.model:
-        yield Override("model.path", job.model, PATH)
+        yield Override("model.path", _quoted(job.model), PATH)
     if job.engine == "megatron":
         yield Override("engine", "megatron", "verl's default is FSDP")
         yield Override("optim", "megatron", "the optimizer of that engine")
@@ -124,7 +136,7 @@ def _reinforced(job: Job) -> Iterator[Override]:
         yield Override("algorithm.adv_estimator", "grpo", "verl's default is GAE, which needs a critic")
         yield Override("actor_rollout_ref.rollout.n", "8", "answers to each prompt, which are compared; verl's is 1")
     for key in _models(job) if job.model else ():
-        yield Override(key, job.model, PATH)
+        yield Override(key, _quoted(job.model), PATH)
     if job.engine == "megatron" and job.line >= (0, 8):
         yield Override("model_engine", "megatron", "verl's default is FSDP")
     for role in trained:

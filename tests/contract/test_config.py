@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 hydra = pytest.importorskip("hydra")
 
 from verl_fl_overlay import compat  # noqa: E402
 from verl_fl_overlay.cli import main  # noqa: E402
-from verl_fl_overlay.compat.release.overrides import ENGINES, TASKS  # noqa: E402
+from verl_fl_overlay.compat.release import overrides  # noqa: E402
+from verl_fl_overlay.compat.release.overrides import ENGINES, TASKS, Job  # noqa: E402
 
 
 @pytest.mark.parametrize(("task", "engine"), itertools.product(TASKS, ENGINES))
@@ -34,3 +36,18 @@ def test_hydra_takes_what_is_printed(task: str, engine: str, capsys: pytest.Capt
         assert composed.actor_rollout_ref.actor.strategy == composed.actor_rollout_ref.ref.strategy == engine
         assert composed.critic.strategy == (engine if task == "ppo" or engine == "megatron" else "fsdp")
     assert list(composed.trainer.logger) == ["console"]
+
+
+LETTERS = ("plain", "with space", "a,b", "a=b", "[a]", "{a}", "(a)", "a#b", "a&b", "a~", "a;b", "a`b", "a!", "end ")
+QUOTES = ("it's", 'say "a"', "back\\slash", "end\\", "a\\'b", "a\\\\'b")
+
+
+@pytest.mark.parametrize("name", [*LETTERS, *QUOTES, "\u6a21\u578b"])
+def test_hydra_reads_the_model_s_folder_whatever_its_name(name: str) -> None:
+    """A comma would be a sweep, a letter beyond ASCII no word at all."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    job = Job(Version("0.9.1"), "sft", "fsdp", "vllm", "cuda", f"/models/{name}")
+    (path,) = (override for override in overrides.overrides(job) if override.key == "model.path")
+    assert OverridesParser.create().parse_override(f"{path.key}={path.value}").value() == job.model
+    assert (path.value == job.model) == (name == "plain")
