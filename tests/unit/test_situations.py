@@ -7,6 +7,7 @@ walked by itself.  Most of this runs where neither verl nor torch is installed.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import subprocess
 import sys
@@ -282,6 +283,29 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr("verl_fl_overlay.cli.env.examine", faulty)
     with pytest.raises(KeyError, match="ours"):
         cli.main(["env"])
+
+
+LIBRARY_S = (
+    OSError("Can't load the tokenizer of 'model'"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    TimeoutError("timed out"),
+    FileNotFoundError("checkpoint is missing"),
+)
+
+
+@pytest.mark.parametrize("error", LIBRARY_S, ids=str)
+def test_an_error_of_a_library_is_not_taken_for_one_of_standard_output(error, monkeypatch):
+    """transformers, sockets, fork and ctypes raise OSError too; only with its traceback can anybody mend it."""
+
+    def raises(*_):
+        raise error
+
+    monkeypatch.setattr("verl_fl_overlay.cli.env.examine", raises)
+    with pytest.raises(type(error)) as raised:
+        cli.main(["env"])
+    assert raised.value is error
 
 
 def test_nothing_is_left_half_written_on_a_full_disk(tmp_path):

@@ -6,7 +6,9 @@ A command's file is imported when the command is asked for, since some of them n
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Iterable
 
@@ -102,14 +104,28 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             return _refused(called, f"{error.filename} cannot be read or written: {error.strerror}")
-        if isinstance(error, FileNotFoundError):  # without a name
+        if isinstance(error, FileNotFoundError) and not _is_in_a_folder():
             return _refused(called, "the folder in which you are was removed; cd to another")
+        if error.errno not in _UNWRITTEN:  # a library's own, whose text and traceback are needed
+            raise
         terminal.give_up()
-        return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror or error}")
+        return _refused(called, f"cannot be written to standard output, or a temporary file: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name != "torch":  # the overlay does not require it; commands that run a step or a kernel do
             raise
         return _refused(called, "torch is not installed: pip install torch")
+
+
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""How a write to what is open fails, which names no file."""
+
+
+def _is_in_a_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _refused(called: str, reason: str) -> int:
