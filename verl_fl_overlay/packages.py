@@ -54,9 +54,12 @@ def flash_attn_imports() -> bool:
 
 
 def version(distribution: str) -> str:
-    """Return the version that a distribution's metadata tell, "" if it is not installed; nothing is imported."""
+    """Return the version that a distribution's metadata tell; nothing is imported.
+
+    It is "" if it is not installed, or half of it: an installer that was stopped leaves metadata without a version.
+    """
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution) or ""
     except importlib.metadata.PackageNotFoundError:
         return ""
 

@@ -217,6 +217,17 @@ def test_what_cannot_be_answered(tmp_path, arguments, verl, said):
     assert said in error
 
 
+def test_a_torch_that_pip_does_not_know_is_not_put_into_a_line(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    for half in (False, True):
+        if half:  # an installer was stopped
+            (tmp_path / "torch-2.13.0.dist-info").mkdir()
+        status, told, error = hinted(tmp_path, "vllm", "--verl", "0.8.0")
+        assert (status, told) == (2, "")
+        assert "torch can be imported here and has no metadata" in error
+
+
 def test_where_no_verl_is(monkeypatch, capsys):
     monkeypatch.setattr(compat, "find_verl", lambda: None)
     assert main(["install-hint", "flaggems"]) == 2

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from verl_fl_overlay import packages
+from verl_fl_overlay.cli import versions
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,15 @@ def test_a_module_made_by_hand_is_there_and_has_no_folders(monkeypatch):
     monkeypatch.setitem(sys.modules, "made_by_hand", types.ModuleType("made_by_hand"))
     assert packages.installed("made_by_hand")
     assert packages.folders("made_by_hand") == []
+
+
+@pytest.mark.parametrize("metadata", [None, "", "Name: half\n"])
+def test_metadata_that_an_installer_left_half_written_tell_no_version(metadata, tmp_path, monkeypatch):
+    info = tmp_path / "half-1.0.dist-info"
+    info.mkdir()
+    if metadata is not None:
+        (info / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packages.version("half") == ""
+    assert versions._metadata("half") == ("", [])
+    assert list(versions.unmet(["half"], {})) == []

@@ -16,9 +16,9 @@ from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.cli import terminal
-from verl_fl_overlay.cli.versions import FITS, Unmet, constraints, versions
+from verl_fl_overlay.cli.versions import FITS, UNTOLD, Unmet, constraints, versions
 from verl_fl_overlay.devices import chips
-from verl_fl_overlay.errors import UnsupportedVerlError
+from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.features.flagcx import PLUGIN_FOLDER
 from verl_fl_overlay.settings import Settings
 
@@ -233,8 +233,14 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UnsupportedVerlError: no verl is here and none is named, or the overlay is not for it.
+        OverlayError: pip does not know the torch that is here, so no line could hold it.
     """
     here = versions()
+    if here.get("torch") == UNTOLD:
+        raise OverlayError(
+            "torch can be imported here and has no metadata, so pip does not know it and would install another beside "
+            "it: put its folder off PYTHONPATH, or install its wheel again"
+        )
     chip, told_by = chips.chosen(Settings.parse()[0])
     release = _release(options.verl, options.component)
     found = [f"{name} {here[name]}" if name in here else f"no {name}" for name in ("torch", "triton")]

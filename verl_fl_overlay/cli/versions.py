@@ -37,6 +37,9 @@ VERSIONS = {
 }
 """Module -> the distributions that bring it, one of which is enough."""
 
+UNTOLD = "installed without metadata"
+"""What stands for the version of a package that can be imported, and that pip does not know."""
+
 _MODULES = {distribution: module for module, several in VERSIONS.items() for distribution in several}
 
 
@@ -54,7 +57,7 @@ def versions() -> dict[str, str]:
     found = {"Python": platform.python_version()}
     for module, distributions in VERSIONS.items():
         told = next(filter(None, map(version, distributions)), "")
-        found[module] = told or ("installed without metadata" if installed(module) else "")
+        found[module] = told or (UNTOLD if installed(module) else "")
     return {name: told for name, told in found.items() if told}
 
 
@@ -162,7 +165,7 @@ def _metadata(distribution: str) -> tuple[str, list[str]]:
         told = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "", []
-    return told["Version"], told.get_all("Requires-Dist") or []
+    return told["Version"] or "", told.get_all("Requires-Dist") or []
 
 
 def _wanted(texts: Iterable[str], extra: str) -> Iterator[Requirement]:
