@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -238,6 +241,29 @@ def test_after_control_c(monkeypatch, capsys):
     monkeypatch.setattr("verl_fl_overlay.cli.env.examine", interrupted)
     assert cli.main(["env"]) == terminal.INTERRUPTED
     assert capsys.readouterr().err == "verl-fl env: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_a_command_started_ends_with_it(number, tmp_path):
+    """A batch system sends it to the command alone, and a component that hangs would be there for ever."""
+    write_verl(tmp_path, BROKEN["raises"])
+    started = tmp_path / "started"
+    (tmp_path / "flag_gems").mkdir()
+    (tmp_path / "flag_gems" / "__init__.py").write_text(
+        f"import os, time\nopen({str(started)!r} + '.new', 'w').write(str(os.getpid()))\n"
+        f"os.replace({str(started)!r} + '.new', {str(started)!r})\ntime.sleep(600)\n"
+    )
+    env = clean_environment({**PLAIN, "PYTHONPATH": f"{tmp_path}:{HERE}", "TRAINING_FL_FLAGGEMS_ENABLE": "1"})
+    command = [sys.executable, "-m", "verl_fl_overlay", "doctor"]
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not started.exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_a_file_that_cannot_be_opened_is_named(monkeypatch, capsys):

@@ -9,6 +9,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -76,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not terminal.prepare():
         return _refused("verl-fl", "standard output is closed, and all that a command says goes there")
     called = "verl-fl"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one of them
+            signal.signal(number, _leave)
     try:
         try:
             given = sys.argv[1:] if arguments is None else arguments
@@ -126,6 +130,11 @@ def _is_in_a_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _leave(number: int, _: object) -> None:
+    """End as a batch system or a window that closes asks; by an exception, so that started processes end too."""
+    raise SystemExit(128 + number)
 
 
 def _refused(called: str, reason: str) -> int:
