@@ -83,7 +83,7 @@ def test_a_release_without_constraints_holds_what_is_installed():
         "pip install -c here.txt torch==2.11.0 flag-gems==5.0.0",
     ]
     for component in ("verl", "vllm"):  # what is installed has another verl, which would contradict the line
-        assert hints(component, "0.9.7", "", "") == [
+        assert hints(component, "0.9.7", "", "nvidia") == [
             ("No constraints are known for verl 0.9.7: no set of versions was run with it.", [])
         ]
 
@@ -105,11 +105,27 @@ def test_the_pages_install_as_the_hint_does():
     ] == []
 
 
-def test_wheels_of_the_index_are_not_for_another_vendors_chip():
+@pytest.mark.parametrize(
+    "chip",
+    [{"VERL_PLATFORM": "ascend"}, {"VERL_PLATFORM": "vastai"}, {"GEMS_VENDOR": "new"}, {"VERL_FL_DEVICE": "cpu"}],
+)
+def test_wheels_of_the_index_are_not_for_another_chip(chip, monkeypatch, capsys):
+    """Also not for one that has a name and is not known here."""
+    for name, value in chip.items():
+        monkeypatch.setenv(name, value)
     for component in ("vllm", "sglang", "flash-attn"):
-        assert lines(component, vendor="ascend") == []
-        ((why, _),) = hints(component, "0.9.1", "2.9.0", "ascend")
-        assert "for NVIDIA alone" in why
+        assert main(["install-hint", component, "--verl", "0.9.1"]) == 1
+        told = " ".join(capsys.readouterr().out.replace("# ", "").split())
+        assert "for NVIDIA alone" in told
+        assert "pip install" not in told
+
+
+def test_where_no_chip_is_it_is_said_which_one_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(install_hint.chips, "find", lambda: (None, install_hint.chips.NOTHING))
+    assert main(["install-hint", "flagcx", "--verl", "0.9.1"]) == 0
+    told = capsys.readouterr().out
+    assert "so it is taken for NVIDIA's." in " ".join(told.replace("# ", "").split())
+    assert "\nmake -C FlagCX USE_NVIDIA=1\n" in told
 
 
 @pytest.mark.parametrize(
@@ -117,7 +133,7 @@ def test_wheels_of_the_index_are_not_for_another_vendors_chip():
     [("vllm", "0.9.1", "2.13.0+cpu", True), ("vllm", "0.9.1", "2.11.0+cu130", False), ("vllm", "0.8.0", "", False)],
 )
 def test_a_line_that_replaces_torch_says_so(component, release, torch, replaced):
-    why, _ = hints(component, release, torch, "")[0]
+    why, _ = hints(component, release, torch, "nvidia")[0]
     assert ("replaces torch" in why) == replaced
 
 
@@ -142,7 +158,7 @@ def test_the_documented_output_is_the_commands(monkeypatch, capsys):
     text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     shown = text.partition("$ verl-fl install-hint flaggems\n")[2].partition("```")[0]
     monkeypatch.setattr(install_hint, "versions", lambda: {"Python": "3.11.7", "torch": "2.13.0", "triton": "3.7.1"})
-    monkeypatch.setattr(install_hint.chips, "chosen", lambda settings: (None, "no vendor's package or tool is there"))
+    monkeypatch.setattr(install_hint.chips, "chosen", lambda settings: (None, install_hint.chips.NOTHING))
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["install-hint", "flaggems", "--verl", "0.9.1"]) == 0
     told = re.sub(r"-c \S+/compat/", "-c COMPAT/", capsys.readouterr().out)

@@ -244,26 +244,27 @@ def run(options: argparse.Namespace) -> int:
     chip, told_by = chips.chosen(Settings.parse()[0])
     release = _release(options.verl, options.component)
     found = [f"{name} {here[name]}" if name in here else f"no {name}" for name in ("torch", "triton")]
+    if told_by == chips.NOTHING:  # a login node, or an image that is built
+        chip, told_by = chips.CHIPS[NVIDIA], f"{told_by}, so it is taken for NVIDIA's"
     print(_comment(f"For verl {release}. Here: Python {here['Python']}, {', '.join(found)}; chip: {told_by}."))
-    vendor = chip.vendor if chip and chip != chips.CPU else ""
     beside = next((f"{engine} {here[engine]}" for engine in ("vllm", "sglang") if engine in here), "")
-    ways = hints(options.component, release, here.get("torch", ""), vendor, beside)
+    ways = hints(options.component, release, here.get("torch", ""), chip.vendor if chip else "", beside)
     for why, lines in ways:
         print("", _comment(why), *lines, sep="\n")
     return 0 if any(lines for _, lines in ways) else 1
 
 
 def hints(component: str, release: str, torch: str, vendor: str, beside: str = "") -> list[tuple[str, list[str]]]:
-    """Return the ways that fit ``release`` of verl, the ``torch`` that is here and the chip's vendor ("": none here).
+    """Return the ways that fit ``release`` of verl, the ``torch`` that is here and the chip's vendor ("": not known).
 
-    Each is the reason and its lines.  Where no chip is here, it is taken for NVIDIA's.  ``beside`` is the engine for
-    rollout that is here and its version: what it was installed with is held, not what ``release`` was run with.
+    Each is the reason and its lines.  ``beside`` is the engine for rollout that is here and its version: what it was
+    installed with is held, not what ``release`` was run with.
     """
     base = Version(Version(release).base_version)
     fitting = [
         _filled(way, str(base), torch, vendor, beside)
         for way in ADDITIONS[component]
-        if SpecifierSet(way.verl).contains(base) and way.nvidia in (None, vendor in ("", NVIDIA))
+        if SpecifierSet(way.verl).contains(base) and way.nvidia in (None, vendor == NVIDIA)
     ]
     return fitting or [(f"Nothing is known for verl {base}.", [])]
 

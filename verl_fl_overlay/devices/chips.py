@@ -76,6 +76,9 @@ goes before it.
 CPU = Chip("cpu", "cpu", "gloo", "CUDA_VISIBLE_DEVICES", "", ray_resource="CPU")
 """The chip of VERL_FL_DEVICE=cpu.  No variable makes CPUs visible, so it has the one that Ray sets for its workers."""
 
+NOTHING = "no vendor's package or tool is there"
+"""What tells that a machine has no chip; any other text without a chip names one that is not known here."""
+
 FLAGCX = "flagcx"
 """What torch calls FlagCX's collectives, which serve any chip."""
 
@@ -133,7 +136,7 @@ def _on_this_machine(
     for chip in CHIPS.values():
         for tool in filter(command, chip.tools):
             return chip, f"{tool} is there"
-    return None, "no vendor's package or tool is there"
+    return None, NOTHING
 
 
 def called(name: str) -> Chip | None:
