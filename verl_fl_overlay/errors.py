@@ -44,6 +44,10 @@ class MegatronError(OverlayError):
     """Megatron was asked for what only NVIDIA's TransformerEngine computes, and that is not what is installed."""
 
 
+NOT_JSON = (ValueError, RecursionError)
+"""What json raises for a text that is not JSON, or not UTF-8, and for brackets in thousands of brackets."""
+
+
 def first_line(error: BaseException) -> str:
     """Return what was raised: its type, and the first line of its text."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

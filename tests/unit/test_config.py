@@ -114,7 +114,7 @@ def test_a_model_s_folder_is_absolute_and_its_limits_are_kept(model, capsys, mon
     monkeypatch.chdir(folder.parent)
     found = told(capsys, folder.name, *NVIDIA, "--task", "ppo", "--prompt", "30000", "--response", "2000")
     said = overrides(found)
-    assert said["actor_rollout_ref.model.path"] == said["critic.model.path"] == str(folder)
+    assert said["actor_rollout_ref.model.path"] == said["critic.model.path"] == f"'{folder}'"  # a space in it
     assert (said["data.max_prompt_length"], said["data.max_response_length"]) == ("30000", "2000")
     assert said["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] == "32000"
     assert "critic.ppo_max_token_len_per_gpu" not in said
@@ -153,6 +153,7 @@ def test_a_model_of_attention_alone_is_packed(model, capsys):
         (("--verl", "0.8.0", "--chip", "mthreads"), "--task sft, or verl >= 0.9.0"),
         (("MODEL", "--response", "40000"), "40512 tokens of prompt and response are more than the 32768 positions"),
         (("/nowhere/model",), "there is no folder /nowhere/model"),
+        (("",), "there is no folder ''"),  # a variable of a shell that is not set
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(arguments, said, model, capsys):
@@ -175,6 +176,18 @@ def test_without_verl_or_a_chip_the_option_is_told(monkeypatch, capsys):
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(model, capsys):
     assert main(["config", str(model(tokens=101)), *NVIDIA]) == 2
     assert "a tokenizer with 101 tokens and a model with a vocabulary of 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["100", None, -1, 1e400, [1]])
+def test_a_size_that_is_no_number_is_no_size(size, model, capsys):
+    assert not any("tokenizer" in note for note in told(capsys, model(vocab_size=size), *NVIDIA)["notes"])
+
+
+@pytest.mark.parametrize("ids", ['{"a": 1e400}', '{"a": "x"}', "[" * 100_000])
+def test_a_tokenizer_that_cannot_be_read_tells_no_size(ids, model, capsys):
+    folder = model()
+    (folder / "tokenizer.json").write_text(f'{{"model": {{"vocab": {ids}}}}}')
+    assert not any("tokenizer" in note for note in told(capsys, folder, *NVIDIA)["notes"])
 
 
 @pytest.mark.parametrize("task", ["grpo", "sft"])

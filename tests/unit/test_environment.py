@@ -21,6 +21,7 @@ from verl_fl_overlay.settings import TABLE, VARIABLES, Settings
 from verl_fl_overlay.settings.loading import forwarded, kept_back
 from verl_fl_overlay.settings.stack import PREFIXES, STACK
 from verl_fl_overlay.settings.table import misspelt, shown
+from verl_fl_overlay.settings.variables import MalformedError, json_file
 
 ROOT = Path(verl_fl_overlay.__file__).parents[1]
 
@@ -100,6 +101,12 @@ def test_all_malformed_values_are_told_at_once(tmp_path):
         f"  VLLM_FL_OP_CONFIG={str(other)!r}: allowed is a JSON file of one object whose values are texts; this file "
         "holds something else",
     ]
+
+
+def test_brackets_in_thousands_of_brackets_are_no_json_file(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(MalformedError, match="a JSON file; maximum recursion depth"):
+        json_file(str(tmp_path / "deep.json"))
 
 
 @pytest.mark.parametrize(

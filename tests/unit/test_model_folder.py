@@ -59,6 +59,7 @@ def test_a_model_is_accepted(folder):
         ({"config.json": None, "actor/config.json": "{}"}, "no config.json in it; actor in it has one"),
         ({"config.json": '{"model_type":'}, "config.json is no JSON: Expecting value"),
         ({"config.json": "[]"}, "config.json holds list, not an object"),
+        ({"config.json": "[" * 100_000}, "config.json is no JSON: maximum recursion depth exceeded"),
         ({"config.json": '{"architectures": ["A"]}'}, "has no model_type"),
         (
             {"config.json": '{"model_type": "qwen2"}'},

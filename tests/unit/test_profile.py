@@ -68,9 +68,10 @@ def test_a_damaged_profile_is_refused_with_the_way_out(tmp_path, damage):
 
 
 def test_half_a_file_and_no_file_are_refused(tmp_path):
-    (tmp_path / "half.json").write_text('{"format": 1, "key')
-    with pytest.raises(ProfileError, match="damaged"):
-        profile.load(tmp_path / "half.json")
+    for text in ('{"format": 1, "key', "[" * 100_000):
+        (tmp_path / "half.json").write_text(text)
+        with pytest.raises(ProfileError, match="damaged"):
+            profile.load(tmp_path / "half.json")
     with pytest.raises(ProfileError, match="cannot be read"):
         profile.load(tmp_path / "none.json")
 

@@ -91,7 +91,7 @@ def test_a_rank_that_is_no_number_is_none(tmp_path, process):
     assert row["ranks"] == "-"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"process": {}}', "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"process": {}}', "\xff", "[" * 100_000], ids=range(6))
 def test_a_file_that_is_no_report(folder, content, capsys):
     (folder / "other.json").write_bytes(content.encode("latin-1"))
     assert main(["doctor", "--json", "--reports", str(folder)]) == 1

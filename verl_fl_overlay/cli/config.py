@@ -81,7 +81,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
     """Return the exports, the overrides and the command for what the options ask for."""
     release = _release(options.verl)
     chip, told_by = _chip(options.chip)
-    model = model_folder.opened(options.model) if options.model else None
+    model = None if options.model is None else model_folder.opened(options.model)
     for part in ("prompt", "response"):
         given = getattr(options, part)
         if given is not None and given < 1:
@@ -152,10 +152,10 @@ def _refuse(job: Job, chip: Chip, model: Model | None) -> None:
             f"{job.longest} tokens of prompt and response are more than the {model.positions} positions of "
             f"{model.folder / model_folder.CONFIG}; give less with --prompt and --response"
         )
-    if model.words is not None and model.words > model.text.get("vocab_size", model.words):
+    if model.words and model.vocabulary and model.words > model.vocabulary:
         raise ModelError(
             f"{model.folder} has a tokenizer with {model.words} tokens and a model with a vocabulary of "
-            f"{model.text['vocab_size']}: a token beyond that has no row in it; enlarge the model's embedding first"
+            f"{model.vocabulary}: a token beyond that has no row in it; enlarge the model's embedding first"
         )
 
 
@@ -182,9 +182,9 @@ def _notes(job: Job, model: Model | None) -> Iterator[str]:
     yield f"not needed: {', '.join(overrides.not_needed(job))}; verl's defaults run with the overlay"
     if job.line < (0, 8) and job.engine == "megatron" and job.task != "sft":
         yield "the Megatron workers of this release were not run with the overlay; those of 0.8.0 and later were"
-    if model is not None and model.words is not None and model.words < model.text.get("vocab_size", 0):
+    if model is not None and model.words and model.vocabulary and model.words < model.vocabulary:
         yield (
-            f"the tokenizer has {model.words} tokens, the model {model.text['vocab_size']}: rollout never draws the "
+            f"the tokenizer has {model.words} tokens, the model {model.vocabulary}: rollout never draws the "
             "others, which matters only for a model that is hardly trained"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.compat.trial import Trial
-from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError, nearest
+from verl_fl_overlay.errors import NOT_JSON, OverlayError, UnsupportedVerlError, nearest
 from verl_fl_overlay.packages import source
 from verl_fl_overlay.settings.loading import OVERLAY, modules
 
@@ -51,7 +51,15 @@ class Model:
     @property
     def positions(self) -> int | None:
         """How many tokens a sequence may have, None if the configuration does not say."""
-        named = (self.text.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+        return self._number("max_position_embeddings", "n_positions", "max_sequence_length")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has rows for, None if the configuration does not say."""
+        return self._number("vocab_size")
+
+    def _number(self, *keys: str) -> int | None:
+        named = (self.text.get(key) for key in keys)
         return next((number for number in named if isinstance(number, int) and number > 0), None)
 
     @property
@@ -71,7 +79,7 @@ class Model:
             added = [token["id"] for token in tokenizer.get("added_tokens", ())]
             known = vocabulary.values() if isinstance(vocabulary, dict) else (len(vocabulary) - 1,)
             return 1 + int(max([*known, *added]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *NOT_JSON, KeyError, TypeError, OverflowError):
             return None
 
 
@@ -153,7 +161,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is no model's folder: there is no {CONFIG} in it{there}") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except NOT_JSON as error:
         raise ModelError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds {type(config).__name__}, not an object with model_type and architectures")
@@ -185,7 +193,7 @@ def _refuse_without_weights(folder: Path) -> None:
     if found.suffix == ".json":
         try:
             files = [folder / name for name in sorted(set(json.loads(found.read_text())["weight_map"].values()))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *NOT_JSON, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{found} is no index of weights: {type(error).__name__}: {error}") from error
     if missing := [file.name for file in files if not file.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

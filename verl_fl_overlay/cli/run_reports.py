@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_fl_overlay.cli import terminal
-from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.errors import NOT_JSON, OverlayError
 
 
 def summed_up(folder: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
             _row(report)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *NOT_JSON, KeyError, TypeError, AttributeError) as error:
             unreadable.append(f"{file.name} is no report of verl-fl-overlay: {type(error).__name__}: {error}")
         else:
             reports.append(report)

@@ -11,7 +11,7 @@ from typing import Any
 
 from verl_fl_overlay import packages
 from verl_fl_overlay.devices.accelerator import chip_name
-from verl_fl_overlay.errors import SettingsError
+from verl_fl_overlay.errors import NOT_JSON, SettingsError
 from verl_fl_overlay.files import write_whole
 
 FORMAT = 1
@@ -94,7 +94,7 @@ def load(file: Path) -> Profile:
         return profile
     except OSError as error:
         raise ProfileError(f"the profile {file} cannot be read: {error}. verl-fl tune MODEL --out {file}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (*NOT_JSON, TypeError, KeyError, AttributeError) as error:
         raise ProfileError(f"the profile {file} is damaged: {error}. Make it anew: verl-fl tune MODEL") from error
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
+from verl_fl_overlay.errors import NOT_JSON
+
 T = TypeVar("T")
 
 
@@ -168,7 +170,7 @@ def json_file(text: str) -> str:
     try:
         with open(found, encoding="utf-8") as file:
             value = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise MalformedError(f"a JSON file; {error}") from error
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise MalformedError("a JSON file of one object whose values are texts; this file holds something else")
