@@ -25,6 +25,8 @@ FROM_FP32 = (
     "KL(fp32, overlay), estimated by k3",
 )
 
+LOSS = "loss, distance from fp32, relative"
+
 
 def a_run(shift=0.0, **changes):
     log_probs = torch.linspace(-9, -1, 100) + shift
@@ -52,7 +54,6 @@ def test_equal_runs_hold_everywhere():
 @pytest.mark.parametrize(
     ("ours", "failing"),
     [
-        (a_run(loss=2.1), {"loss, relative"}),
         (a_run(grad_norms=norms([1.1] * 24)), {GROUP}),
         # Cut in one layer of 24: a fiftieth of the group's norm.
         (a_run(grad_norms=norms([1.0] * 7 + [0.0] + [1.0] * 16)), {ONE.format("a.7.w")}),
@@ -75,6 +76,9 @@ def test_what_differs_is_named_and_nothing_else(ours, failing):
         (a_run(shift=0.05), a_run(shift=-0.05), set()),  # as far as verl itself
         (a_run(shift=0.065), a_run(shift=-0.05), {"KL(fp32, overlay), estimated by k3"}),
         (a_run(shift=0.4), a_run(shift=-0.05), set(FROM_FP32)),
+        (a_run(loss=2.1), a_run(), {LOSS}),
+        (a_run(), a_run(loss=2.1), set()),  # verl's own loss was rounded
+        (a_run(loss=2.1), a_run(loss=1.95), {LOSS}),
         (a_run(entropy=torch.full((100,), 4.1)), a_run(), {"entropy, mean distance from fp32, relative"}),
         (a_run(entropy=torch.full((100,), float("nan"))), a_run(), {"entropy, mean distance from fp32, relative"}),
     ],
@@ -94,9 +98,10 @@ def test_what_verl_s_own_rounding_explains_is_allowed_for_tokens_of_any_probabil
 
 
 def test_native_s_own_noise_is_allowed_for():
-    assert not verdicts(a_run(loss=2.1))["loss, relative"]
-    assert verdicts(a_run(loss=2.1), again=a_run(loss=2.05))["loss, relative"]
-    assert not verdicts(a_run(loss=2.1), again=a_run(loss=2.03))["loss, relative"]
+    ours = a_run(grad_norm=3.3)
+    assert not verdicts(ours)["grad_norm, relative"]
+    assert verdicts(ours, again=a_run(grad_norm=3.2))["grad_norm, relative"]
+    assert not verdicts(ours, again=a_run(grad_norm=3.05))["grad_norm, relative"]
 
 
 def test_a_parameter_that_is_noise_hides_none_that_was_cut():
@@ -149,6 +154,7 @@ def test_the_command_runs_what_verl_runs_by_default(tmp_path):
     assert result["native"] == {"attention": "eager", "padding": True}
     assert LARGEST not in lines
     assert 0 < lines[FROM_FP32[0]]["difference"] < lines[FROM_FP32[0]]["noise"]  # verl's are rounded to bf16 there
+    assert lines[LOSS]["difference"] < lines[LOSS]["noise"]  # a sum in bf16
     assert lines["entropy, mean distance from fp32, relative"]["noise"] > 0
     assert "grad_norm of model.layers.*.mlp.gate_proj.weight, relative" in lines
     assert any(name.startswith(ONE.partition("(")[0]) and "model.layers." in name for name in lines)
@@ -162,6 +168,16 @@ def test_padded_it_is_compared_with_native_too(tmp_path):
     _, lines = told(tmp_path, "--attention", "sdpa", "--padding")
     assert lines[LARGEST]["noise"] == 0
     assert lines[LARGEST]["difference"] > 0  # verl's are rounded to bf16 there, ours are not
+
+
+def test_without_an_accelerator_the_way_to_the_cpu_is_told(tmp_path):
+    pytest.importorskip("verl")
+    from arithmetic import write_model
+
+    write_model(tmp_path)
+    done = run("-m", "verl_fl_overlay", "parity", tmp_path, env={"CUDA_VISIBLE_DEVICES": ""}, timeout=200)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("to compare on the CPU, export VERL_FL_DEVICE=cpu")
 
 
 def test_a_vision_language_model_is_compared_on_text(tmp_path):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+import types
 
 import pytest
 from processes import run
 
 from verl_fl_overlay import compat
-from verl_fl_overlay.cli import main, model_folder
+from verl_fl_overlay.cli import main, model_folder, trial
 from verl_fl_overlay.cli.model_folder import ModelError
 from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.errors import UnsupportedVerlError
+from verl_fl_overlay.settings import Settings
 
 CONFIG = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 512}
 SOURCES = {
@@ -172,6 +174,17 @@ def test_warmup_on_a_cpu_says_that_there_is_nothing_to_warm(folder, monkeypatch,
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["warmup", str(folder), "--length", "64"]) == 0
     assert "nothing to warm: VERL_FL_DEVICE=cpu, and a CPU computes without Triton" in capsys.readouterr().out
+
+
+def test_a_chip_whose_package_torch_does_not_load_by_itself_is_seen(monkeypatch):
+    module = types.SimpleNamespace(is_available=lambda: True)
+    torch = types.ModuleType("torch")
+    torch.get_device_module = lambda: (_ for _ in ()).throw(AssertionError("the package is not loaded yet"))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr("importlib.import_module", lambda name: setattr(torch, "musa", module))
+    assert trial.has_accelerator(Settings.parse({"VERL_PLATFORM": "mthreads"})[0])
+    module.is_available = lambda: False
+    assert not trial.has_accelerator(Settings.parse({"VERL_PLATFORM": "mthreads"})[0])
 
 
 def test_te_fl_takes_no_model(folder, capsys):

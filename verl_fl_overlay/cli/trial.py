@@ -16,6 +16,7 @@ from verl_fl_overlay import compat
 from verl_fl_overlay.cli.attempt import one_line
 from verl_fl_overlay.compat.trial import Trial
 from verl_fl_overlay.devices import chips
+from verl_fl_overlay.devices.accelerator import accelerator
 from verl_fl_overlay.errors import OverlayError
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, modules
@@ -60,6 +61,12 @@ def native_environment() -> dict[str, str]:
 def overlay_environment() -> dict[str, str]:
     """Return this process's environment, with the overlay named in it."""
     return {**os.environ, LOADED_BY: os.environ.get(LOADED_BY, OVERLAY)}
+
+
+def has_accelerator(settings: Settings) -> bool:
+    """Return whether torch sees the chip here; a vendor's package that torch does not load by itself is imported."""
+    chip, _ = chips.chosen(settings)
+    return chips.is_available(chip) if chip else accelerator() is not None
 
 
 def run_trial(trial: Trial, environment: dict[str, str]) -> dict[str, Any]:

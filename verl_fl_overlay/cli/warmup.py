@@ -6,9 +6,8 @@ import argparse
 import time
 
 from verl_fl_overlay.cli import model_folder, terminal
-from verl_fl_overlay.cli.trial import kernels_of, run_with_overlay
+from verl_fl_overlay.cli.trial import has_accelerator, kernels_of, run_with_overlay
 from verl_fl_overlay.compat.trial import Trial
-from verl_fl_overlay.devices.accelerator import accelerator
 from verl_fl_overlay.settings import Settings
 
 
@@ -53,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _on_cpu() -> str:
     """Return why training here runs on the CPU, "" if it does not."""
-    if Settings.from_environment().device == "cpu":
+    settings = Settings.from_environment()
+    if settings.device == "cpu":
         return "VERL_FL_DEVICE=cpu"
-    return "" if accelerator() else "torch sees no accelerator here"
+    return "" if has_accelerator(settings) else "torch sees no accelerator here"
