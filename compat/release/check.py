@@ -6,7 +6,9 @@ With a verl, the other pinned packages that are installed here are compared too;
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -154,6 +156,23 @@ SourceOf = Callable[[str, Package], Tree | None]
 """Returns the source of a pinned release, to show what changed since; None if the source is not available."""
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from going through a million nodes again and again, at the process's end too.
+
+    Parsed files are kept, and have no cycles.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def check(tree: Tree, against: str | None = None, source_of: SourceOf = lambda release, package: None) -> Report:
     """Compare what the hooks need with what is in ``tree``, and if it is verl, in the other packages that are here.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -15,7 +16,9 @@ from verl_trees import from_no_index  # noqa: F401
 
 from verl_fl_overlay import cli, compat, features
 from verl_fl_overlay.compat.release import check
+from verl_fl_overlay.compat.release.check import Comparison
 from verl_fl_overlay.compat.release.sources import Tree
+from verl_fl_overlay.errors import OverlayError
 
 
 @pytest.fixture
@@ -163,6 +166,26 @@ def test_imports_neither_verl_nor_torch(copy: Path) -> None:
         [sys.executable, "-c", program, str(copy)], capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_garbage_collector_waits_meanwhile(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took half of the time, and what is parsed need not be gone through at the end either."""
+    collected: set[bool] = set()
+
+    def counted(*arguments: object) -> Comparison:
+        collected.add(gc.isenabled())
+        return compare(*arguments)  # type: ignore[arg-type]
+
+    compare = check._compare
+    monkeypatch.setattr(check, "_compare", counted)
+    gc.unfreeze()
+    check.check(Tree(copy, "a copy"))
+    assert collected == {False}
+    assert gc.get_freeze_count() > 100_000
+    assert gc.isenabled()
+    with pytest.raises(OverlayError, match="is not pinned"):
+        check.check(Tree(copy, "a copy"), against="0.1")
+    assert gc.isenabled()
 
 
 def test_is_not_on_the_load_path() -> None:
