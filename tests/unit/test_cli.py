@@ -33,7 +33,8 @@ def test_without_torch_a_line_tells_so(command, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "verl_fl_overlay.flaggems.tuning.tune", raising=False)
     monkeypatch.setattr(model_folder, "checked", lambda trial: trial)
     assert main([command, str(tmp_path)]) == 2
-    assert capsys.readouterr().err.endswith(f"verl-fl {command}: torch is not installed: pip install torch\n")
+    said = "torch is not installed: install the build for your chip (NVIDIA's: pip install torch)"
+    assert capsys.readouterr().err.endswith(f"verl-fl {command}: {said}\n")
 
 
 def test_another_missing_module_is_not_hidden(tmp_path, monkeypatch):

@@ -234,6 +234,15 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(file,
     assert told.err.startswith(f"verl-fl tune: --plot {file}")
 
 
+def test_without_pyyaml_nothing_is_said_of_a_dispatch_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("prefer: flagos\n")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert cli.main(["dispatch", "check", str(tmp_path / "mine.yaml")]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "PyYAML is not installed" in told.err
+
+
 def test_after_control_c(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "torch":  # the overlay does not require it; commands that run a step or a kernel do
             raise
-        return _refused(called, "torch is not installed: pip install torch")
+        return _refused(called, "torch is not installed: install the build for your chip (NVIDIA's: pip install torch)")
 
 
 _UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)

@@ -48,7 +48,12 @@ def add(dispatch: argparse.ArgumentParser) -> None:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Print the findings; return 1 if one of them is more than a note."""
+    """Print the findings; return 1 if one of them is more than a note.
+
+    Raises:
+        OverlayError: PyYAML is not installed, so nothing can be said of the file.
+    """
+    file.pyyaml()
     try:
         content, plugin = file.read(options.file), ENGINES[options.engine]
         findings = [*lint.check(content, plugin), *lint.unread_lists(options.file, content, plugin)]
