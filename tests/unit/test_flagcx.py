@@ -91,7 +91,8 @@ def test_a_missing_plugin_is_named_with_the_tried_places(folder, flagcx):
         flagcx.for_group("flagcx")
     assert str(error.value) == (
         "USE_FLAGCX is on and FlagCX's torch plugin (the package 'flagcx') was not found; tried site-packages, "
-        f"{folder}/plugin/torch/flagcx. Install it with: pip install --no-build-isolation {folder}/plugin/torch"
+        f"{folder}/plugin/torch/flagcx. Install it with: pip install --no-deps --no-build-isolation "
+        f"{folder}/plugin/torch"
     )
 
 
@@ -108,7 +109,7 @@ def test_without_a_path_the_error_says_so(folder, monkeypatch, flagcx):
         flagcx.for_group("flagcx")
     assert str(error.value) == (
         "USE_FLAGCX is on and FlagCX's torch plugin (the package 'flagcx') was not found; tried site-packages; "
-        "FLAGCX_PATH is not set. Install it with: pip install --no-build-isolation <FlagCX>/plugin/torch"
+        "FLAGCX_PATH is not set. Install it with: pip install --no-deps --no-build-isolation <FlagCX>/plugin/torch"
     )
 
 
@@ -186,7 +187,7 @@ def test_another_library_than_the_paths_is_told_and_strictly_refused(folder, mon
         f"FlagCX's torch plugin {folder}/plugin/torch/flagcx/__init__.py uses {beside}, and FLAGCX_PATH={folder} names "
         f"{folder}/build/lib/libflagcx.so, which rollout (vllm-plugin-FL) loads: two builds of FlagCX in one run. Set "
         "FLAGCX_PATH to the build that the plugin belongs to, or install that build's plugin: pip install "
-        f"--no-build-isolation {folder}/plugin/torch"
+        f"--no-deps --no-build-isolation {folder}/plugin/torch"
     )
     monkeypatch.setattr(events, "failures", events.Failures())
     events.failures.begin(strict)

@@ -158,7 +158,7 @@ def _conflict(plugin: str, mapped: list[str], folder: str, library: str) -> str:
         f"FlagCX's torch plugin {plugin} uses {', '.join(others)}"
         + (f", and FLAGCX_PATH={folder} names {library}, which rollout (vllm-plugin-FL) loads" if library else "")
         + ": two builds of FlagCX in one run. Set FLAGCX_PATH to the build that the plugin belongs to, or install that "
-        f"build's plugin: pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
+        f"build's plugin: pip install --no-deps --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
     )
 
 
@@ -179,7 +179,7 @@ def _not_imported(error: Exception, folder: str, library_folder: str = "") -> Fl
         ways = "Set FLAGCX_PATH to the folder that FlagCX was built in, or build"
     return FlagCXError(
         f"FlagCX's torch plugin cannot be imported: {error}. {ways} it for this torch with: "
-        f"pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
+        f"pip install --no-deps --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
     )
 
 
@@ -191,7 +191,7 @@ def _add_plugin(folder: str) -> None:
         tried = "site-packages" + (f", {places[0] / BACKEND}" if folder else "; FLAGCX_PATH is not set")
         raise FlagCXError(
             f"USE_FLAGCX is on and FlagCX's torch plugin (the package {BACKEND!r}) was not found; tried {tried}. "
-            f"Install it with: pip install --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
+            f"Install it with: pip install --no-deps --no-build-isolation {folder or '<FlagCX>'}/{PLUGIN_FOLDER}"
         )
     sys.path.append(str(place))
 
