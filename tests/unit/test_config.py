@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -119,6 +120,21 @@ def test_a_model_s_folder_is_absolute_and_its_limits_are_kept(model, capsys, mon
     assert said["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] == "32000"
     assert "critic.ppo_max_token_len_per_gpu" not in said
     assert [note for note in found["notes"] if note.startswith("the tokenizer has 90 tokens, the model 100")]
+
+
+def test_a_folder_that_no_override_can_name_is_refused(model, capsys):
+    written = model()
+    renamed = written.rename(os.fsdecode(bytes(written) + b"-\xe6"))
+    assert main(["config", str(renamed), *NVIDIA]) == 2
+    assert "is no UTF-8" in capsys.readouterr().err
+
+
+def test_that_no_rollout_was_run_on_a_cpu_is_said(capsys):
+    told_on = {
+        task: told(capsys, "--verl", "0.9.1", "--chip", "cpu", "--task", task)["notes"] for task in ("grpo", "sft")
+    }
+    assert [note for note in told_on["grpo"] if "rollout on a CPU was not run" in note]
+    assert not [note for note in told_on["sft"] if "rollout" in note]
 
 
 @pytest.mark.parametrize(

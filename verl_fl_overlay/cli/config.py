@@ -92,7 +92,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
         options.engine,
         options.rollout,
         chip.device,
-        os.path.abspath(model.folder) if model else "",
+        _path(model) if model else "",
         options.prompt,
         options.response,
         packs=model is None or not model.layers_without_attention or all(map(installed, LAYER_KERNELS)),
@@ -107,8 +107,17 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
         "overrides": [asdict(override) for override in overrides.overrides(job)],
         "left to you": overrides.left_to_user(job),
         "command": overrides.command(job),
-        "notes": list(_notes(job, model)),
+        "notes": list(_notes(job, chip, model)),
     }
+
+
+def _path(model: Model) -> str:
+    folder = os.path.abspath(model.folder)
+    try:
+        folder.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"{folder!r} is no UTF-8, in which verl reads its overrides; rename the folder") from error
+    return folder
 
 
 def _release(named: str | None) -> Version:
@@ -176,10 +185,12 @@ def _exports(job: Job, chip: Chip) -> Iterator[Export]:
         yield Export(plugin.switch, value, f"{plugin.engine} runs on this chip with {plugin.name}, and no other plugin")
 
 
-def _notes(job: Job, model: Model | None) -> Iterator[str]:
+def _notes(job: Job, chip: Chip, model: Model | None) -> Iterator[str]:
     if str(job.release) not in compat.RELEASES:
         yield f"verl {job.release} was not tested; verl-fl check {job.release} tells whether the hooks hold"
     yield f"not needed: {', '.join(overrides.not_needed(job))}; verl's defaults run with the overlay"
+    if chip is chips.CPU and job.task != "sft":
+        yield f"rollout on a CPU was not run with this package, and needs {ROLLOUTS[job.rollout].engine}'s build for CPUs"
     if job.line < (0, 8) and job.engine == "megatron" and job.task != "sft":
         yield "the Megatron workers of this release were not run with the overlay; those of 0.8.0 and later were"
     if model is not None and model.words and model.vocabulary and model.words < model.vocabulary:
