@@ -190,7 +190,8 @@ def _notes(job: Job, chip: Chip, model: Model | None) -> Iterator[str]:
         yield f"verl {job.release} was not tested; verl-fl check {job.release} tells whether the hooks hold"
     yield f"not needed: {', '.join(overrides.not_needed(job))}; verl's defaults run with the overlay"
     if chip is chips.CPU and job.task != "sft":
-        yield f"rollout on a CPU was not run with this package, and needs {ROLLOUTS[job.rollout].engine}'s build for CPUs"
+        engine = ROLLOUTS[job.rollout].engine
+        yield f"rollout on a CPU was not run with this package, and needs {engine}'s build for CPUs"
     if job.line < (0, 8) and job.engine == "megatron" and job.task != "sft":
         yield "the Megatron workers of this release were not run with the overlay; those of 0.8.0 and later were"
     if model is not None and model.words and model.vocabulary and model.words < model.vocabulary:
