@@ -30,6 +30,8 @@ def hooked(version: str) -> set[str]:
 
 HOOKED = hooked(compat.RELEASES[-1])
 NAMED = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+CPU = {"VERL_FL_DEVICE": "cpu"}
+"""So that doctor does not miss an accelerator where torch is installed."""
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def test_packages_made_by_hand_do_not_stop_verl(verl):
     ],
 )
 def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, said):
-    env = {**verl("0.9.1"), "VERL_USE_EXTERNAL_MODULES": listed, "USE_FLAGCX": "maybe", "VERL_FL_STRCT": "1"}
+    env = {**verl("0.9.1"), **CPU, "VERL_USE_EXTERNAL_MODULES": listed, "USE_FLAGCX": "maybe", "VERL_FL_STRCT": "1"}
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
     assert done.returncode == 1, done.stderr
     problems = json.loads(done.stdout)["problems"]
@@ -227,7 +229,7 @@ def test_doctor_tells_what_stops_verl_and_what_is_wrong_beside_it(verl, listed, 
     ],
 )
 def test_doctor_says_where_verl_would_not_load_the_overlay(verl, version, environment, loaded):
-    env = {**verl(version), **environment, "VERL_FL_DISABLE": "*"}
+    env = {**verl(version), **CPU, **environment, "VERL_FL_DISABLE": "*"}
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
     said = f"verl {version} does not load the overlay in training: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay"
     assert json.loads(done.stdout)["problems"] == ([] if loaded else [said])
@@ -236,7 +238,7 @@ def test_doctor_says_where_verl_would_not_load_the_overlay(verl, version, enviro
 
 def test_doctor_does_not_condemn_a_module_of_the_user_s_that_may_import_the_overlay(verl, tmp_path):
     (tmp_path / "mysetup.py").write_text("import verl_fl_overlay")
-    env = verl("0.8.0")
+    env = {**verl("0.8.0"), **CPU}
     path = os.pathsep.join([str(tmp_path), env.get("PYTHONPATH", "")])
     env = {**env, "PYTHONPATH": path, "VERL_USE_EXTERNAL_MODULES": "mysetup", "VERL_FL_DISABLE": "*"}
     done = run("-m", "verl_fl_overlay", "doctor", "--json", env=env)
