@@ -83,7 +83,7 @@ def as_text(report: Report, every: bool = False, wide: bool = False) -> str:
         lines += terminal.table((), [(name.ljust(width), status)], wide=wide)
         for text in under:
             lines += terminal.sentences([text], wide=wide or text.startswith(DIFF))
-    lines += [] if every else [*([""] if shown else []), *terminal.sentences([_counted(rows, shown)], wide=wide)]
+    lines += [] if every else [*([""] if shown else []), *terminal.sentences([_counted(rows)], wide=wide)]
     verdict = (terminal.Good if report.holds else terminal.Bad)(report.verdict)
     return "\n".join([*lines, "", *terminal.sentences([verdict], wide=wide)])
 
@@ -98,8 +98,8 @@ def pinned(about: dict[str, Any]) -> str:
     return f"{about['version'] or 'not installed'} (pinned: {', '.join(about['pinned'])})"
 
 
-def _counted(rows: list[tuple[str, str, list[str]]], shown: list[tuple[str, str, list[str]]]) -> str:
-    others = [told for name, told, under in rows if (name, told, under) not in shown]
+def _counted(rows: list[tuple[str, str, list[str]]]) -> str:
+    others = [told for _, told, under in rows if not under]
     fine = others.count(Status.OK.value)
     apart = f", {len(others) - fine} not compared: their packages have no pins, or are not here"
     return f"{fine} OK{apart if fine < len(others) else ''}; --all lists every one"

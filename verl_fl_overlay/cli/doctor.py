@@ -349,7 +349,11 @@ def as_text(result: dict[str, Any], every: bool = False, wide: bool = False) -> 
             lines += _detail(name, feature.get("detail", {}), wide)
     if result["hooks"]:
         lines += ["", *_hooks(result["hooks"], every, wide)]
-    lines += ["", *terminal.problems(result["problems"], wide=wide), *terminal.notes(result["notes"], wide=wide)]
+    lines += [
+        "",
+        *terminal.problems(result["problems"], wide=wide),
+        *terminal.listed("notes", result["notes"], wide=wide),
+    ]
     return "\n".join(lines)
 
 

@@ -116,8 +116,7 @@ def as_text(result: dict[str, Any], wide: bool = False) -> str:
         told = [(f"    {variable}", text) for variable, text in result[name].items()]
         lines += ["", terminal.title(heading), *terminal.table((), told, wide=wide)] if told else []
     for name in ("errors", "warnings"):
-        if result[name]:
-            lines += ["", terminal.title(terminal.Bad(name)), *terminal.sentences(result[name], "  ", wide=wide)]
+        lines += terminal.listed(terminal.Bad(name), result[name], wide=wide)
     if not result["errors"] and not result["warnings"]:
         lines += ["", terminal.title(terminal.Good("no conflicts"))]
     return "\n".join(lines[1:])

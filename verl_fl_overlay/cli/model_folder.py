@@ -5,6 +5,7 @@ Only files are read: torch, transformers and verl are not imported, so that a ty
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -81,6 +82,22 @@ class Model:
             return 1 + int(max([*known, *added]))
         except (OSError, *NOT_JSON, KeyError, TypeError, OverflowError):
             return None
+
+
+def add_batch(parser: argparse.ArgumentParser, *, rows: int, length: int, micro_batch: int | None = None) -> None:
+    """Add the options of the batch, with these defaults; a command without ``micro_batch`` computes all rows at once.
+
+    ``checked`` refuses what they do not allow.
+    """
+    told = {
+        "rows": (rows, "sequences in the batch, 1 or more"),
+        "length": (length, "tokens in the longest of them, 2 or more"),
+        "micro-batch": (micro_batch, "sequences computed at a time, 1 or more"),
+    }
+    for name, (default, what) in told.items():
+        if default is not None:
+            what += " (default: %(default)s)"
+            parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=what)
 
 
 def opened(name: str) -> Model:

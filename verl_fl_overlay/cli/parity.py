@@ -51,19 +51,12 @@ def add(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("model", nargs="?", metavar="MODEL", help=model)
     te_fl_help = "compare TransformerEngine-FL's implementations with fp32 instead; FlagGems tunes first, for minutes"
     parity.add_argument("--te-fl", action="store_true", help=te_fl_help)
-    rows, length, micro_batch, attention, seed = (
-        "sequences in the batch, 1 or more (default: %(default)s)",
-        "tokens in the longest of them, 2 or more (default: %(default)s)",
-        "sequences computed at a time, 1 or more (default: %(default)s)",
-        "attn_implementation of the job: flash_attention_2, sdpa, eager, ... (default: %(default)s)",
-        "of the random tokens, a whole number (default: %(default)s)",
-    )
-    parity.add_argument("--rows", type=int, default=4, metavar="N", help=rows)
-    parity.add_argument("--length", type=int, default=256, metavar="N", help=length)
-    parity.add_argument("--micro-batch", type=int, default=2, metavar="N", help=micro_batch)
+    model_folder.add_batch(parity, rows=4, length=256, micro_batch=2)
+    attention = "attn_implementation of the job: flash_attention_2, sdpa, eager, ... (default: %(default)s)"
     parity.add_argument("--attention", default=Trial.attention, metavar="NAME", help=attention)
     padding = "the job has use_remove_padding=False (default: its sequences are packed)"
     parity.add_argument("--padding", action="store_true", help=padding)
+    seed = "of the random tokens, a whole number (default: %(default)s)"
     parity.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
     form = parity.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (default: a table)")

@@ -136,7 +136,7 @@ def as_text(result: dict[str, Any], wide: bool = False) -> str:
     lines += [line for text in said for line in ("", *terminal.sentences([text], wide=wide))]
     problems = [f"{problem} ({count} of the processes)" for problem, count in result["problems"].items()]
     lines += ["", *terminal.problems(problems, wide=wide)]
-    lines += terminal.notes(
-        [f"{note} ({count} of the processes)" for note, count in result["notes"].items()], wide=wide
+    lines += terminal.listed(
+        "notes", [f"{note} ({count} of the processes)" for note, count in result["notes"].items()], wide=wide
     )
     return "\n".join(lines)

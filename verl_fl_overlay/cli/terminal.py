@@ -150,9 +150,9 @@ def problems(found: Sequence[str], *, wide: bool = False) -> list[str]:
     return [title(Bad("problems")), *sentences(found, "  ", wide=wide)] if found else [title(Good("no problems"))]
 
 
-def notes(found: Sequence[str], *, wide: bool = False) -> list[str]:
-    """Return the notes, which ask for nothing, as a list with a title; nothing where there are none."""
-    return ["", title("notes"), *sentences(found, "  ", wide=wide)] if found else []
+def listed(heading: str, found: Sequence[str], *, wide: bool = False) -> list[str]:
+    """Return the texts as a list with a title, after an empty line; nothing where there are none."""
+    return ["", title(heading), *sentences(found, "  ", wide=wide)] if found else []
 
 
 def _is_number(text: str) -> bool:

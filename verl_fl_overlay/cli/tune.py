@@ -32,15 +32,8 @@ def add(tune: argparse.ArgumentParser) -> None:
     terminal.explain(tune, more, examples=examples, exits=exits)
     model = "a model's folder, Hugging Face format; not needed with --show"
     tune.add_argument("model", nargs="?", metavar="MODEL", help=model)
-    rows, length, micro_batch, skip = (
-        "sequences a step, 1 or more (default: %(default)s)",
-        "tokens in the longest of them, 2 or more (default: %(default)s)",
-        "sequences computed at a time, 1 or more (default: %(default)s)",
-        "functions that are not measured, comma-separated; mm autotunes long (default: none)",
-    )
-    tune.add_argument("--rows", type=int, default=8, metavar="N", help=rows)
-    tune.add_argument("--length", type=int, default=1024, metavar="N", help=length)
-    tune.add_argument("--micro-batch", type=int, default=4, metavar="N", help=micro_batch)
+    model_folder.add_batch(tune, rows=8, length=1024, micro_batch=4)
+    skip = "functions that are not measured, comma-separated; mm autotunes long (default: none)"
     tune.add_argument("--skip", default="", metavar="NAMES", help=skip)
     out = "the profile, a JSON file; one begun is gone on with (default: %(default)s)"
     tune.add_argument("--out", type=Path, default=Path("profile.json"), metavar="FILE", help=out)
@@ -52,26 +45,28 @@ def add(tune: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, or show what was measured; return 130 after an interruption."""
+    """Measure, or show what was measured; return 130 after an interruption.
+
+    Raises:
+        OverlayError: the options contradict, or a file or the model cannot be used.
+    """
     from verl_fl_overlay.flaggems import profile as profiles
 
     _refuse_files(options)
     try:
         if options.show and options.model:
-            print("verl-fl tune: --show measures nothing: leave the model out, or --show", file=sys.stderr)
-            return 2
+            raise OverlayError("--show measures nothing: leave the model out, or --show")
         if options.show:
             profile = profiles.load(options.out)
         elif options.model is None:
-            print("verl-fl tune: a model's folder is needed, or --show with a profile", file=sys.stderr)
-            return 2
+            raise OverlayError("a model's folder is needed, or --show with a profile")
         else:
             shape = {"rows": options.rows, "length": options.length, "micro_batch": options.micro_batch}
             profile = tune_model(options.model, options.out, **shape, skip=names(options.skip))
     except KeyboardInterrupt:
         left = f"{options.out} holds what was measured and is gone on with"
         print(f"verl-fl tune: interrupted; {left if options.out.exists() else 'nothing was measured'}", file=sys.stderr)
-        return 130
+        return terminal.INTERRUPTED
     print("\n".join(as_text(profile, options.wide)))
     if options.plot:
         from verl_fl_overlay.flaggems.tuning.plot import plot

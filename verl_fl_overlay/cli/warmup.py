@@ -24,12 +24,7 @@ def add(warmup: argparse.ArgumentParser) -> None:
         exits={0: "the step was run, or there is nothing to warm"},
     )
     warmup.add_argument("model", metavar="MODEL", help="a model's folder, Hugging Face format")
-    rows, length = (
-        "sequences in the batch, 1 or more (default: %(default)s)",
-        "tokens in the longest of them, 2 or more (default: %(default)s)",
-    )
-    warmup.add_argument("--rows", type=int, default=2, metavar="N", help=rows)
-    warmup.add_argument("--length", type=int, default=1024, metavar="N", help=length)
+    model_folder.add_batch(warmup, rows=2, length=1024)
     warmup.set_defaults(run=run)
 
 
