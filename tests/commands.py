@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+
+import pages
 
 from verl_fl_overlay import cli
 
-
-def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parsers below ``parser`` that have no commands of their own, or the parser itself."""
-    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    for action in below:
-        for command in action.choices.values():
-            yield from _leaves(command)
-    if not below:
-        yield parser
-
-
 OVERVIEW = cli.parser(cli.NAMES)
-COMMANDS = {parser.prog.removeprefix("verl-fl "): parser for parser in _leaves(OVERVIEW)}
+COMMANDS = {name: parser for name, parser in pages.parsers().items() if not pages.actions(parser)}
 """What one types after verl-fl -> the parser of its arguments."""
 
 

@@ -88,7 +88,7 @@ def stack() -> str:
     components: dict[str, list[list[str]]] = {}
     for v in (variable for variable in STACK.values() if variable.name not in own):
         since = f" Since {v.since}." if v.since else ""
-        components.setdefault(v.component, []).append([f"`{v.name}`", v.allowed.replace("|", "\\|"), v.help + since])
+        components.setdefault(v.component, []).append([f"`{v.name}`", v.allowed, v.help + since])
     head = ["variable", "allowed", "what it does"]
     return "\n\n".join(f"### {component}\n{markdown(head, rows)}" for component, rows in components.items())
 
@@ -96,12 +96,13 @@ def stack() -> str:
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return command -> its parser, and of a command with actions (``dispatch check``) one for each action."""
     found: dict[str, argparse.ArgumentParser] = {}
-    for name, parser in _actions(cli.parser(cli.NAMES)).items():
-        found |= {name: parser, **{f"{name} {action}": each for action, each in _actions(parser).items()}}
+    for name, parser in actions(cli.parser(cli.NAMES)).items():
+        found |= {name: parser, **{f"{name} {action}": each for action, each in actions(parser).items()}}
     return found
 
 
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the commands, or actions, that a parser has below it -> their parsers."""
     choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(choices[0]) if choices else {}
 

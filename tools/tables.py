@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """Return a table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
 
 
 def replaced(text: str, name: str, by: str, made: str) -> str:
