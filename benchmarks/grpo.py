@@ -65,7 +65,7 @@ ROWS = {
 VARIANTS = {
     "": (),
     "no-kl": ("actor_rollout_ref.actor.use_kl_loss=False",),
-    "lora": (f"{MODEL}.lora_rank=16", f"{MODEL}.lora_alpha=32", "actor_rollout_ref.actor.optim.lr=1e-3"),
+    "lora": (f"{MODEL}.lora_rank=16", f"{MODEL}.lora_alpha=32", "actor_rollout_ref.actor.optim.lr=2e-3"),
     "critic": (
         "algorithm.adv_estimator=gae",
         "critic.strategy=fsdp2",
@@ -112,8 +112,11 @@ BATCH, ANSWERS = 16, 8
 KV_CACHE = 2_000_000_000
 """Bytes, in each copy of vLLM: that many rows fit on one card, and that none counts what another one frees."""
 
-LIKE = {"probability difference": 1.1, "reward": 0.15}
-"""The overlay's difference between rollout and actor is at most so many times the row's without; rewards differ so."""
+LIKE = {"difference": 1.1, "reward": 0.15}
+"""The overlay's difference between rollout and actor is at most so many times that of a row without; rewards differ so.
+
+Probabilities differ only where the model is not sure of the next token, so the difference is told per nat of entropy.
+"""
 
 GRACE = 20
 """Seconds that a run which is told to end has to take its Ray processes along."""
@@ -181,7 +184,7 @@ def overrides(run: Run, plan: Plan) -> list[str]:
             BATCH=plan.batch,
             ANSWERS=ANSWERS,
             TOKENS=row.tokens,
-            LR=1e-5,
+            LR=size.later_rate,
             EPOCHS=1000,
             SAVE=-1,
         ),
@@ -212,7 +215,7 @@ def on_a_cpu(run: Run, plan: Plan) -> list[str]:
         "reward.custom_reward_function.path": ROOT / "benchmarks" / "turns.py",
         f"{MODEL}.path": plan.data / "model",
         "actor_rollout_ref.actor.ppo_mini_batch_size": plan.batch,
-        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "actor_rollout_ref.actor.optim.lr": size.later_rate,
         "trainer.n_gpus_per_node": 1,
     }
     given = dict(line.split("=", 1) for line in trainer_arguments(run.folder, plan.total))
@@ -397,6 +400,12 @@ def median(result: dict[str, Any], name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
+def difference(result: dict[str, Any]) -> float | None:
+    """Return how far the probabilities of rollout and actor are apart, per nat of entropy; the mean of all steps."""
+    steps = [step for step in result["steps"] if step.get("entropy") and "probability difference" in step]
+    return statistics.mean(s["probability difference"] / s["entropy"] for s in steps) if steps else None
+
+
 def ends(result: dict[str, Any], name: str) -> tuple[float, float]:
     """Return the mean of a metric over the first third of all steps and over the last one."""
     values = [step[name] for step in result["steps"]]
@@ -413,8 +422,8 @@ def table(results: dict[str, Any]) -> str:
     names = [*PHASES[:1], "answers", *PHASES[1:]]
     lines = [f"| run | {', s | '.join(names)}, s |", "|---" * (len(names) + 1) + "|"]
     numbers = [
-        "| run | steps, counted | tokens a step | reward | rollout against actor: mean probability difference, "
-        "correlation, kl | peak allocated / reserved GB | reports, problems |",
+        "| run | steps, counted | tokens a step | reward | rollout against actor: mean difference of probabilities, "
+        "the same per nat of entropy, correlation, kl | peak allocated / reserved GB | reports, problems |",
         "|---|---|---|---|---|---|---|",
     ]
     for run, result in results.items():
@@ -423,12 +432,12 @@ def table(results: dict[str, Any]) -> str:
             continue
         lines.append(f"| {run} | {' | '.join(shown(median(result, name)) for name in names)} |")
         before, after = ends(result, "reward")
-        differences = (shown(median(result, "probability difference"), 4), shown(median(result, "correlation"), 4))
+        apart = (shown(median(result, "probability difference"), 5), shown(difference(result), 5))
         cells = [
             f"{len(result['steps'])}, {len(counted(result))}",
             shown(median(result, "tokens"), 0),
             f"{before:.3f} -> {after:.3f}",
-            ", ".join((*differences, shown(median(result, "kl"), 4))),
+            ", ".join((*apart, shown(median(result, "correlation"), 4), shown(median(result, "kl"), 5))),
             f"{shown(median(result, 'allocated GB'), 1)} / {shown(median(result, 'reserved GB'), 1)}",
             f"{result['reports']}, {len(result['problems'])}" if "reports" in result else "-",
         ]
@@ -471,9 +480,9 @@ def disagreements(results: dict[str, Any]) -> list[str]:
                 said.append(f"{run}: {len(result['steps'])} steps of {result['asked steps']}")
             said += [f"{run}: {problem}" for problem in result.get("problems", ())]
     for run, base in compared(results):
-        ours, theirs = (median(results[each], "probability difference") for each in (run, base))
-        if ours is not None and theirs is not None and ours > LIKE["probability difference"] * theirs:
-            said.append(f"{run}: rollout and actor differ by {ours:.5f}, in {base} by {theirs:.5f}")
+        ours, theirs = (difference(results[each]) for each in (run, base))
+        if ours is not None and theirs is not None and ours > LIKE["difference"] * theirs:
+            said.append(f"{run}: rollout and actor differ by {ours:.2e} per nat of entropy, in {base} by {theirs:.2e}")
         rewards = [ends(results[each], "reward")[1] for each in (run, base)]
         if abs(rewards[0] - rewards[1]) > LIKE["reward"]:
             said.append(f"{run}: the reward ends at {rewards[0]:.3f}, in {base} at {rewards[1]:.3f}")

@@ -30,7 +30,10 @@ LESSONS = 400
 
 @dataclass(frozen=True)
 class Size:
-    """A Qwen2's sizes; questions have up to ``prompt`` tokens, answers ``response`` on average, ``longest`` at most."""
+    """A Qwen2's sizes; questions have up to ``prompt`` tokens, answers ``response`` on average, ``longest`` at most.
+
+    The learning rates are those of the teaching and of the reinforcement learning that follows.
+    """
 
     hidden: int
     intermediate: int
@@ -42,13 +45,15 @@ class Size:
     response: int
     longest: int
     rate: float
+    later_rate: float
     rows: int = 32
 
 
 SIZES = {
-    "0.5B": Size(896, 4864, 24, 14, 2, 151936, prompt=128, response=160, longest=640, rate=3e-4),
-    "small": Size(896, 2432, 4, 14, 2, 8192, prompt=64, response=48, longest=192, rate=1e-3),
-    "tiny": Size(64, 128, 2, 4, 2, 128, prompt=24, response=3, longest=6, rate=3e-3),
+    "0.5B": Size(896, 4864, 24, 14, 2, 151936, prompt=128, response=160, longest=640, rate=3e-4, later_rate=5e-5),
+    "0.2B": Size(896, 4864, 12, 14, 2, 32768, prompt=128, response=160, longest=640, rate=5e-4, later_rate=1e-4),
+    "small": Size(896, 2432, 4, 14, 2, 8192, prompt=64, response=48, longest=192, rate=1e-3, later_rate=2e-4),
+    "tiny": Size(64, 128, 2, 4, 2, 128, prompt=24, response=3, longest=6, rate=3e-3, later_rate=1e-3),
 }
 MARKERS = len("<user\n>\n<assistant\n")
 """Tokens of a question beside its characters: chat markers, which are one token each, and the roles."""
