@@ -242,7 +242,8 @@ def outcome(status: int | None, stem: Path, limit: float, cut: bool) -> dict[str
         found = list(cases(junit))
         told["tests"] = dict(Counter(case.outcome for case in found))
         told["failing"] = [case.name for case in found if case.outcome == "failed"]
-        told["skipped"] = dict(Counter(case.why for case in found if case.outcome == "skipped"))
+        reasons = (case.why.removeprefix("not run: ") for case in found if case.outcome == "skipped")
+        told["skipped"] = dict(Counter(reasons))
     if own.exists():
         told["json"] = own.name
         try:

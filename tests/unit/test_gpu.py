@@ -77,7 +77,7 @@ def test_another_kind_of_device_runs_only_what_is_not_for_cuda_alone(tmp_path: P
     [
         ("def test_a(): pass\ndef test_b(): assert 0", "failed: 1 tests failed; 1 passed, 1 failed"),
         ("import pytest\npytest.importorskip('no.such', reason='needs it')", "not run: needs it; 1 skipped"),
-        ("import pytest\n@pytest.mark.skip(reason='needs it')\ndef test_a(): pass", "not run: needs it; 1 skipped"),
+        ("import pytest\n@pytest.mark.skip(reason='not run: needs it')\ndef test_a(): pass", "not run: needs it; 1 skipped"),
         ("import no_such_module", "failed: 1 tests failed; 1 failed"),
     ],
 )
