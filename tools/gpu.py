@@ -37,10 +37,10 @@ RESULTS = "results.json"
 class Item:
     """Something to run, in the repository's folder.
 
-    In ``command``, which a shell runs, {python} is this Python, {json} a file that the item writes, {junit} pytest's
-    results and {tests} the options of tests that share a GPU.  It is begun if its ``minutes``, which an H100 takes, are
-    left, and ended after ``PATIENCE`` times as many.  ``needs`` are modules, ``cards`` accelerators.  What is not for
-    ``cuda`` alone says itself where it runs.
+    In ``command``, which a shell runs, {python} is this Python, {json} a file that the item writes, {folder} one for
+    what else it writes, {junit} pytest's results, {tests} the options of tests that share a GPU, and {minutes} how long
+    it may take.  It is begun if its ``minutes``, which an H100 takes, are left, and ended after ``PATIENCE`` times as
+    many.  ``needs`` are modules, ``cards`` accelerators.  What is not for ``cuda`` alone says itself where it runs.
     """
 
     name: str
@@ -54,6 +54,8 @@ class Item:
 PATIENCE = 3
 TESTS = {"test_flaggems": 6.0, "test_fused_gpu": 2, "test_megatron": 2, "test_te_fl_gpu": 2, "test_two_gpus": 4}
 """Minutes of tests that take longer than one."""
+
+GRPO = "--minutes {minutes} --folder {folder} --json {json}"
 
 ITEMS = (
     Item("doctor", "{python} -m verl_fl_overlay doctor --json > {json}", cuda=False),
@@ -73,6 +75,9 @@ ITEMS = (
         "packed flash-attn liger,packed flash-attn overlay,packed overlay recompute none'",
         6,
     ),
+    Item("grpo", f"{{python}} benchmarks/grpo.py {GRPO}", 7, needs=("verl", "ray", "vllm")),
+    Item("grpo on two GPUs", f"{{python}} benchmarks/grpo.py --gpus 2 {GRPO}", 7, ("verl", "ray", "vllm"), cards=2),
+    Item("ranks", "{python} benchmarks/ranks.py --minutes {minutes} --json {json}", 7, cards=2),
     Item("engines", "{python} -m pytest tests/engines --junitxml={junit}", 4, needs=("pytest", "verl")),
     Item("attention", "{python} benchmarks/attention.py", needs=()),
     Item("logprobs", "{python} benchmarks/logprobs.py --json {json}", needs=()),
@@ -188,12 +193,13 @@ def commit() -> str:
     return said[0] + ("+" if said[1] else "")
 
 
-def filled(item: Item, python: str, stem: Path, here: dict[str, Any]) -> str:
-    """Return an item's command for a shell."""
+def filled(item: Item, python: str, stem: Path, here: dict[str, Any], limit: float) -> str:
+    """Return an item's command for a shell; ``limit`` are seconds, half a minute of which is left for its end."""
     workers = min(8, os.cpu_count() or 1)
     tests = f"-p no:cacheprovider -n {workers} --dist loadgroup" if "xdist" in here["modules"] else ""
-    json_file, junit = (shlex.quote(f"{stem}{suffix}") for suffix in (".json", ".xml"))
-    return item.command.format(python=shlex.quote(python), tests=tests, json=json_file, junit=junit)
+    files = {"json": f"{stem}.json", "junit": f"{stem}.xml", "folder": str(stem)}
+    quoted = {name: shlex.quote(text) for name, text in {"python": python, **files}.items()}
+    return item.command.format(tests=tests, minutes=f"{max(limit / 60 - 0.5, 0.1):.1f}", **quoted)
 
 
 def ended(command: str, log: Path, seconds: float, stopped: Event) -> int | None:
@@ -327,18 +333,18 @@ def run(
             print(f"{head}: not run: {why}", flush=True)
             continue
         stem = folder / re.sub(r"\W+", "-", item.name.removesuffix(".py"))
-        for file in folder.glob(f"{stem.name}.*"):
-            file.unlink()
+        for suffix in (".json", ".xml"):
+            stem.with_suffix(suffix).unlink(missing_ok=True)
         results.put(item, {"outcome": "not run", "why": "the run ended while it ran"})
         print(f"{head} ...", flush=True)
         limit, begun = min(left, 60 * item.minutes * PATIENCE), time.monotonic()
         log = stem.with_suffix(".log")
-        status = ended(filled(item, sys.executable, stem, here), log, limit, stopped)
+        status = ended(filled(item, sys.executable, stem, here, limit), log, limit, stopped)
         if stopped.is_set():
             return 1
         seconds = time.monotonic() - begun
         row = {**outcome(status, stem, limit, cut=limit == left), "seconds": round(seconds)}
-        row["command"] = filled(item, "python", Path(stem.name), here)
+        row["command"] = filled(item, "python", Path(stem.name), here, limit)
         results.put(item, row)
         print(f"{head}: {words(row)} in {seconds:.0f} s", flush=True)
         if row["outcome"] == "failed":

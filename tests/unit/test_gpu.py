@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import gpu_page
 import pytest
 from gpu import Item
 
@@ -77,7 +78,10 @@ def test_another_kind_of_device_runs_only_what_is_not_for_cuda_alone(tmp_path: P
     [
         ("def test_a(): pass\ndef test_b(): assert 0", "failed: 1 tests failed; 1 passed, 1 failed"),
         ("import pytest\npytest.importorskip('no.such', reason='needs it')", "not run: needs it; 1 skipped"),
-        ("import pytest\n@pytest.mark.skip(reason='not run: needs it')\ndef test_a(): pass", "not run: needs it; 1 skipped"),
+        (
+            "import pytest\n@pytest.mark.skip(reason='not run: needs it')\ndef test_a(): pass",
+            "not run: needs it; 1 skipped",
+        ),
         ("import no_such_module", "failed: 1 tests failed; 1 failed"),
     ],
 )
@@ -112,6 +116,7 @@ def test_a_run_that_is_ended_says_what_ran_and_leaves_no_process(tmp_path: Path)
 import sys
 sys.path.insert(0, {str(ROOT / "tools")!r})
 import gpu
+import gpu_page
 from pathlib import Path
 gpu.ITEMS = (gpu.Item("a", "true"), gpu.Item("b", "echo $$ > {tmp_path}/pid; kill $PPID; sleep 100"))
 gpu.ask = lambda: {HERE!r}
@@ -154,12 +159,41 @@ def test_items_are_chosen_by_name() -> None:
 
 
 def test_every_benchmark_with_a_gpu_form_is_an_item_and_has_the_options_that_it_is_given() -> None:
-    files = {file.name for file in (ROOT / "benchmarks").glob("*.py")} - {"check.py"}  # which is about the CPU
+    files = {file.name for file in (ROOT / "benchmarks").glob("*.py") if "ArgumentParser(" in file.read_text()}
+    files -= {"check.py"}  # which is about the CPU
     named = {}
     for item in gpu.ITEMS:
         for name in re.findall(r"benchmarks/(\w+\.py)", item.command):
             named[name] = item
             text = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
-            options = re.findall(r"(--[a-z-]+)", item.command)
+            options = re.findall(r" (--[a-z-]+)", item.command)
             assert not [option for option in options if f'"{option}"' not in text], item.name
     assert named.keys() == files
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools" / "gpu_page.py", "--check"], cwd="/", check=False)
+    assert done.returncode == 0, "run: python tools/gpu_page.py"
+
+
+def test_the_page_tells_of_each_card_what_ran_there_and_of_the_rest_that_it_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = (Item("a", "true"), Item("b", "exit 1"), Item("c", "true", needs=("vllm",)), Item("new", "true"))
+    monkeypatch.setattr(gpu_page, "ITEMS", items)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    assert re.findall(r"`(\w+)` \| (.*) \|", gpu_page.made(kept)) == [(item.name, "not run") for item in items]
+    monkeypatch.setattr(gpu, "commit", lambda: "1a2b3c")
+    gpu.run([*items[:3]], HERE, tmp_path / "gpu" / "some-card-2026-01-02", 4, keep=False)
+    gpu.run([*items[:3]], {**HERE, "cards": 0, "device": ""}, tmp_path / "gpu" / "none-2026-01-02", 4, keep=False)
+    gpu_page.copied(tmp_path / "gpu", kept)
+    assert [file.name for file in kept.iterdir()] == ["gpu-some-card-2026-01-02.json"], "a machine without a card"
+    page = gpu_page.made(kept)
+    assert re.findall(r"`(\w+)` \| (.*) \|", page) == [
+        ("a", "passed"),
+        ("b", "failed: ended with exit status 1"),
+        ("c", "not run: needs vllm"),
+        ("new", "not run"),
+    ]
+    assert "| 1.2 | 1a2b3c | torch 2.11.0 |" in page
