@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,11 +136,6 @@ AXES = [
         tests=("tests/flaggems",),
     ),
 ]
-# How to tell that a device is here.
-DEVICES = {
-    "cuda": "import torch; assert torch.cuda.is_available(), 'no CUDA device'; import pytest, verl",
-    "npu": "import torch, torch_npu; assert torch.npu.is_available(), 'no NPU'; import pytest, verl",
-}
 VERSIONS = """
 import importlib.metadata, json, platform
 found = {d.name.lower().replace("-", "_"): d.version for d in importlib.metadata.distributions()}
@@ -317,7 +313,6 @@ ran: list[str] = []
 
 def run_row(session: nox.Session, row: Row) -> None:
     """Install a row, run its tests and keep what came of it for the report; say how far the matrix is."""
-    session.notify("devices", posargs=[])
     session.notify("report", posargs=["ran"])
     rows = COMPAT if row in COMPAT else AXES
     number = f"row {rows.index(row) + 1} of {len(rows)}"
@@ -325,7 +320,7 @@ def run_row(session: nox.Session, row: Row) -> None:
     session.log(f"{number}: verl {row.verl}, torch {row.torch or 'newest'}, Python {python}")
     row.result.with_suffix(".xml").unlink(missing_ok=True)
     ran.append(row.result.name)
-    about = {"device": "cpu", **({"may fail": True} if row.may_fail else {})}
+    about = {"may fail": True} if row.may_fail else {}
     try:
         install(session, row.verl, row.torch, *row.more, instead=row.instead)
     except nox.command.CommandFailed:
@@ -395,30 +390,29 @@ def engines(session: nox.Session, verl: str) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
-def devices(session: nox.Session) -> None:
-    """The tests for accelerators in the environment that is here; without one the row says that it was not run."""
-    for device, probe in DEVICES.items():
-        result = RESULTS / device
-        result.with_suffix(".xml").unlink(missing_ok=True)
-        asked = subprocess.run([sys.executable, "-c", probe + VERSIONS], capture_output=True, text=True, check=False)
-        if asked.returncode:
-            said = (asked.stderr.strip().splitlines() or ["no answer"])[-1].rpartition("Error: ")[2]
-            nothing = dict.fromkeys(("verl", "torch", "python", "flag_gems", "wrapt"), "-")
-            session.log(f"{device}: not run, since in the Python that runs nox: {said}")
-            record(result, {**nothing, "device": device, "not run": f"in the Python that runs nox: {said}"})
-            continue
-        ran.append(result.name)
-        record(result, {**json.loads(asked.stdout.splitlines()[-1]), "device": device})
-        tests = ("-m", "gpu", "tests/gpu", f"--junitxml={result}.xml")
-        session.run(sys.executable, "-m", "pytest", *tests, external=True)
+def gpu(session: nox.Session) -> None:
+    """Every GPU test and benchmark that this machine allows, in the Python that is here: ``nox -s gpu -- --help``."""
+    session.run(sys.executable, "tools/gpu.py", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
 def report(session: nox.Session) -> None:
-    """The table of docs/matrix.md, from the results on disk and never from exit statuses; after rows: these alone."""
+    """The tables of docs/matrix.md, docs/gpu.md and docs/engines.md, from the results on disk; after rows: these alone.
+
+    They are made from results, and never from exit statuses.
+    """
     for row in (*COMPAT, *AXES):
         file = row.result.with_suffix(".json")
         if not file.exists() or "not run" in json.loads(file.read_text()):
-            record(row.result, {**row.asked, "device": "cpu", "not run": ""})
-    shown = ran if session.posargs == ["ran"] else []
-    session.run(sys.executable, "tools/matrix.py", str(RESULTS), *shown, external=True)
+            record(row.result, {**row.asked, "not run": ""})
+    if session.posargs == ["ran"]:
+        session.run(sys.executable, "tools/matrix.py", str(RESULTS), *ran, external=True)
+        return
+    engines = HERE / "out" / "engines"
+    engines.mkdir(parents=True, exist_ok=True)
+    for file in (HERE / "out" / "gpu").glob("*/engines.xml"):
+        found = json.loads(file.with_name("results.json").read_text())
+        shutil.copy(file, engines / f"{found['versions']['verl']}-{found['type']}.xml")
+    session.run(sys.executable, "tools/gpu_page.py", "out/gpu", external=True)
+    session.run(sys.executable, "tools/engines.py", str(engines), external=True, success_codes=[0, 1])
+    session.run(sys.executable, "tools/matrix.py", str(RESULTS), external=True)

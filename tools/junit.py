@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,4 +31,6 @@ def cases(file: Path) -> Iterator[Case]:
         failed = case.find("failure") is not None or case.find("error") is not None
         outcome = "failed" if failed else "passed" if skipped is None else "skipped"
         why = "" if skipped is None else skipped.get("message", "")
+        if skipped is not None and why == "collection skipped":  # a whole file; its text is (file, line, reason)
+            why = str(ast.literal_eval(skipped.text or "")[2]).removeprefix("Skipped: ")
         yield Case(name, module[1] if len(module) > 1 else "?", outcome, why)

@@ -19,7 +19,7 @@ from junit import cases
 from tables import DOCS, markdown, replaced
 
 PAGE = DOCS / "matrix.md"
-HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "device", "tests that passed", "date"]
+HEAD = ["verl", "torch", "Python", "flag_gems", "wrapt", "tests that passed", "date"]
 
 
 def outcomes(junit: Path) -> dict[str, Counter[str]]:
@@ -51,10 +51,10 @@ def result(about: dict[str, Any], counts: dict[str, Counter[str]]) -> tuple[str,
 def printed(table: list[list[str]]) -> str:
     """Return the table for a terminal: under each row its tests, as wide as the terminal is."""
     columns = shutil.get_terminal_size().columns
-    told = [[*cells[:6], cells[7]] for cells in [HEAD, *table]]
+    told = [[*cells[:5], cells[6]] for cells in [HEAD, *table]]
     widths = [max(map(len, column)) for column in zip(*told, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(cells, widths, strict=True)).rstrip() for cells in told]
-    tests = [textwrap.fill(cells[6], columns, initial_indent="    ", subsequent_indent="    ") for cells in table]
+    tests = [textwrap.fill(cells[5], columns, initial_indent="    ", subsequent_indent="    ") for cells in table]
     return "\n".join([lines[0], *(f"{line}\n{below}" for line, below in zip(lines[1:], tests, strict=True))])
 
 
@@ -70,8 +70,8 @@ def main() -> int:
             continue
         about, junit = json.loads(file.read_text()), file.with_suffix(".xml")
         rows.append((about, outcomes(junit) if junit.exists() else {}))
-    rows.sort(key=lambda row: (row[0]["device"], [int(number) for number in re.findall(r"\d+", row[0]["verl"])]))
-    table = [[*(about[name.lower()] for name in HEAD[:6]), *result(about, counts)] for about, counts in rows]
+    rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+", row[0]["verl"])])
+    table = [[*(about[name.lower()] for name in HEAD[:5]), *result(about, counts)] for about, counts in rows]
     print(printed(table))
     if not options.rows:
         text = replaced(PAGE.read_text(encoding="utf-8"), "matrix", "nox -s report", markdown(HEAD, table))

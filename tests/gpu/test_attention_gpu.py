@@ -123,12 +123,14 @@ def engines(tiny_model):
     return [result(*run, *options, env=env, timeout=400) for options in (("--packed",), ())]
 
 
+@pytest.mark.xdist_group("engines")
 @pytest.mark.parametrize("case", ["lm:fsdp2", "lm:fsdp", "value:fsdp2"])
 def test_verls_engine_trains_packed_as_padded(engines, case):
     found, other = ([float.fromhex(step[n]) for step in e[case]["steps"] for n in step] for e in engines)
     assert found == pytest.approx(other, rel=0.03, abs=0.02)
 
 
+@pytest.mark.xdist_group("engines")
 def test_verls_engine_was_served_by_torchs_flash_attention(engines):
     told = engines[0]["report"]["features"]["attention"]["detail"]
     assert told["backends"] == {"cuda, bfloat16, heads of 16, causal": "torch's FlashAttention"}

@@ -217,6 +217,7 @@ def figures(tmp_path_factory):
     return json.loads(file.read_text())
 
 
+@pytest.mark.xdist_group("figures")
 def test_verls_engine_gives_the_native_log_probs_and_grad_norm(figures):
     assert figures["log_probs_largest_units"] <= 2
     assert figures["grad_norm_apart_percent"] <= 1
@@ -224,6 +225,7 @@ def test_verls_engine_gives_the_native_log_probs_and_grad_norm(figures):
     assert figures["routed"]["problems"] == []
 
 
+@pytest.mark.xdist_group("figures")
 def test_copy_mul_and_mm_are_flaggems_inside_and_native_outside(figures):
     sys.path.insert(0, str(BENCHMARK.parent))
     from flaggems_routing import triton_kernels
@@ -237,6 +239,7 @@ def test_copy_mul_and_mm_are_flaggems_inside_and_native_outside(figures):
     assert triton_kernels(figures["routed"]["outside"]) == 0
 
 
+@pytest.mark.xdist_group("figures")
 def test_two_hundred_steps_do_not_grow(figures):
     early, late = figures["routed"]["memory_after_20"], figures["routed"]["memory_at_end"]
     assert late["allocated"] == early["allocated"]
@@ -244,6 +247,7 @@ def test_two_hundred_steps_do_not_grow(figures):
     assert late["resident"] - early["resident"] < 64 << 20
 
 
+@pytest.mark.xdist_group("figures")
 def test_entering_and_leaving_is_cheap(figures):
     phase = figures["routed"]["phase"]
     assert phase["40"]["enter_ms"] + phase["40"]["leave_ms"] < 3

@@ -15,6 +15,7 @@ pytest.importorskip("mbridge", reason="needs mbridge")
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("runs"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

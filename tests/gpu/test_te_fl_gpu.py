@@ -21,6 +21,7 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("runs"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not installed("megatron.core"), reason="needs megatron-core"),
     pytest.mark.skipif(not flagos_builds()["TransformerEngine-FL"], reason="needs TransformerEngine-FL"),

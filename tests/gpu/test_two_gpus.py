@@ -18,6 +18,7 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("runs"),
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
