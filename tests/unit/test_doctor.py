@@ -268,6 +268,17 @@ def test_a_plugin_for_another_vllm(site, version, vllm, made_for):
     assert problem(report, f"vllm_fl {version} is made for {made_for} (").endswith(", and vllm 0.24.0 is here")
 
 
+@pytest.mark.parametrize(("tested", "fault"), [("0.24.0", ""), ("0.20.2", "vllm==0.20.2 (as its tests ask for)")])
+def test_a_plugin_from_a_source_without_tags(site, tested, fault):
+    """Its version is 0.0.0; its metadata name the vLLM that its tests need."""
+    needs = f"Requires-Dist: vllm[audio]=={tested}; extra == 'test'\n"
+    write(site, "vllm_fl", PLUGIN, "0.0.0+gdc7ba6243", points=POINTS, requires=needs)
+    write(site, "vllm", "", "0.24.0")
+    _, report, _ = doctor(site, {**CPU, "VLLM_PLUGINS": "fl"})
+    made = f"vllm_fl 0.0.0+gdc7ba6243 is made for {fault}, and vllm 0.24.0 is here"
+    assert report["problems"] == ([made] if fault else [])
+
+
 def test_a_vllm_that_verl_does_not_name(site):
     (site / "verl-0.9.1.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: verl\nVersion: 0.9.1\nRequires-Dist: vllm==0.24.0; extra == 'vllm'\n"

@@ -92,7 +92,8 @@ FITS = (
 )
 """Which versions fit, where the packages' metadata do not say it; looked up on 2026-11-26.
 
-A version of vllm-plugin-FL may name its vLLM itself (0.1.0+vllm0.13.0); that goes first.
+What a plugin says of its engine itself goes first (``_says``): a vllm-plugin-FL that was installed from its source
+without tags calls itself 0.0.0, whatever vLLM it is for.
 """
 
 
@@ -101,8 +102,7 @@ def misfits(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Itera
     present = [module for module in modules if module in here]
     for fit in FITS:
         if fit.module in present and fit.other in present and _within(here[fit.module], fit.versions):
-            named = here[fit.module].partition(f"+{fit.other}")[2]
-            fitting, source = (f"=={named}", "as its version says") if named else (fit.fitting, fit.source)
+            fitting, source = _says(fit.module, here[fit.module], fit.other) or (fit.fitting, fit.source)
             if not _within(here[fit.other], fitting):
                 made = f"{fit.module} {here[fit.module]} is made for {fit.other}{fitting} ({source})"
                 yield f"{made}, and {fit.other} {here[fit.other]} is here"
@@ -111,6 +111,20 @@ def misfits(modules: Sequence[str], here: Mapping[str, str], verl: str) -> Itera
             for asked in _wanted(_metadata("verl")[1], engine):
                 if asked.name == engine and not _within(here[engine], str(asked.specifier)):
                     yield str(Unmet("verl", verl, engine, str(asked.specifier), here[engine]))
+
+
+def _says(module: str, told: str, other: str) -> tuple[str, str] | None:
+    """Return which versions of ``other`` a component of version ``told`` names itself, and where; None if it does not.
+
+    vllm-plugin-FL names its vLLM in some versions (0.1.0+vllm0.13.0), and in most in what its tests need.
+    """
+    if named := told.partition(f"+{other}")[2]:
+        return f"=={named}", "as its version says"
+    for distribution in VERSIONS[module]:
+        for asked in _wanted(_metadata(distribution)[1], "test"):
+            if asked.name == other and asked.specifier:
+                return str(asked.specifier), "as its tests ask for"
+    return None
 
 
 @dataclass(frozen=True)
