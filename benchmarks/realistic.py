@@ -225,7 +225,9 @@ def batch(size: Size, *, packed: bool, entropy: bool, seed: int | None = None) -
     )
 
 
-def engine(folder: Path, row: Row, tiny: bool, *, strategy: str = "fsdp2", lr: float = 1e-6, **more: Any) -> Any:
+def engine(
+    folder: Path, row: Row, tiny: bool, *, strategy: str = "fsdp2", lr: float = 1e-6, fp32: bool = False, **more: Any
+) -> Any:
     """Build verl's engine with verl's defaults; the tiny model computes in fp32, so that rows can be compared.
 
     ``more`` are fields of ``FSDPEngineConfig``.
@@ -234,7 +236,7 @@ def engine(folder: Path, row: Row, tiny: bool, *, strategy: str = "fsdp2", lr: f
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
-    fp32 = {f"{kind}_dtype": "fp32" for kind in ("param", "reduce", "buffer")}
+    all_fp32 = {f"{kind}_dtype": "fp32" for kind in ("param", "reduce", "buffer")}
     built = EngineRegistry.new(
         model_type="language_model",
         backend=strategy,
@@ -249,7 +251,7 @@ def engine(folder: Path, row: Row, tiny: bool, *, strategy: str = "fsdp2", lr: f
             use_remove_padding=row.packed,
             use_no_sync_for_gradient_accumulation=False,  # as verl's trainers set it
             use_torch_compile=not tiny,  # that is for entropy, and needs a compiler on a CPU
-            mixed_precision=fp32 if tiny else None,
+            mixed_precision=all_fp32 if tiny or fp32 else None,
             **more,
         ),
         optimizer_config=FSDPOptimizerConfig(
