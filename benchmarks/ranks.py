@@ -523,11 +523,12 @@ def main() -> None:
                 results.setdefault(mode, {}).update(found)
         print(report(results))
         return
+    if unknown := sorted(set(names) - set(CONFIGURATIONS)):
+        parser.error(f"no such configurations: {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+
     import torch
 
     tiny = options.tiny or torch.cuda.device_count() < 2
-    if unknown := sorted(set(names) - set(CONFIGURATIONS)):
-        parser.error(f"no such configurations: {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
     if tiny:  # all of it is in fp32
         names = [name for name in names if not CONFIGURATIONS[name].fp32]
     if options.only:

@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
     parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
     parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
+    parser.add_argument("--packed", action="store_true", help="of FSDP's engines; Megatron's packs by itself")
     parser.add_argument("--export", action="store_true", help="tell the sums of the weights that rollout would get")
     parser.add_argument("--without", help="a package that is not to be there")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
@@ -211,16 +212,17 @@ def main() -> None:
         more = {"engine": options.engine, "transformer": options.transformer, "float32": options.float32}
         engine = make_engine(options.model, options.head, **more)
     else:
-        engine = real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
+        packed = {"packed": options.packed, **options.engine}
+        engine = real_engine.make_engine(options.model, options.strategy, options.head, **packed)
     if options.kernels:
         from flaggems_routing import one_tiling_for_mm
 
         one_tiling_for_mm()
     exported = sums_of_weights(engine) if options.export else None
     seen = phase_inside(engine)
-    steps = real_engine.train(engine, options.head, options.steps)
+    steps = real_engine.train(engine, options.head, options.steps, options.packed)
     inside = {"train": seen[:]}
-    values = real_engine.infer(engine, options.head)
+    values = real_engine.infer(engine, options.head, options.packed)
     inside["infer"] = seen[len(inside["train"]) :]
     launched = kernels(engine, options.head) if options.kernels else None
     after = None
