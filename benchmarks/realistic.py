@@ -180,17 +180,18 @@ def write_elsewhere(folder: Path, size: Size) -> None:
         raise SystemExit(f"the model could not be written to {folder}")
 
 
-def batch(size: Size, *, packed: bool, entropy: bool) -> Any:
+def batch(size: Size, *, packed: bool, entropy: bool, seed: int | None = None) -> Any:
     """Return what verl's trainer hands to the actor, on the host as there: random tokens, one advantage a response.
 
     The old and the reference log-probs are near those of a model that has learnt nothing, and the same in all rows.
+    Another ``seed`` than the size's gives other tokens of the same lengths.
     """
     import torch
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
     lengths = size.lengths()
-    generator = torch.Generator().manual_seed(size.seed)
+    generator = torch.Generator().manual_seed(size.seed if seed is None else seed)
     noise = partial(torch.randn, generator=generator)
     tokens = [torch.randint(0, size.vocabulary, (sum(both),), generator=generator) for both in lengths]
     responses = [response for _, response in lengths]
@@ -224,16 +225,21 @@ def batch(size: Size, *, packed: bool, entropy: bool) -> Any:
     )
 
 
-def engine(folder: Path, row: Row, tiny: bool) -> Any:
-    """Build verl's engine with verl's defaults; the tiny model computes in fp32, so that rows can be compared."""
+def engine(
+    folder: Path, row: Row, tiny: bool, *, strategy: str = "fsdp2", lr: float = 1e-6, fp32: bool = False, **more: Any
+) -> Any:
+    """Build verl's engine with verl's defaults; the tiny model computes in fp32, so that rows can be compared.
+
+    ``more`` are fields of ``FSDPEngineConfig``.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
-    fp32 = {f"{kind}_dtype": "fp32" for kind in ("param", "reduce", "buffer")}
+    all_fp32 = {f"{kind}_dtype": "fp32" for kind in ("param", "reduce", "buffer")}
     built = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=strategy,
         model_config=HFModelConfig(
             path=str(folder),
             use_remove_padding=row.packed,
@@ -241,14 +247,15 @@ def engine(folder: Path, row: Row, tiny: bool) -> Any:
             override_config={} if row.packed else {"attn_implementation": "sdpa"},
         ),
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
+            strategy=strategy,
             use_remove_padding=row.packed,
             use_no_sync_for_gradient_accumulation=False,  # as verl's trainers set it
             use_torch_compile=not tiny,  # that is for entropy, and needs a compiler on a CPU
-            mixed_precision=fp32 if tiny else None,
+            mixed_precision=all_fp32 if tiny or fp32 else None,
+            **more,
         ),
         optimizer_config=FSDPOptimizerConfig(
-            lr=1e-6,
+            lr=lr,
             total_training_steps=100,
             override_optimizer_config={"fused": True} if row.liger else None,
         ),

@@ -21,7 +21,14 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import real_engine
 
-from verl_fl_overlay.packages import flagos_builds
+
+def te_fl() -> bool:
+    """Return whether the overlay is here and gives TransformerEngine-FL what it lacks for verl's defaults."""
+    if "verl_fl_overlay" not in sys.modules:  # to import it is to load the overlay
+        return False
+    from verl_fl_overlay.packages import flagos_builds
+
+    return flagos_builds()["TransformerEngine-FL"]
 
 
 def use_local_layers() -> None:
@@ -37,6 +44,8 @@ def use_local_layers() -> None:
             bridge.config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
         )
 
+    if DotProductAttention.forward.__name__ == "masked":
+        return  # for an earlier engine of this process
     forward = DotProductAttention.forward
 
     def masked(core: Any, *tensors: Any, packed_seq_params: Any = None, **options: Any) -> Any:
@@ -80,10 +89,8 @@ def configs(model: str, head: str, engine: dict[str, Any], transformer: dict[str
         **common,
         "engine_config": McoreEngineConfig(
             vanilla_mbridge=True,  # Megatron-Bridge, newer releases' default, imports TransformerEngine
-            use_dynamic_bsz=False,
-            micro_batch_size_per_gpu=2,
             override_transformer_config={**verls_defaults(), **transformer},
-            **engine,
+            **{"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, **engine},
         ),
         "optimizer_config": McoreOptimizerConfig(
             lr={"lm": 1e-3, "value": 1e-4}[head],
@@ -96,26 +103,42 @@ def configs(model: str, head: str, engine: dict[str, Any], transformer: dict[str
     }
 
 
-def make_engine(options: argparse.Namespace) -> Any:
+def make_engine(
+    model: str,
+    head: str = "lm",
+    engine: dict[str, Any] | None = None,
+    transformer: dict[str, Any] | None = None,
+    *,
+    float32: bool = False,
+    lr: float | None = None,
+    local: bool | None = None,
+) -> Any:
+    """Return verl's Megatron engine, initialised; in ``float32``, with a constant ``lr`` of its own.
+
+    ``local``: this program, not the overlay, sees to it that megatron-core's own layers are built; by default where
+    neither TransformerEngine nor the overlay is there.
+    """
     from verl.workers.engine import EngineRegistry
 
-    if options.strategy != "megatron":
-        return real_engine.make_engine(options.model, options.strategy, options.head, **options.engine)
-    engine, transformer = dict(options.engine), dict(options.transformer)
-    if flagos_builds()["TransformerEngine-FL"]:
-        pass  # the overlay gives it what it lacks for verl's defaults
+    engine, transformer = dict(engine or {}), dict(transformer or {})
+    if local is None:
+        local = not find_spec("transformer_engine") and "verl_fl_overlay" not in sys.modules
+    if te_fl():
+        pass
     elif find_spec("transformer_engine"):  # without flash-attn it has no attention over packed sequences
         engine, transformer = {"use_remove_padding": False, **engine}, {"attention_backend": "unfused", **transformer}
-    elif "verl_fl_overlay" not in sys.modules:
+    elif local:
         use_local_layers()
         # mbridge turns on sequence parallelism, which torch's norms do not know, and apex' softmax
         transformer |= {"sequence_parallel": False, "masked_softmax_fusion": False}
-    arguments = configs(options.model, options.head, engine, transformer)
-    if options.float32:  # which the configuration refuses, and Megatron does not
+    arguments = configs(model, head, engine, transformer)
+    if lr is not None:
+        object.__setattr__(arguments["optimizer_config"], "lr", lr)
+    if float32:  # which the configuration refuses, and Megatron does not
         object.__setattr__(arguments["engine_config"], "dtype", "float32")
-    engine = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
-    engine.initialize()
-    return engine
+    made = EngineRegistry.new(model_type=arguments["model_config"].model_type, backend="megatron", **arguments)
+    made.initialize()
+    return made
 
 
 def seed_everything() -> None:
@@ -167,6 +190,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="fields of the engine's configuration, as JSON")
     parser.add_argument("--transformer", type=json.loads, default={}, help="override_transformer_config, as JSON")
     parser.add_argument("--float32", action="store_true", help="for numbers that can be compared")
+    parser.add_argument("--packed", action="store_true", help="of FSDP's engines; Megatron's packs by itself")
     parser.add_argument("--export", action="store_true", help="tell the sums of the weights that rollout would get")
     parser.add_argument("--without", help="a package that is not to be there")
     parser.add_argument("--kernels", action="store_true", help="tell which GPU kernels ran inside and outside a step")
@@ -184,16 +208,21 @@ def main() -> None:
         os.environ.setdefault(name, value)
     seed_everything()
     initialize_global_process_group()
-    engine = make_engine(options)
+    if options.strategy == "megatron":
+        more = {"engine": options.engine, "transformer": options.transformer, "float32": options.float32}
+        engine = make_engine(options.model, options.head, **more)
+    else:
+        packed = {"packed": options.packed, **options.engine}
+        engine = real_engine.make_engine(options.model, options.strategy, options.head, **packed)
     if options.kernels:
         from flaggems_routing import one_tiling_for_mm
 
         one_tiling_for_mm()
     exported = sums_of_weights(engine) if options.export else None
     seen = phase_inside(engine)
-    steps = real_engine.train(engine, options.head, options.steps)
+    steps = real_engine.train(engine, options.head, options.steps, options.packed)
     inside = {"train": seen[:]}
-    values = real_engine.infer(engine, options.head)
+    values = real_engine.infer(engine, options.head, options.packed)
     inside["infer"] = seen[len(inside["train"]) :]
     launched = kernels(engine, options.head) if options.kernels else None
     after = None

@@ -1,4 +1,4 @@
-"""Two GPUs of one host.  NCCL: FSDP2 and Megatron, data parallel 2 and tensor parallel 2, as plain verl has them.
+"""Two GPUs of one host.  NCCL: FSDP2, Ulysses 2, and Megatron data, tensor and pipeline parallel 2, as plain verl's.
 
 FlagCX, where its torch plugin can be imported: the engines' numbers are NCCL's, and the guards hold.
 """
@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 PROGRAM = Path(__file__).with_name("megatron_engine.py")
+STAND_IN = PROGRAM.parents[2] / "benchmarks" / "flash_attn_stand_in"  # plain verl needs flash-attn for Ulysses
 WITH = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
 WITH_FLAGCX = {**WITH, "USE_FLAGCX": "1"}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -47,13 +48,31 @@ def needs_packages_of(strategy: str) -> None:
         pytest.importorskip("mbridge", reason="needs mbridge")
 
 
-@pytest.fixture(scope="module", params=[("fsdp2", 1), ("megatron", 1), ("megatron", 2)], ids=["fsdp2", "dp2", "tp2"])
-def runs(request, tiny_model):
-    strategy, tp = request.param
+ENGINES = {
+    "fsdp2": ("fsdp2", {}),
+    "hsdp": ("fsdp2", {"fsdp_size": 1}),
+    "fsdp1": ("fsdp", {}),
+    "ulysses": ("fsdp2", {"ulysses_sequence_parallel_size": 2}),
+    "dp2": ("megatron", {}),
+    "tp2": ("megatron", {"tensor_model_parallel_size": 2}),
+    "pp2": ("megatron", {"pipeline_model_parallel_size": 2}),
+}
+
+
+def options_of(name: str) -> tuple[str | int, ...]:
+    """Return the program's options for an engine; Ulysses packs, the others pad with FSDP."""
+    strategy, engine = ENGINES[name]
     needs_packages_of(strategy)
-    engine = json.dumps({"tensor_model_parallel_size": tp} if tp > 1 else {})
-    sides = {"with": WITH, "plain": PLAIN}
-    return both(sides, PROGRAM, tiny_model, "--strategy", strategy, "--engine", engine, "--steps", STEPS)
+    packed = ("--packed",) if name == "ulysses" else ()
+    return "--strategy", strategy, "--engine", json.dumps(engine), "--steps", STEPS, *packed
+
+
+@pytest.fixture(scope="module", params=["fsdp2", "ulysses", "dp2", "tp2", "pp2"])
+def runs(request, tiny_model):
+    plain = (
+        {**PLAIN, "PYTHONPATH": str(STAND_IN)} if request.param == "ulysses" and not find_spec("flash_attn") else PLAIN
+    )
+    return both({"with": WITH, "plain": plain}, PROGRAM, tiny_model, *options_of(request.param))
 
 
 def floats(found: dict, name: str) -> list[float]:
@@ -81,23 +100,11 @@ def test_numbers_are_plain_verls(runs, record_property):
         assert ours == pytest.approx(theirs, rel=2e-2), name  # bf16
 
 
-ENGINES = {
-    "fsdp2": ("fsdp2", {}),
-    "hsdp": ("fsdp2", {"fsdp_size": 1}),
-    "fsdp1": ("fsdp", {}),
-    "dp2": ("megatron", {}),
-    "tp2": ("megatron", {"tensor_model_parallel_size": 2}),
-}
-
-
 @needs_flagcx
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_over_flagcx_has_nccls_numbers(tiny_model, name):
-    strategy, engine = ENGINES[name]
-    needs_packages_of(strategy)
-    options = ("--strategy", strategy, "--engine", json.dumps(engine), "--steps", STEPS)
-    export = () if strategy == "megatron" else ("--export",)
-    found = both({"flagcx": WITH_FLAGCX, "nccl": WITH}, PROGRAM, tiny_model, *options, *export)
+    export = () if ENGINES[name][0] == "megatron" else ("--export",)
+    found = both({"flagcx": WITH_FLAGCX, "nccl": WITH}, PROGRAM, tiny_model, *options_of(name), *export)
     used = found["flagcx"]["report"]["features"]["flagcx"]
     assert used["on"], used
     assert used["detail"]["device"] == "cuda"
