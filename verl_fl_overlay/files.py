@@ -38,7 +38,10 @@ def write_whole(file: Path, text: str) -> None:
 
 
 class RegularFile:
-    """A file that is written at most once a second.  If it cannot be written, one warning is logged."""
+    """A file that is written at most once a second.
+
+    The first time that it cannot be written, one warning is logged; it is tried again, since a full disk gets room.
+    """
 
     def __init__(self, asked_by: str, file: Callable[[], Path], text: Callable[[], str]) -> None:
         """Take the setting that asked for it ("NAME=value"), and the functions that return its place and content."""
@@ -46,8 +49,9 @@ class RegularFile:
         self._file = file
         self._text = text
         self._last = float("-inf")
+        self._warned = False
         self.fault = ""
-        """Why it could not be written, "" as long as it can."""
+        """Why it could not be written the last time, "" if it could."""
 
     def write_regularly(self) -> None:
         """Write, unless the last regular writing was less than ``INTERVAL`` ago."""
@@ -57,12 +61,13 @@ class RegularFile:
 
     def write(self) -> None:
         """Write now."""
-        if self.fault:
-            return
+        self.fault = ""  # the text may name it
         try:
             file = self._file()
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self._text())
         except OSError as error:
             self.fault = f"{self._asked_by} cannot be written ({error}); training goes on without it"
-            logger.warning(self.fault)
+            if not self._warned:
+                self._warned = True
+                logger.warning(self.fault)

@@ -336,6 +336,30 @@ def test_report_folder_that_is_a_file(verl, tmp_path):
     assert done.stderr.count("cannot be written") == 1
 
 
+def test_reports_go_on_once_the_full_disk_has_room(verl, tmp_path):
+    """The report there names no fault that is over."""
+    env = {**verl("0.9.1"), **NAMED, "VERL_FL_REPORT_DIR": str(tmp_path / "reports")}
+    program = """
+    import json
+    from pathlib import Path
+    import verl
+    from verl_fl_overlay import activation, files
+    from verl_fl_overlay.phase import training
+    files.INTERVAL = 0
+    (file,) = Path(activation.active().settings.report_dir).iterdir()
+    full = file.with_name(file.name + ".tmp")
+    for phase in range(4):
+        if phase in (1, 2):
+            full.symlink_to("/dev/full")
+        with training.inside("train"):
+            pass
+        report = json.loads(file.read_text())
+        print(report["phase"]["counts"], report["problems"], full.exists())"""
+    done = python(program, env=env)
+    assert done.stdout.splitlines() == [f"{{'train': {counted}}} [] False" for counted in (1, 1, 1, 4)], done.stderr
+    assert done.stderr.count("cannot be written") == 1
+
+
 def test_the_cpu_is_refused_where_verl_has_found_gpus(verl, tmp_path):
     env = {**verl("0.9.1"), **NAMED, "VERL_FL_DEVICE": "cpu"}
     torch = "class cuda: is_available, device_count = (lambda: {}), (lambda: 2)"
