@@ -1,8 +1,7 @@
 """Fit what ``verl-fl estimate`` knows, and write the tables of docs/cost.md: ``python tools/cost.py [--check]``.
 
-The measurements are in docs/measurements: ``realistic-*.json`` as ``benchmarks/realistic.py`` writes it, and
-``grpo-*.json`` and ``ranks-*.json``, whose runs name their model, lengths, chips and seconds.  Those of
-``benchmarks/alternating.py`` are read from docs/performance.md.
+The measurements are in docs/measurements, in the forms that the benchmarks realistic, grpo and ranks write, and begin
+with their names.  Those of ``benchmarks/alternating.py`` are read from docs/performance.md.
 """
 
 from __future__ import annotations
@@ -25,12 +24,24 @@ if __name__ == "__main__":
 from verl_fl_overlay import cli
 from verl_fl_overlay.cli import cost
 from verl_fl_overlay.cli.cost import CHIPS, PHASES, Shape
-from verl_fl_overlay.cli.estimate import as_text, estimate
+from verl_fl_overlay.cli.estimate import as_text, estimate, responses
 
-REAL, MODELS = (
-    run_path(str(ROOT / "benchmarks" / file))[name] for file, name in (("realistic.py", "REAL"), ("step.py", "MODELS"))
-)
-"""The batch of one benchmark, and the models of another."""
+
+def of_benchmark(file: str) -> dict[str, Any]:
+    """Return what a benchmark defines, without the folders that it adds to the path."""
+    path = sys.path[:]
+    try:
+        return run_path(str(ROOT / "benchmarks" / file))
+    finally:
+        sys.path[:] = path
+
+
+REAL, MODELS = of_benchmark("realistic.py")["REAL"], of_benchmark("step.py")["MODELS"]
+SIZES, GRPO = of_benchmark("taught_model.py")["SIZES"], of_benchmark("grpo.py")
+"""Batches, models, and the rows of the benchmark of GRPO."""
+
+SCALING = {"one GPU": (1, 1), "two GPUs, same batch": (2, 1), "two GPUs, twice the batch": (2, 2)}
+"""Configuration of benchmarks/ranks.py -> GPUs, and how many times the batch."""
 
 MEASUREMENTS = DOCS / "measurements"
 PAGE = DOCS / "cost.md"
@@ -85,6 +96,8 @@ class Figure:
     work: dict[str, float]
     peak: tuple[float, float] | None = None
     """The most memory, bytes: measured and estimated."""
+    setting: str = ""
+    """What the rows of a file have in common that are compared with each other; "" where none are."""
 
 
 def shape_of(size: Any, *, tied: bool) -> Shape:
@@ -93,11 +106,11 @@ def shape_of(size: Any, *, tied: bool) -> Shape:
     return Shape(size.layers, size.hidden, size.intermediate, size.heads, size.kv_heads, head, size.vocabulary, tied)
 
 
-def read(*kinds: str) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Yield the name of each file of these kinds, a row of it, and the row's runs."""
-    for file in sorted(found for kind in kinds for found in MEASUREMENTS.glob(f"{kind}-*.json")):
-        for row, runs in json.loads(file.read_text(encoding="utf-8")).items():
-            yield file.stem, row, runs
+def read(benchmark: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield the name of each file of a benchmark, and what it has under each name."""
+    for file in sorted(MEASUREMENTS.glob(f"{benchmark}-*.json")):
+        for name, found in json.loads(file.read_text(encoding="utf-8")).items():
+            yield file.stem, name, found
 
 
 def chip_of(run: dict[str, Any]) -> str:
@@ -145,29 +158,48 @@ def alternating() -> Iterator[Figure]:
             yield Figure("performance.md", f"model {name}, {row}", "train", *about, float(numbers[column]) / 1000, work)
 
 
-def told() -> Iterator[Figure]:
-    """Yield what ``benchmarks/grpo.py`` and ``benchmarks/ranks.py`` measured: a figure for each phase of a row."""
-    for source, row, every in read("grpo", "ranks"):
-        runs = [run for run in every if run.get("stack") in cost.STACKS and "phases" in run]
-        for phase, (train, entropy) in PHASES.items() if runs else ():
-            times = [run["phases"][phase] for run in runs if phase in run["phases"]]
-            if not times:
+def grpo() -> Iterator[Figure]:
+    """Yield the phases that ``benchmarks/grpo.py`` measured; it has a step's tokens, whose lengths are as taught."""
+    for source, row, result in read("grpo"):
+        stack, named = result["row"], "model" in result and result["model"] != "tiny"
+        if not named or stack not in cost.STACKS or result["variant"] or not result["took turns"]:
+            continue
+        steps = [step for step in result["steps"] if step["counted"]]
+        size, limit, chips = SIZES[result["model"]], GRPO["ROWS"][stack].tokens, result["gpus"]
+        shape, tokens = shape_of(size, tied=True), statistics.median(step["tokens"] for step in steps)
+        mean = size.prompt / 2 + size.response
+        lengths = [round(size.prompt / 2) + n for n in responses(size.response, size.longest, round(tokens / mean))]
+        micro = cost.micro_batches(lengths, chips=chips, tokens=limit)
+        for phase, (train, entropy) in PHASES.items():
+            name = "old" if phase == "old_log_prob" else phase
+            if times := [step[name] for step in steps if name in step]:
+                work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips) | {"dispatch": 1}
+                about = (stack, chip_of(result), chips, shape.parameters)
+                setting = f"GRPO, {result['model']}"
+                yield Figure(source, row, phase, *about, statistics.median(times), work, setting=setting)
+
+
+def ranks() -> Iterator[Figure]:
+    """Yield the updates that ``benchmarks/ranks.py`` measured on one GPU and on two, for as long as it settles."""
+    shape, own = shape_of(REAL, tied=True), [sum(both) for both in REAL.lengths()]
+    for source, mode, results in read("ranks"):
+        stack = "overlay" if mode == "overlay" else "flash-attn"
+        for name, (chips, times) in SCALING.items():
+            result, lengths = results.get(name, {}), own * times
+            if "steps ms" not in result or result["device"] == "cpu":
                 continue
-            run, shape = runs[0], cost.shape(runs[0]["model"])
-            stack, chips, updates = run["stack"], run["chips"], run.get("updates", 1) if train else 1
-            micro = cost.micro_batches(run["lengths"], chips=chips, updates=updates, **run["micro_batch"])
-            work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips, updates=updates)
-            work |= {"dispatch": 1} if run["ray"] else {}
-            peaks = [one["peak GB"] * 1e9 for one in runs if one.get("peak GB")] if train and not run["ray"] else []
-            own = cost.peak_bytes(shape, micro, stack, train=train, entropy=entropy, chips=chips)
-            peak = (statistics.median(peaks), own) if peaks else None
-            about = (stack, chip_of(run), chips, shape.parameters)
-            yield Figure(source, row, phase, *about, statistics.median(times), work, peak)
+            micro = cost.micro_batches(lengths, chips=chips, tokens=REAL.tokens)
+            work = cost.work(shape, micro, stack, train=True, chips=chips)
+            settled = result["steps ms"][len(result["steps ms"]) // 2 :]
+            peak = (max(result["peak GB"]) * 1e9, cost.peak_bytes(shape, micro, stack, train=True, chips=chips))
+            about = (stack, chip_of(result), chips, shape.parameters)
+            time = statistics.median(settled) / 1000
+            yield Figure(source, f"{name}, {mode}", "update_actor", *about, time, work, peak, name)
 
 
 def figures() -> list[Figure]:
     """Return all that was measured."""
-    return [*realistic(), *alternating(), *told()]
+    return [*realistic(), *alternating(), *grpo(), *ranks()]
 
 
 def basis(found: Iterable[Figure]) -> dict[str, Figure]:
@@ -242,25 +274,25 @@ def checked(found: list[Figure]) -> str:
 
 
 def savings(found: list[Figure]) -> str:
-    """Return the table of what the overlay saves in all phases that both rows have, measured and estimated."""
+    """Return the table of what the overlay saves in the phases that both rows have, measured and estimated."""
     costs = fitted(found)
-    groups: dict[tuple[str, int, int], dict[str, dict[str, tuple[float, float]]]] = {}
-    for figure in found:
-        if figure.what in PHASES:
-            group = groups.setdefault((figure.source, figure.parameters, figure.chips), {})
-            times = figure.seconds, cost.seconds(figure.work, costs, CHIPS[figure.chip])
-            group.setdefault(figure.stack, {})[figure.what] = times
+    settings: dict[tuple[str, str, int], dict[str, dict[str, tuple[float, float]]]] = {}
+    for figure in (figure for figure in found if figure.setting):
+        stacks = settings.setdefault((figure.source, figure.setting, figure.chips), {})
+        times = figure.seconds, cost.seconds(figure.work, costs, CHIPS[figure.chip])
+        stacks.setdefault(figure.stack, {})[figure.what] = times
     rows = []
-    for (source, parameters, chips), stacks in groups.items():
-        for stack in ("padded", "flash-attn"):
-            both = stacks.get(stack, {}).keys() & stacks.get("overlay", {}).keys()
-            saved = [sum(stacks[stack][what][i] - stacks["overlay"][what][i] for what in both) for i in (0, 1)]
-            if both:
-                who = [source, f"{parameters / 1e9:.1f}B", str(chips), stack, ", ".join(p for p in PHASES if p in both)]
-                rows.append([*who, *(f"{seconds:.2f}" for seconds in saved)])
+    for (source, setting, chips), stacks in settings.items():
+        ours = stacks.pop("overlay", {})
+        for stack, theirs in stacks.items():
+            both = [phase for phase in theirs if phase in ours]
+            saved = (sum(theirs[phase][which] - ours[phase][which] for phase in both) for which in (0, 1))
+            if both and not stack.endswith("overlay"):
+                about = [f"{source}: {setting}", str(chips), stack, ", ".join(both)]
+                rows.append([*about, *(f"{seconds:.2f}" for seconds in saved)])
     if not rows:
         return "No run of GRPO or of several GPUs is among the measurements yet."
-    return markdown(["run", "model", "GPUs", "against", "phases", "saved, s", "estimated, s"], rows)
+    return markdown(["run", "GPUs", "against", "phases", "saved, s", "estimated, s"], rows)
 
 
 def memory(found: list[Figure]) -> str:

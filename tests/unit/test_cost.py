@@ -14,6 +14,7 @@ import pytest
 from verl_fl_overlay import cli
 from verl_fl_overlay.cli import cost
 from verl_fl_overlay.cli.cost import CHIPS, PHASES, Shape
+from verl_fl_overlay.cli.estimate import responses
 
 ROOT = Path(__file__).parents[2]
 FIGURES = fit.figures()
@@ -100,46 +101,70 @@ def test_micro_batches_are_as_few_as_fit():
         cost.micro_batches(lengths, tokens=699)
 
 
-def run_of(stack: str, chips: int) -> dict:
-    """Return a run as benchmarks/grpo.py writes it, of times that the model itself gives, and 0.3 s of dispatch."""
-    lengths = [200 + 7 * number for number in range(128)]
-    phases = {}
+DISPATCH = 0.3
+"""Seconds of each phase under Ray, in a run that is made up."""
+
+
+def grpo_of(stack: str, chips: int, tokens: int) -> dict:
+    """Return what benchmarks/grpo.py writes of a row, with times that the model itself gives but for the first step."""
+    size = fit.SIZES["0.5B"]
+    count = round(tokens / (size.prompt / 2 + size.response))
+    lengths = [size.prompt // 2 + n for n in responses(size.response, size.longest, count)]
+    micro = cost.micro_batches(lengths, tokens=fit.GRPO["ROWS"][stack].tokens, chips=chips)
+    step = {"tokens": float(tokens), "gen": 2.0, "step": 9.0, "counted": True}
     for phase, (train, entropy) in PHASES.items():
-        micro = cost.micro_batches(lengths, tokens=16384, chips=chips)
         work = cost.work(SHAPE, micro, stack, train=train, entropy=entropy, chips=chips)
-        phases[phase] = 0.3 + cost.seconds(work, COSTS, CHIPS["H100"])
-    return {
-        "stack": stack,
-        "model": CONFIG,
-        "lengths": lengths,
-        "chips": chips,
-        "micro_batch": {"tokens": 16384},
-        "updates": 1,
-        "ray": True,
-        "phases": {"gen": 2.0, **phases, "step": 9.0},
-        "peak GB": 26.7,
-        "device": "NVIDIA H100 80GB HBM3",
-        "versions": {},
+        step["old" if phase == "old_log_prob" else phase] = DISPATCH + cost.seconds(work, COSTS, CHIPS["H100"])
+    slow = {name: 10 * value for name, value in step.items()} | {"counted": False}
+    about = {"row": stack, "variant": "", "took turns": True, "device": "NVIDIA H100 80GB HBM3"}
+    return {"steps": [slow, step], "model": "0.5B", "gpus": chips, **about}
+
+
+def ranks_of(chips: int, times: int, stack: str) -> dict:
+    """Return what benchmarks/ranks.py writes of a configuration, with times that the model itself gives."""
+    shape, lengths = fit.shape_of(fit.REAL, tied=True), [sum(both) for both in fit.REAL.lengths()] * times
+    micro = cost.micro_batches(lengths, tokens=fit.REAL.tokens, chips=chips)
+    work = cost.work(shape, micro, stack, train=True, chips=chips)
+    ms = 1000 * cost.seconds(work, COSTS, CHIPS["H200"])
+    peak = cost.peak_bytes(shape, micro, stack, train=True, chips=chips) / 1e9
+    return {"steps ms": [9 * ms, ms, ms], "peak GB": [peak - 1, peak], "device": "NVIDIA H200"}
+
+
+def test_runs_of_grpo_and_of_ranks_are_read(monkeypatch, tmp_path):
+    rows = {f"{stack}": grpo_of(stack, 1, 30_000) for stack in ("padded", "flash-attn", "overlay")}
+    left_out = {
+        "overlay lora": {**rows["overlay"], "variant": "lora"},
+        "flash-attn overlay": {**rows["overlay"], "row": "flash-attn overlay"},
+        "padded overlay": {"row": "padded overlay", "variant": "", "error": "out of memory"},
     }
-
-
-def test_runs_of_grpo_are_read(monkeypatch, tmp_path):
-    rows = {f"{stack} {chips}": [run_of(stack, chips)] for stack in ("padded", "overlay") for chips in (1, 2)}
-    rows["lora"] = [{"phases": {"ref": 1.0}}]
-    rows["padded 1"].append({"error": "out of memory"})
+    two = {stack: grpo_of(stack, 2, 60_000) for stack in ("flash-attn", "overlay")}
+    at_once = {"overlay": {**rows["overlay"], "took turns": False}}
+    scaling = {
+        mode: {name: ranks_of(*how, stack) for name, how in fit.SCALING.items()} | {"fsdp2": {}, "tp2": {"error": "x"}}
+        for mode, stack in {"plain": "flash-attn", "overlay": "overlay"}.items()
+    }
     monkeypatch.setattr(fit, "MEASUREMENTS", shutil.copytree(fit.MEASUREMENTS, tmp_path / "measurements"))
     for file in [*fit.MEASUREMENTS.glob("grpo-*.json"), *fit.MEASUREMENTS.glob("ranks-*.json")]:
         file.unlink()
-    (fit.MEASUREMENTS / "grpo-h100-x.json").write_text(json.dumps(rows))
+    for name, found in {"grpo-1": rows | left_out, "grpo-2": two, "grpo-3": at_once, "ranks-1": scaling}.items():
+        (fit.MEASUREMENTS / f"{name}.json").write_text(json.dumps(found))
     found = fit.figures()
-    assert fit.fitted(found)["dispatch"] == pytest.approx(0.3, rel=1e-3)
-    told = [(figure, says) for figure, says, _ in fit.held_out(found) if figure.source == "grpo-h100-x"]
-    assert len(told) == 4 * len(PHASES) - 1
-    assert all(says == pytest.approx(figure.seconds, rel=1e-2) for figure, says in told)
+    assert fit.fitted(found) == pytest.approx({**COSTS, "dispatch": DISPATCH}, rel=2e-3)
+    told = [figure for figure in found if figure.source.startswith(("grpo", "ranks"))]
+    assert [(figure.source, figure.chips) for figure in told] == (
+        [("grpo-1", 1)] * 9 + [("grpo-2", 2)] * 6 + [("ranks-1", 1), ("ranks-1", 2), ("ranks-1", 2)] * 2
+    )
+    held = {id(figure): says for figure, says, _ in fit.held_out(found)}
+    assert all(held.get(id(figure), figure.seconds) == pytest.approx(figure.seconds, rel=1e-2) for figure in told)
+    assert all(figure.peak[0] == pytest.approx(figure.peak[1]) for figure in told if figure.source == "ranks-1")
     assert json.loads(fit.data(found))["measured"]["most chips"] == 2
-    cells = [line.split(" | ") for line in fit.savings(found).splitlines() if "grpo-h100-x" in line]
-    assert [row[2:4] for row in cells] == [["1", "padded"], ["2", "padded"]]
-    assert [row[5] for row in cells] == [row[6].strip(" |") for row in cells]
+    cells = [line.strip("| ").split(" | ") for line in fit.savings(found).splitlines()[2:]]
+    assert [(run, gpus, against) for run, gpus, against, *_ in cells] == [
+        *(("grpo-1: GRPO, 0.5B", "1", stack) for stack in ("padded", "flash-attn")),
+        ("grpo-2: GRPO, 0.5B", "2", "flash-attn"),
+        *((f"ranks-1: {name}", str(chips), "flash-attn") for name, (chips, _) in fit.SCALING.items()),
+    ]
+    assert [float(row[-1]) for row in cells] == pytest.approx([float(row[-2]) for row in cells], abs=0.02)
 
 
 def test_a_figure_that_leaves_nothing_is_no_basis():

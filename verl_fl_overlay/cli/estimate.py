@@ -133,14 +133,19 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
     }
 
 
+def responses(mean: int, longest: int, count: int) -> list[int]:
+    """Return ``count`` lengths in tokens, log-normal with this mean before those beyond the longest are cut."""
+    normal = NormalDist(math.log(mean) - SPREAD**2 / 2, SPREAD)
+    drawn = (round(math.exp(normal.inv_cdf((number + 0.5) / count))) for number in range(count))
+    return [min(max(response, 1), longest) for response in drawn]
+
+
 def _lengths(given: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of each sequence: the file's, or with responses that are log-normal up to the longest."""
+    """Return the tokens of each sequence: the file's, or those of prompt and response."""
     if given["lengths"] is None:
         if (count := given["batch"] * given["answers"]) > MOST:
             raise CostError(f"--batch {given['batch']} x --answers {given['answers']}: allowed is up to {MOST:,}")
-        normal = NormalDist(math.log(given["mean-response"]) - SPREAD**2 / 2, SPREAD)
-        drawn = (round(math.exp(normal.inv_cdf((number + 0.5) / count))) for number in range(count))
-        return [given["prompt"] + min(max(response, 1), given["max-response"]) for response in drawn]
+        return [given["prompt"] + n for n in responses(given["mean-response"], given["max-response"], count)]
     file = Path(given["lengths"]).expanduser()
     if not file.is_file():
         raise CostError(f"--lengths {given['lengths']} is no file; needed is one of whole numbers")
