@@ -28,7 +28,7 @@ PHASES = {"old_log_prob": (False, True), "ref": (False, False), "update_actor": 
 """verl's phases -> whether they train, and whether entropy is asked for."""
 
 ATTENTION = 4.0
-"""How many FLOP of matrix products take as long as one of attention; assumed, docs/performance.md has both rates."""
+"""How many FLOP of matrix products take as long as one of packed attention; assumed, see docs/cost.md."""
 
 
 class CostError(OverlayError):
