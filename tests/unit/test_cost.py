@@ -232,6 +232,16 @@ def test_a_chip_of_twice_the_peaks_computes_twice_as_fast(folder, capsys):
     assert once["overlay"]["step"] / 2 < twice["overlay"]["step"] < 0.7 * once["overlay"]["step"]
 
 
+@pytest.mark.parametrize(("more", "status"), [(0.0, 0), (0.27, 0), (-0.25, 2), (0.5, 2)])
+def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, capsys):
+    """A tied head that is stored makes 0.27 times more here; an MLP without a gate makes less."""
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "bfloat16"}))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(round(2 * SHAPE.parameters * (1 + more)))  # a file of holes
+    assert cli.main(["estimate", str(folder)]) == status
+    assert ("it has other parts" in capsys.readouterr().err) == bool(status)
+
+
 @pytest.mark.parametrize(
     ("config", "options", "said"),
     [

@@ -104,7 +104,7 @@ def shape(config: Mapping[str, Any]) -> Shape:
 
     def number(key: str, otherwise: int | None = None) -> int:
         value = config.get(key) or otherwise
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 0 < value < 1 << 31:
             raise CostError(f"config.json has {key} = {config.get(key)!r}; needed is a whole number, 1 or more")
         return value
 

@@ -29,6 +29,12 @@ HALF = 0.5
 MOST = 100_000
 """The most sequences of a step."""
 
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight, by the configuration's name of their type."""
+
+WEIGHTS = 1_000_000
+"""Smaller files, in bytes, are git's pointers to weights."""
+
 COUNTS = {
     "prompt": (512, "tokens of each prompt"),
     "mean-response": (512, "tokens of a response on average, before the longest are cut"),
@@ -84,10 +90,26 @@ def run(options: argparse.Namespace) -> int:
     model = model_folder.described(options.model)
     if model.layers_without_attention:
         raise CostError(f"some layers of {model.folder} have no attention; no such model was measured")
+    shape = cost.shape(model.config)
+    _refuse_other_weights(model, shape)
     known = json.loads(cost.FILE.read_text(encoding="utf-8"))
-    found = estimate(cost.shape(model.config), options, known)
+    found = estimate(shape, options, known)
     print(json.dumps(found, indent=1) if options.json else as_text(found))
     return 0
+
+
+def _refuse_other_weights(model: model_folder.Model, shape: Shape) -> None:
+    """Refuse a model whose weights, if they are here, are not as many as those of a dense decoder of its sizes."""
+    size = sum(file.stat().st_size for file in model.folder.glob("model*.safetensors"))
+    width = WIDTHS.get(str(model.config.get("dtype") or model.config.get("torch_dtype")))
+    if width is None or size < WEIGHTS:
+        return
+    counts = [shape.parameters, shape.parameters + shape.matrices[1]]  # a tied head may be stored all the same
+    if not any(0.9 < size / width / count < 1.1 for count in counts):
+        raise CostError(
+            f"{model.folder} has {size / width / 1e9:.2f} billion weights, a dense decoder of its sizes with gated MLPs "
+            f"{shape.parameters / 1e9:.2f}: it has other parts, and none such was measured"
+        )
 
 
 def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, Any]:
