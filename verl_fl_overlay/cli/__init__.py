@@ -23,6 +23,7 @@ COMMANDS = {
         "doctor": "try every hook and every component that is asked for, and report",
         "config": "print the exports and the overrides with which verl trains a model on a chip, and why",
         "env": "show every variable of the stack, what it does and what is wrong with it",
+        "estimate": "say what a step takes with and without the overlay, from measurements",
         "warmup": "fill the kernels' caches: run one step of a model in this environment",
     },
     "Are the numbers right, and what is faster?": {

@@ -106,16 +106,26 @@ def opened(name: str) -> Model:
     Raises:
         ModelError: there is no such folder, or no model in it that transformers could load with its tokenizer.
     """
-    folder = _folder(name)
-    config = _config(folder)
-    _refuse_unknown_type(folder, config)
+    model = described(name)
+    folder = model.folder
+    _refuse_unknown_type(folder, model.config)
     _refuse_without_weights(folder)
     if not any(_is_of_a_tokenizer(file.name) for file in folder.iterdir()):
         raise ModelError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy it there from "
             "the model that this one was made from"
         )
-    return Model(folder, config)
+    return model
+
+
+def described(name: str) -> Model:
+    """Return the model in the folder ``name``, of which only its config.json has to be there.
+
+    Raises:
+        ModelError: there is no such folder, or no configuration in it from which verl could choose the model's class.
+    """
+    folder = _folder(name)
+    return Model(folder, _config(folder))
 
 
 def checked(trial: Trial) -> Trial:
