@@ -45,7 +45,7 @@ def program(*command: str | Path, seconds: int, **environment: str) -> str:
     """Return what a program prints; fail the test if it fails.  What it says meanwhile is shown."""
     done = subprocess.run(
         [*map(str, command)],
-        env={**clean_environment(environment), "PYTHONUNBUFFERED": "1"},
+        env={**clean_environment(environment), "PYTHONUNBUFFERED": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
