@@ -401,6 +401,7 @@ def bundle(session: nox.Session) -> None:
     session.run("python", "-m", "venv", str(fresh))
     there = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "VERL_FL_DEVICE": "cpu"}
     there |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+    session.chdir(folder)  # in this folder Python would take the checkout
     for command in ((str(made / "install.py"),), ("-m", "pip", "check"), ("-m", "verl_fl_overlay", "doctor")):
         session.run(str(fresh / "bin" / "python"), *command, env=there, external=True)
 
