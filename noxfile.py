@@ -389,6 +389,23 @@ def engines(session: nox.Session, verl: str) -> None:
     session.run("python", "tools/engines.py", "out/engines")
 
 
+@nox.session(default=False)
+def bundle(session: nox.Session) -> None:
+    """An offline bundle with torch, made here and installed without an index into an environment of its own."""
+    session.install(".", "pip")
+    folder = Path(session.create_tmp()).absolute()
+    made, fresh = folder / "bundle", folder / "fresh"
+    for old in (made, fresh):
+        shutil.rmtree(old, ignore_errors=True)
+    session.run("python", "tools/bundle.py", str(made), "--torch", TORCH, "--bring-torch")
+    session.run("python", "-m", "venv", str(fresh))
+    there = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "VERL_FL_DEVICE": "cpu"}
+    there |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay"}
+    session.chdir(folder)  # in this folder Python would take the checkout
+    for command in ((str(made / "install.py"),), ("-m", "pip", "check"), ("-m", "verl_fl_overlay", "doctor")):
+        session.run(str(fresh / "bin" / "python"), *command, env=there, external=True)
+
+
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Every GPU test and benchmark that this machine allows, in the Python that is here: ``nox -s gpu -- --help``."""

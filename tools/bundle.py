@@ -102,7 +102,7 @@ def run(*command: str, folder: Path = ROOT) -> str:
     """Run a command whose messages are shown, and return what it printed; its failure ends this program."""
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"no bundle was made: {shlex.join(command[:5])} ... failed, and said why above")
+        raise SystemExit(f"no bundle was made: {shlex.join(command[:6])} ... failed, and said why above")
     return done.stdout.strip()
 
 

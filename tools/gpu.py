@@ -52,7 +52,14 @@ class Item:
 
 
 PATIENCE = 3
-TESTS = {"test_flaggems": 6.0, "test_fused_gpu": 2, "test_megatron": 2, "test_te_fl_gpu": 2, "test_two_gpus": 4}
+TESTS = {
+    "test_flaggems": 6.0,
+    "test_fused_gpu": 2,
+    "test_megatron": 2,
+    "test_te_fl_gpu": 2,
+    "test_two_gpus": 5,
+    "test_vllm_plugin_gpu": 5,
+}
 """Minutes of tests that take longer than one."""
 
 GRPO = "--minutes {minutes} --folder {folder} --json {json}"

@@ -23,6 +23,7 @@ torch = pytest.importorskip("torch", reason="needs torch")
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("runs"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     *(
         pytest.mark.skipif(not installed(package), reason=f"needs {package}")

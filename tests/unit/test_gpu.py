@@ -197,3 +197,9 @@ def test_the_page_tells_of_each_card_what_ran_there_and_of_the_rest_that_it_did_
         ("new", "not run"),
     ]
     assert "| 1.2 | 1a2b3c | torch 2.11.0 |" in page
+
+
+def test_tests_that_share_a_run_are_in_one_group() -> None:
+    """Else each of the processes that share the GPU would make that run."""
+    files = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert {name for name, text in files.items() if 'scope="module"' in text and "xdist_group(" not in text} == set()
