@@ -29,7 +29,7 @@ class Job:
 
     ``device`` is torch's name of the chip.  ``model`` is a folder, "" if it is not known.  ``prompt`` and ``response``
     are the most tokens of each, None for verl's own limits.  ``packs`` tells whether the model keeps packed sequences
-    apart, ``has_te`` whether TransformerEngine is installed.
+    apart, ``has_te`` whether TransformerEngine is here, ``sleeps`` whether what generates can give back its memory.
     """
 
     release: Version
@@ -42,6 +42,7 @@ class Job:
     response: int | None = None
     packs: bool = True
     has_te: bool = True
+    sleeps: bool = True
 
     @property
     def line(self) -> tuple[int, int]:
@@ -95,6 +96,7 @@ def not_needed(job: Job) -> list[str]:
 LOGGER = "verl's default adds wandb, which asks for a login"
 STRATEGY = "verl's default is FSDP1"
 BRIDGE = "verl's default, Megatron-Bridge, needs TransformerEngine, which is not installed here"
+AWAKE = "the plugin's worker cannot give its memory back while verl trains, which verl's default asks for"
 PATH = "the model's folder; absolute, since verl's processes run in other folders"
 
 
@@ -147,6 +149,8 @@ def _reinforced(job: Job) -> Iterator[Override]:
         if job.engine == "megatron" and job.line >= (0, 9) and not job.has_te:
             yield Override(f"{role}.megatron.vanilla_mbridge", "True", BRIDGE)
     yield Override("actor_rollout_ref.rollout.name", job.rollout, "verl has no default")
+    for key in () if job.sleeps else ("+{}.enable_sleep_mode", "{}.free_cache_engine"):
+        yield Override(key.format("actor_rollout_ref.rollout"), "False", AWAKE)
     why = "micro-batches by tokens; without it verl asks for the size of each, and all other passes follow"
     yield Override("actor_rollout_ref.actor.use_dynamic_bsz", "True", why)
     if job.line < (0, 8) and job.packs:

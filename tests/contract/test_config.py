@@ -38,6 +38,17 @@ def test_hydra_takes_what_is_printed(task: str, engine: str, capsys: pytest.Capt
     assert list(composed.trainer.logger) == ["console"]
 
 
+def test_verl_takes_an_engine_that_stays_awake(capsys: pytest.CaptureFixture[str]) -> None:
+    """The switch is a field of verl's class and not in its files."""
+    config = pytest.importorskip("verl.utils.config", reason="needs verl", exc_type=ImportError)
+    assert main(["config", "--chip", "metax", "--json"]) == 0
+    given = [f"{override['key']}={override['value']}" for override in json.loads(capsys.readouterr().out)["overrides"]]
+    with hydra.initialize_config_dir(str(Path(compat.find_verl().folder, "trainer/config")), version_base=None):
+        composed = hydra.compose("ppo_trainer", [*given, "data.train_files=1", "trainer.n_gpus_per_node=1"])
+    rollout = config.omega_conf_to_dataclass(composed.actor_rollout_ref.rollout)
+    assert (rollout.enable_sleep_mode, rollout.free_cache_engine) == (False, False)
+
+
 LETTERS = ("plain", "with space", "a,b", "a=b", "[a]", "{a}", "(a)", "a#b", "a&b", "a~", "a;b", "a`b", "a!", "end ")
 QUOTES = ("it's", 'say "a"', "back\\slash", "end\\", "a\\'b", "a\\\\'b")
 

@@ -80,6 +80,16 @@ def test_every_chip_has_its_exports(vendor, capsys):
     assert {*found} <= {*TABLE}, "an export that nobody reads"
 
 
+@pytest.mark.parametrize(
+    ("chip", "rollout", "awake"), [("metax", "vllm", 2), ("metax", "sglang", 0), ("nvidia", "vllm", 0)]
+)
+def test_vllms_plugin_is_not_told_to_sleep(chip, rollout, awake, capsys):
+    """Its worker has no ``sleep``, and vLLM refuses to start with sleep mode on its platform."""
+    found = overrides(told(capsys, "--verl", "0.9.1", "--chip", chip, "--rollout", rollout))
+    keys = ("+actor_rollout_ref.rollout.enable_sleep_mode", "actor_rollout_ref.rollout.free_cache_engine")
+    assert [found[key] for key in keys if key in found] == ["False"] * awake
+
+
 def test_what_is_set_is_kept(monkeypatch, capsys):
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "mine")
     monkeypatch.setenv("SGLANG_PLUGINS", "other")

@@ -97,6 +97,7 @@ def examine(options: argparse.Namespace) -> dict[str, Any]:
         options.response,
         packs=model is None or not model.layers_without_attention or all(map(installed, LAYER_KERNELS)),
         has_te=installed("transformer_engine"),
+        sleeps=options.rollout != "vllm" or not _needs_plugin(chip),
     )
     _refuse(job, chip, model)
     return {
@@ -179,10 +180,15 @@ def _exports(job: Job, chip: Chip) -> Iterator[Export]:
             "USE_FLAGCX", "1", "torch has no other collectives for this chip; FLAGCX_PATH says where FlagCX is"
         )
     plugin = ROLLOUTS[job.rollout]
-    if job.task != "sft" and chip is not chips.CPU and chip.vendor not in chips.KNOWN_TO_VERL:
+    if job.task != "sft" and _needs_plugin(chip):
         listed = names(os.environ.get(plugin.switch, ""))
         value = ",".join(listed if plugin.entry in listed else (*listed, plugin.entry))
         yield Export(plugin.switch, value, f"{plugin.engine} runs on this chip with {plugin.name}, and no other plugin")
+
+
+def _needs_plugin(chip: Chip) -> bool:
+    """Return whether what generates runs on the chip with FlagOS' plugin only."""
+    return chip is not chips.CPU and chip.vendor not in chips.KNOWN_TO_VERL
 
 
 def _notes(job: Job, chip: Chip, model: Model | None) -> Iterator[str]:
