@@ -30,6 +30,7 @@ from verl_fl_overlay.cli.estimate import as_text, estimate, responses
 def of_benchmark(file: str) -> dict[str, Any]:
     """Return what a benchmark defines, without the folders that it adds to the path."""
     path = sys.path[:]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         return run_path(str(ROOT / "benchmarks" / file))
     finally:
@@ -40,7 +41,9 @@ REAL, MODELS = of_benchmark("realistic.py")["REAL"], of_benchmark("step.py")["MO
 SIZES, GRPO = of_benchmark("taught_model.py")["SIZES"], of_benchmark("grpo.py")
 """Batches, models, and the rows of the benchmark of GRPO."""
 
-SCALING = {"one GPU": (1, 1), "two GPUs, same batch": (2, 1), "two GPUs, twice the batch": (2, 2)}
+SCALING = {
+    name: (one.ranks, 1 + one.twice) for name, one in of_benchmark("ranks.py")["CONFIGURATIONS"].items() if one.scaling
+}
 """Configuration of benchmarks/ranks.py -> GPUs, and how many times the batch."""
 
 MEASUREMENTS = DOCS / "measurements"

@@ -107,8 +107,8 @@ def _refuse_other_weights(model: model_folder.Model, shape: Shape) -> None:
     counts = [shape.parameters, shape.parameters + shape.matrices[1]]  # a tied head may be stored all the same
     if not any(0.9 < size / width / count < 1.1 for count in counts):
         raise CostError(
-            f"{model.folder} has {size / width / 1e9:.2f} billion weights, a dense decoder of its sizes with gated MLPs "
-            f"{shape.parameters / 1e9:.2f}: it has other parts, and none such was measured"
+            f"{model.folder} has {size / width / 1e9:.2f} billion weights, a dense decoder of its sizes with "
+            f"gated MLPs {shape.parameters / 1e9:.2f}: it has other parts, and none such was measured"
         )
 
 
