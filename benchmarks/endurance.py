@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -212,9 +213,11 @@ def watch(options: argparse.Namespace) -> dict[str, Any]:
     log_file = options.json.with_suffix(".log")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     begun, samples = time.monotonic(), []
-    result: dict[str, Any] = {"command": options.command, "every, s": options.every}
+    told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in options.command)
+    result: dict[str, Any] = {"device": device(), "versions": versions(), "command": told}
     with contextlib.ExitStack() as cleaned:
         log = cleaned.enter_context(open(log_file, "w", encoding="utf-8", buffering=1))
+        taken = cleaned.enter_context(open(options.json.with_suffix(".samples"), "w", encoding="utf-8", buffering=1))
         command = subprocess.Popen(
             options.command,
             stdout=subprocess.PIPE,
@@ -231,6 +234,8 @@ def watch(options: argparse.Namespace) -> dict[str, Any]:
             now = time.monotonic()
             late = options.limit and now - begun > options.limit
             samples.append({"at": now, "processes": sample(options.reports)})
+            at = {"at, s": round(now - begun, 1), "step": max(steps.at, default=0)}
+            taken.write(json.dumps({**at, **samples[-1]["processes"]}) + "\n")
             if now - said > 60 or late:
                 said = now
                 whole = samples[-1]["processes"]["whole run"]
@@ -253,14 +258,30 @@ def watch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(samples: list[dict[str, Any]], steps: dict[int, float], begun: float) -> dict[str, Any]:
-    """Return what the samples say, and the samples: seconds from the start."""
+    """Return what the samples say."""
     return {
         "steps": len(steps),
         "seconds": round(time.monotonic() - begun, 1),
+        "samples": len(samples),
         "rows": judged(samples, dict(steps)),
-        "step at, s": {step: round(at - begun, 1) for step, at in sorted(dict(steps).items())},
-        "samples": [{"at, s": round(s["at"] - begun, 1), "processes": s["processes"]} for s in samples],
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what may train here."""
+    found = {}
+    for name in ("verl", "verl-fl-overlay", "torch", "transformers", "ray", "vllm", "sglang", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def device() -> str:
+    """Return the names of the NVIDIA devices, "cpu" without any."""
+    if not shutil.which("nvidia-smi"):
+        return "cpu"
+    done = subprocess.run([*QUERY, "--query-gpu=name"], capture_output=True, text=True, check=False)
+    return ", ".join(done.stdout.splitlines()) or "cpu"
 
 
 def shown(held: dict[str, float]) -> str:

@@ -76,7 +76,7 @@ def test_what_outlives_the_command_is_named_and_ended(tmp_path):
 
 
 def test_a_limit_ends_the_command(tmp_path):
-    done, told, _ = watched(tmp_path, "", 60, "--limit", "8")
-    assert told["ended by"] == "--limit 8.0"
+    done, told, _ = watched(tmp_path, "", 60, "--limit", "2")
+    assert told["ended by"] == "--limit 2.0"
     assert told["exit status"] == 0
     assert told["seconds"] < 40, done.stdout
