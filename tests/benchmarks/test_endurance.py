@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,30 @@ else:
 """
 
 
+# Each time that it is asked, every process of the trainer holds 20 MB more.
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+*compute-apps*) echo >>"$0.asked"; for pid in $(pgrep -f {folder}/trainer.py); do
+    echo "$pid, $((1000 + 20 * $(wc -l <"$0.asked")))"; done ;;
+*index*) echo "0, 5000" ;;
+*) echo "A card" ;;
+esac
+"""
+
+
 def watched(tmp_path, growing="", lingers=0, *options):
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "report.json").write_text("x" * 50000)
     (tmp_path / "trainer.py").write_text(TRAINER.format(growing=growing, lingers=lingers))
     where = ("--json", tmp_path / "found.json", "--reports", tmp_path / "reports", "--every", "0.05")
     trainer = ("python", tmp_path / "trainer.py", tmp_path / "reports")
-    done = run(PROGRAM, *where, *options, "--", *trainer, env={}, timeout=120)
+    smi = tmp_path / "bin" / "nvidia-smi"
+    if growing == "device memory":
+        smi.parent.mkdir()
+        smi.write_text(NVIDIA_SMI.format(folder=tmp_path))
+        smi.chmod(0o755)
+    path = os.pathsep.join([str(smi.parent), os.environ["PATH"]])
+    done = run(PROGRAM, *where, *options, "--", *trainer, env={"PATH": path}, timeout=120)
     told = json.loads((tmp_path / "found.json").read_text())
     return done, told, {(row["who"].split()[0], row["what"]) for row in told["rows"] if row["grew"]}
 
@@ -60,6 +78,7 @@ def test_a_steady_program(tmp_path):
         ("memory", {("trainer.py", "memory, MB"), ("whole", "memory, MB")}),
         ("files", {("trainer.py", "open files"), ("whole", "open files")}),
         ("reports", {("whole", "reports, MB")}),
+        ("device memory", {("trainer.py", "device memory, MB")}),
     ],
 )
 def test_what_grows_is_named(tmp_path, growing, found):
