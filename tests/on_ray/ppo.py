@@ -51,7 +51,6 @@ class Training:
         self.lines: list[str] = []
         self.metrics: dict[int, dict[str, float]] = {}
         """Step -> what verl's console logger printed."""
-        self.begun = time.monotonic()
         self._seen = threading.Condition()
         self._main = psutil.Popen(
             command(folder, steps, *more),
