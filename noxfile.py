@@ -366,7 +366,7 @@ def features(session: nox.Session, verl: str) -> None:
 @nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in ("0.7.1", "0.9.0", RELEASES[-1])])
 def ray(session: nox.Session, verl: str) -> None:
-    """A cluster that was started with an empty environment, and GRPO on verl 0.9.1: minutes of both cores."""
+    """A cluster started with an empty environment; on verl 0.9.1 GRPO, its faults and many steps: half an hour."""
     install(session, verl, TORCH, *(["TransferQueue", "matplotlib"] if verl == RELEASES[-1] else []))
     session.run("pytest", "tests/on_ray", *session.posargs)
 

@@ -65,6 +65,18 @@ def test_a_forked_child_does_not_share_its_parents_file(tmp_path, monkeypatch):
     database._file_of.cache_clear()
 
 
+def test_where_nothing_can_be_written_flaggems_keeps_its_own(tmp_path, monkeypatch, caplog):
+    """A home that is read-only, or a full disk: FlagGems decides whether it can work there."""
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("FLAGGEMS_CACHE_DIR", str(tmp_path / "taken"))
+    monkeypatch.setattr(database, "chip_name", lambda: "a chip")
+    database._file_of.cache_clear()
+    arguments = ["/theirs.db"]
+    database._connect(None, None, arguments, {})
+    assert arguments == ["/theirs.db"]
+    assert "no tuning database of this process's own" in caplog.text
+
+
 @pytest.mark.parametrize(
     "libentry",
     [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import logging
 import os
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,8 @@ import wrapt
 
 from verl_fl_overlay import packages
 from verl_fl_overlay.devices.accelerator import chip_name
+
+logger = logging.getLogger("verl_fl_overlay")
 
 VARIABLE = "FLAGGEMS_DB_URL"
 
@@ -47,7 +50,10 @@ def _exchange(libentry: ModuleType) -> None:
 
 
 def _connect(dialect: Any, record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
-    arguments[0] = str(_file_of(os.getpid()))
+    try:
+        arguments[0] = str(_file_of(os.getpid()))
+    except OSError as error:
+        logger.warning("no tuning database of this process's own (%s): it uses FlagGems', as others do", error)
 
 
 @functools.cache
