@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, result
+from processes import OVERLAY, result, run
 from real_engine import refused
 from sft import without_images
 
@@ -16,6 +16,7 @@ pytest.importorskip("megatron.core", reason="needs megatron-core")
 pytest.importorskip("mbridge", reason="needs mbridge")
 
 PROGRAM = Path(__file__).with_name("on_cpu.py")
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PHASE = "engine.enter,engine.exit,engine.train_batch,engine.infer_batch,engine.initialize.megatron"
 STEPS = 6
 
@@ -118,6 +119,29 @@ def test_rollout_gets_the_weights_that_were_loaded(tiny_model):
     found = in_float32(tiny_model, ranks=2, engine=tp2, options=("--export",))["exported"]
     loaded = {name: float(t.double().abs().sum()) for name, t in load_file(tiny_model / "model.safetensors").items()}
     assert {name: float.fromhex(total) for name, total in found.items()} == pytest.approx(loaded)
+
+
+@pytest.fixture(scope="module")
+def experts_model(tmp_path_factory):
+    """Return the folder of a tiny Qwen3-MoE."""
+    folder = tmp_path_factory.mktemp("experts")
+    program = "import sys; from pathlib import Path; import ranks; ranks.write_experts(Path(sys.argv[1]), ranks.TINY)"
+    done = run("-c", program, folder, env={"PYTHONPATH": str(BENCHMARKS)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_experts_on_two_ranks_have_transformers_numbers_and_weights(experts_model):
+    """Expert parallel 2, against FSDP2; rollout gets each expert under its own name."""
+    from safetensors.torch import load_file
+
+    ep2 = {"expert_model_parallel_size": 2}
+    found = in_float32(experts_model, ranks=2, engine=ep2, options=("--export",))
+    expected = floats(in_float32(experts_model, **SAME["FSDP2"]))
+    for name, seen in floats(found).items():
+        assert seen == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+    loaded = {name: float(t.double().abs().sum()) for name, t in load_file(experts_model / "model.safetensors").items()}
+    assert {name: float.fromhex(total) for name, total in found["exported"].items()} == pytest.approx(loaded)
 
 
 def test_a_value_head_reads_packed_sequences_as_padded_ones(tiny_model):
