@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import OVERLAY, result, run
+from processes import OVERLAY, result
 from real_engine import refused
 from sft import without_images
 
@@ -16,7 +16,6 @@ pytest.importorskip("megatron.core", reason="needs megatron-core")
 pytest.importorskip("mbridge", reason="needs mbridge")
 
 PROGRAM = Path(__file__).with_name("on_cpu.py")
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PHASE = "engine.enter,engine.exit,engine.train_batch,engine.infer_batch,engine.initialize.megatron"
 STEPS = 6
 
@@ -119,16 +118,6 @@ def test_rollout_gets_the_weights_that_were_loaded(tiny_model):
     found = in_float32(tiny_model, ranks=2, engine=tp2, options=("--export",))["exported"]
     loaded = {name: float(t.double().abs().sum()) for name, t in load_file(tiny_model / "model.safetensors").items()}
     assert {name: float.fromhex(total) for name, total in found.items()} == pytest.approx(loaded)
-
-
-@pytest.fixture(scope="module")
-def experts_model(tmp_path_factory):
-    """Return the folder of a tiny Qwen3-MoE."""
-    folder = tmp_path_factory.mktemp("experts")
-    program = "import sys; from pathlib import Path; import ranks; ranks.write_experts(Path(sys.argv[1]), ranks.TINY)"
-    done = run("-c", program, folder, env={"PYTHONPATH": str(BENCHMARKS)})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
 
 
 def test_experts_on_two_ranks_have_transformers_numbers_and_weights(experts_model):
