@@ -13,10 +13,11 @@ Plain verl packs for its FSDP engines with flash_attn_stand_in, torch's own Flas
 no TransformerEngine here, with a dense mask in megatron-core's own attention (tests/gpu/megatron_engine.py): a plain
 time of Megatron is no time of verl's.  With the overlay there is no flash-attn.
 
-The configurations that share a torchrun are built one after the other in the same processes.  One that fails, or says
-nothing for some minutes, ends them; it says so in one line, and the others go on in new ones.  Without two GPUs tiny
-models run in fp32 on two CPU ranks over gloo, where verl needs the overlay's device and, for Ulysses, its attention;
-plain verl pads there and has none of the overlay's other hooks.  The times of it mean nothing.
+The configurations that share a torchrun are built one after the other in the same processes.  One that fails, or is not
+done in minutes, ends them; it says so in one line, and the others go on in new ones.  ``--only numbers`` and ``--only
+scaling`` take some minutes each.  Without two GPUs tiny models run in fp32 on two CPU ranks over gloo, where verl needs
+the overlay's device and, for Ulysses, its attention; plain verl pads there and has none of the overlay's other hooks.
+The times of it mean nothing.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Configuration:
     ranks: int = 2
     twice: bool = False
     fp32: bool = False
+    experts: bool = False
 
     @property
     def scaling(self) -> bool:
@@ -103,6 +105,8 @@ CONFIGURATIONS = {
     "dp2": MEGATRON(),
     "tp2": MEGATRON({"tensor_model_parallel_size": 2}),
     "pp2": MEGATRON({"pipeline_model_parallel_size": 2}),
+    "ep2 in fp32": MEGATRON({"expert_model_parallel_size": 2}, experts=True, fp32=True),
+    "ep2": MEGATRON({"expert_model_parallel_size": 2}, experts=True),
     "one GPU": Configuration("one", "fsdp2", size=REAL, ranks=1),
     "two GPUs, same batch": Configuration("two", "fsdp2", size=REAL),
     "two GPUs, twice the batch": Configuration("two", "fsdp2", size=REAL, twice=True),
@@ -286,7 +290,8 @@ def write(file: Path, told: dict[str, Any]) -> None:
 
 
 def model_folder(folder: Path, configuration: Configuration) -> Path:
-    return folder / f"{configuration.size.hidden}-{configuration.size.layers}"
+    size = configuration.size
+    return folder / f"{size.hidden}-{size.layers}{'-experts' if configuration.experts else ''}"
 
 
 def together(names: list[str], mode: str, folder: Path, steps: int, tiny: bool, until: float) -> dict[str, Any]:
@@ -345,16 +350,23 @@ def bounds(results: dict[str, dict[str, Any]], name: str, tiny: bool) -> tuple[f
     """
     if tiny:
         return EXACT, EXACT
-    noise = rounding(results, CONFIGURATIONS[name].family)
+    noise = rounding(results, CONFIGURATIONS[name])
     return (min(LOSS, 2 * noise[0]), min(GRAD_NORM, 2 * noise[1])) if noise else (LOSS, GRAD_NORM)
 
 
-def rounding(results: dict[str, dict[str, Any]], family: str) -> tuple[float, float] | None:
-    """Return by how much plain verl's numbers in bf16 differ from those in fp32; None if that was not run."""
+def rounding(results: dict[str, dict[str, Any]], configuration: Configuration) -> tuple[float, float] | None:
+    """Return by how much plain verl's numbers in bf16 differ from those in fp32, of the configurations like this one.
+
+    None if that was not run.
+    """
+
+    def kind(one: Configuration) -> tuple[str, bool]:
+        return one.family, one.experts
+
     plain = [
         (CONFIGURATIONS[name].fp32, one)
         for name, one in results.get("plain", {}).items()
-        if CONFIGURATIONS[name].family == family and "error" not in one
+        if kind(CONFIGURATIONS[name]) == kind(configuration) and "error" not in one
     ]
     exact = [one for fp32, one in plain if fp32]
     found = [differences(one, exact[0]) for fp32, one in plain if exact and not fp32]
@@ -435,9 +447,9 @@ def numbers_table(results: dict[str, dict[str, Any]], tiny: bool) -> str:
         ratio = f"{ms(plain) / ms(ours):.2f}x" if both else "-"
         row = [name, *compared, cells(ours, plain, 0, ms), ratio, cells(ours, plain, 2, peak)]
         lines.append(f"| {' | '.join(row)} |")
-    for family in dict.fromkeys(one.family for one in CONFIGURATIONS.values()):
-        if noise := rounding(results, family):
-            lines.append(f"| plain {family} in bf16 against fp32 | {noise[0]:.1e} | {noise[1]:.1e} | | | |")
+    for name, configuration in CONFIGURATIONS.items():
+        if configuration.fp32 and (noise := rounding(results, configuration)):
+            lines.append(f"| plain verl in bf16 against {name} | {noise[0]:.1e} | {noise[1]:.1e} | | | |")
     return "\n".join(lines)
 
 
@@ -482,15 +494,40 @@ def on_cpu(results: dict[str, dict[str, Any]]) -> bool:
 
 def write_models(folder: Path, configurations: list[Configuration]) -> None:
     """Write the models in a process of its own, so that this one holds none of the GPU's memory."""
-    for made in {model_folder(folder, one): one for one in configurations}.items():
-        if not made[0].exists():
-            writer = multiprocessing.get_context("spawn").Process(
-                target=realistic.write_model, args=(made[0], made[1].size)
-            )
-            writer.start()
-            writer.join()
-            if writer.exitcode:
-                raise SystemExit(f"the model could not be written to {made[0]}")
+    for place, configuration in {model_folder(folder, one): one for one in configurations}.items():
+        if place.exists():
+            continue
+        function = write_experts if configuration.experts else realistic.write_model
+        writer = multiprocessing.get_context("spawn").Process(target=function, args=(place, configuration.size))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise SystemExit(f"the model could not be written to {place}")
+
+
+def write_experts(folder: Path, size: Size) -> None:
+    """Write a Qwen3-MoE of this size, with a quarter of its MLP in each of eight experts, of which two are chosen."""
+    import torch
+    from arithmetic import tokenizer
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=size.hidden,
+        moe_intermediate_size=size.intermediate // 4,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        vocab_size=size.vocabulary,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 def main() -> None:
@@ -548,6 +585,8 @@ def main() -> None:
                 found = together(now, mode, folder, steps, tiny, until)
                 results.setdefault(mode, {}).update(found)
                 told = ", ".join(name + (f" ({one['error']})" if "error" in one else "") for name, one in found.items())
+                held = max((one.get("held GB", 0.0) for one in found.values()), default=0.0)
+                told += f"; {held:.2f} GB were held before one" if held > 0.05 else ""
                 print(f"{mode} {family}: {told}; {time.monotonic() - begun:.0f} s", flush=True)
                 if options.json:
                     options.json.write_text(json.dumps(results, indent=1))

@@ -32,6 +32,8 @@ def _layers(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[st
         return wrapped(*args, **kwargs)
     config = given.arguments["config"]
     _refuse(config)
+    if getattr(config, "num_moe_experts", None):
+        _experts_of_its_own(config)
     given.arguments["use_transformer_engine"] = False
     given.arguments["normalization"] = given.arguments.get("normalization") or config.normalization
     logger.warning("TransformerEngine is not installed: Megatron's models have megatron-core's own layers")
@@ -45,9 +47,10 @@ def _layers(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[st
 
 def _refuse(config: Any) -> None:
     """Raise if a model needs what megatron-core's own layers, or mbridge's names of their weights, do not have."""
+    experts_apart = config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
     found = {
         f"context_parallel_size={config.context_parallel_size}": config.context_parallel_size > 1,
-        "experts": getattr(config, "num_moe_experts", None),
+        "experts split over other ranks than the rest": getattr(config, "num_moe_experts", None) and experts_apart,
         "multi-latent attention": getattr(config, "multi_latent_attention", False),
         "fp8": getattr(config, "fp8", None),
     }
@@ -58,6 +61,18 @@ def _refuse(config: Any) -> None:
             f"the model has {', '.join(needing)}, and megatron-core's own layers, which take TransformerEngine's "
             f"place where it is not installed, cannot compute that: {way_on}install TransformerEngine"
         )
+
+
+def _experts_of_its_own(config: Any) -> None:
+    """Have a layer's experts computed one after the other, by Megatron's own linear layers.
+
+    Its grouped product of matrices needs the package grouped_gemm, and mbridge does not know the weights' names there.
+    Its router looks whether a name is None, which it imports with TransformerEngine only; without it that is an error.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    config.moe_grouped_gemm = False
+    vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 def _norm(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,13 +86,27 @@ def _norm(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
     return norm
 
 
-def _weight_names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _weight_names(wrapped: Call, bridge: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = wrapped(*args, **kwargs)
-    return names if _transformer_engine() else {name: as_fused(known, names) for name, known in names.items()}
+    if _transformer_engine():
+        return names
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    given.apply_defaults()
+    first = 0
+    if given.arguments["consider_ep"] and bridge.mpu.ep_size > 1:
+        first = bridge.mpu.ep_rank * (bridge.config.num_moe_experts // bridge.mpu.ep_size)
+    return {name: as_fused(known, names, first) for name, known in names.items()}
 
 
-def as_fused(name: str, names: dict[str, str]) -> str:
-    """Return the name that a norm's weight has in TransformerEngine's layers, any other ``name`` as it is."""
+def as_fused(name: str, names: dict[str, str], first: int = 0) -> str:
+    """Return the name that the weight of a norm or an expert has in TransformerEngine's layers, any other ``name``.
+
+    ``first`` is the number of this rank's first expert.
+    """
+    layer, found, expert = name.partition(".experts.local_experts.")
+    if found:
+        number, _, leaf = expert.partition(".")
+        return f"{layer}.experts.{leaf}{int(number) + first}"
     for norm, linear in BEFORE.items():
         layer, found, leaf = name.partition(norm)
         if found and f"{layer}{linear}weight" in names.values():
@@ -122,7 +151,8 @@ def own_layers_hooks() -> list[Hook]:
             feature="megatron",
             required=False,
             why="mbridge knows the weights of TransformerEngine's layers only, where a norm is part of the linear "
-            "layer after it; the norms of megatron-core's own layers get those names, to be loaded and exported.",
+            "layer after it, and a layer's experts are one module; the norms and experts of megatron-core's own layers "
+            "get those names, to be loaded and exported.",
             upstream=f"{MBRIDGE}/bridge.py",
             until="mbridge knows the names in megatron-core's own layers",
             needs="mbridge",

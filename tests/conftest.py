@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import of_the_stack
+from processes import of_the_stack, run
 
 for name in filter(of_the_stack, list(os.environ)):
     if name != "VERL_WHEELS":  # the tests' own
@@ -32,4 +32,15 @@ def tiny_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts_model(tmp_path_factory) -> Path:
+    """Return the folder of a tiny Qwen3-MoE."""
+    folder = tmp_path_factory.mktemp("experts")
+    program = "import sys; from pathlib import Path; import ranks; ranks.write_experts(Path(sys.argv[1]), ranks.TINY)"
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    done = run("-c", program, folder, env={"PYTHONPATH": str(benchmarks)})
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder

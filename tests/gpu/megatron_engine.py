@@ -36,10 +36,13 @@ def use_local_layers() -> None:
     import torch
     from mbridge.core.llm_bridge import LLMBridge
     from mbridge.models.qwen2 import Qwen2Bridge
+    from mbridge.models.qwen2moe import Qwen2MoEBridge
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe import moe_utils
 
     def local(bridge: Any, vp_stage: int | None = None) -> Any:
+        bridge.config.moe_grouped_gemm = False
         return get_gpt_decoder_block_spec(
             bridge.config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
         )
@@ -60,13 +63,27 @@ def use_local_layers() -> None:
         apart = apart | (row[:, None] != row)
         return forward(core, *(tensor[:, None] for tensor in qkv), apart[None, None], **options)
 
+    names = Qwen2MoEBridge._weight_name_mapping_mlp
+
+    def numbered(bridge: Any, name: str) -> Any:
+        """Give an expert of this rank its number among all of them."""
+        layer, found, expert = name.partition(".local_experts.")
+        if not found:
+            return names(bridge, name)
+        number, _, weight = expert.partition(".")
+        first = bridge.mpu.ep_rank * (bridge.config.num_moe_experts // bridge.mpu.ep_size)
+        return names(bridge, f"{layer}.{weight}{first + int(number)}")
+
+    vars(moe_utils).setdefault("te_general_gemm", None)  # its router asks for it without TransformerEngine too
     DotProductAttention.forward = masked
+    Qwen2MoEBridge._weight_name_mapping_mlp = numbered
     LLMBridge._get_transformer_layer_spec = local
     # mbridge looks "pre_mlp_..." up among the MLP's names, and what is neither attention nor MLP among the others.
     Qwen2Bridge._MLP_MAPPING["pre_mlp_layernorm.weight"] = [
         "model.layers.{layer_number}.post_attention_layernorm.weight"
     ]
-    Qwen2Bridge._OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+    for bridge in (Qwen2Bridge, Qwen2MoEBridge):
+        bridge._OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
 
 
 def verls_defaults() -> dict[str, Any]:
@@ -129,8 +146,8 @@ def make_engine(
         engine, transformer = {"use_remove_padding": False, **engine}, {"attention_backend": "unfused", **transformer}
     elif local:
         use_local_layers()
-        # mbridge turns on sequence parallelism, which torch's norms do not know, and apex' softmax
-        transformer |= {"sequence_parallel": False, "masked_softmax_fusion": False}
+        # mbridge turns on what torch's norms do not know, and apex' softmax
+        transformer |= dict.fromkeys(("sequence_parallel", "persist_layer_norm", "masked_softmax_fusion"), False)
     arguments = configs(model, head, engine, transformer)
     if lr is not None:
         object.__setattr__(arguments["optimizer_config"], "lr", lr)

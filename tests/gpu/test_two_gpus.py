@@ -1,4 +1,4 @@
-"""Two GPUs of one host.  NCCL: FSDP2, Ulysses 2, and Megatron data, tensor and pipeline parallel 2, as plain verl's.
+"""Two GPUs of one host.  NCCL: FSDP2, Ulysses 2, and Megatron with each way of being parallel, as plain verl's.
 
 FlagCX, where its torch plugin can be imported: the engines' numbers are NCCL's, and the guards hold.
 """
@@ -56,6 +56,7 @@ ENGINES = {
     "dp2": ("megatron", {}),
     "tp2": ("megatron", {"tensor_model_parallel_size": 2}),
     "pp2": ("megatron", {"pipeline_model_parallel_size": 2}),
+    "ep2": ("megatron", {"expert_model_parallel_size": 2}),
 }
 
 
@@ -67,12 +68,13 @@ def options_of(name: str) -> tuple[str | int, ...]:
     return "--strategy", strategy, "--engine", json.dumps(engine), "--steps", STEPS, *packed
 
 
-@pytest.fixture(scope="module", params=["fsdp2", "ulysses", "dp2", "tp2", "pp2"])
-def runs(request, tiny_model):
+@pytest.fixture(scope="module", params=["fsdp2", "ulysses", "dp2", "tp2", "pp2", "ep2"])
+def runs(request):
+    model = request.getfixturevalue("experts_model" if request.param == "ep2" else "tiny_model")
     plain = (
         {**PLAIN, "PYTHONPATH": str(STAND_IN)} if request.param == "ulysses" and not find_spec("flash_attn") else PLAIN
     )
-    return both({"with": WITH, "plain": plain}, PROGRAM, tiny_model, *options_of(request.param))
+    return both({"with": WITH, "plain": plain}, PROGRAM, model, *options_of(request.param))
 
 
 def floats(found: dict, name: str) -> list[float]:
@@ -101,7 +103,7 @@ def test_numbers_are_plain_verls(runs, record_property):
 
 
 @needs_flagcx
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "fsdp1", "dp2", "tp2"])
 def test_an_engine_over_flagcx_has_nccls_numbers(tiny_model, name):
     export = () if ENGINES[name][0] == "megatron" else ("--export",)
     found = both({"flagcx": WITH_FLAGCX, "nccl": WITH}, PROGRAM, tiny_model, *options_of(name), *export)

@@ -191,7 +191,7 @@ def refused() -> dict[str, str]:
         "no ends": of(causal, packed(cu_seqlens_q=None)),
         "unknown Megatron": of(bare),
         "bshd": of(causal, packed(qkv_format="sbhd")),
-        "experts": layers(num_moe_experts=4),
+        "experts": layers(num_moe_experts=4, expert_tensor_parallel_size=2),
         "latent": layers(multi_latent_attention=True),
         "layers context parallel": layers(context_parallel_size=2),
     }

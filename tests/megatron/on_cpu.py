@@ -20,9 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class Stream:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)  # a CPU has one
+
     def wait_stream(self, *args: Any) -> None: ...
 
     def synchronize(self) -> None: ...
+
+    def record_event(self) -> Stream:
+        return self
 
 
 def answer_for_cuda() -> None:
@@ -32,6 +38,7 @@ def answer_for_cuda() -> None:
     answers = {
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,
+        "Stream": Stream,
         "current_stream": lambda *args: Stream(),
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
@@ -52,6 +59,12 @@ def answer_for_cuda() -> None:
     import megatron.core.tensor_parallel.random
 
     megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda *args, **kwargs: None
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # Megatron makes numpy's arrays of what it takes from the GPU, as torch's all_to_all_single asks for
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 class CpuForCuda(TorchFunctionMode):

@@ -38,7 +38,7 @@ REFUSED = {
     "other keys": "other lengths of the keys",
     "no ends": "without cu_seqlens_q",
     "unknown Megatron": "DotProductAttention has no softmax_scale",
-    "experts": "the model has experts",
+    "experts": "the model has experts split over other ranks than the rest",
     "latent": "the model has multi-latent attention",
     "layers context parallel": "set context_parallel_size=1",
 }

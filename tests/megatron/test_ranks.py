@@ -15,7 +15,8 @@ pytest.importorskip("megatron.core", reason="needs megatron-core")
 pytest.importorskip("mbridge", reason="needs mbridge")
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ranks.py"
-NAMES = ("dp2", "tp2", "pp2")
+ALIKE = ("dp2", "tp2", "pp2")
+NAMES = (*ALIKE, "ep2")
 
 
 @pytest.mark.skipif(version("verl") != "0.9.1", reason="the benchmark is written for verl 0.9.1")
@@ -27,6 +28,6 @@ def test_parallel_ways_have_plain_verls_numbers_and_those_of_each_other(tmp_path
     results = json.loads(file.read_text())
     first = results["plain"]["dp2"]
     for mode in ("plain", "overlay"):
-        for name in NAMES:
+        for name in ALIKE:
             assert results[mode][name]["loss"] == pytest.approx(first["loss"], rel=1e-4), (mode, name)
             assert results[mode][name]["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4), (mode, name)

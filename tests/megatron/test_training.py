@@ -120,6 +120,19 @@ def test_rollout_gets_the_weights_that_were_loaded(tiny_model):
     assert {name: float.fromhex(total) for name, total in found.items()} == pytest.approx(loaded)
 
 
+def test_experts_on_two_ranks_have_transformers_numbers_and_weights(experts_model):
+    """Expert parallel 2, against FSDP2; rollout gets each expert under its own name."""
+    from safetensors.torch import load_file
+
+    ep2 = {"expert_model_parallel_size": 2}
+    found = in_float32(experts_model, ranks=2, engine=ep2, options=("--export",))
+    expected = floats(in_float32(experts_model, **SAME["FSDP2"]))
+    for name, seen in floats(found).items():
+        assert seen == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+    loaded = {name: float(t.double().abs().sum()) for name, t in load_file(experts_model / "model.safetensors").items()}
+    assert {name: float.fromhex(total) for name, total in found["exported"].items()} == pytest.approx(loaded)
+
+
 def test_a_value_head_reads_packed_sequences_as_padded_ones(tiny_model):
     if refused("megatron", "value"):
         pytest.skip(refused("megatron", "value"))
