@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools", "benchmarks")
 
 import recipe  # noqa: E402
 from realistic import LOG_PROBS, STAND_IN, one_line  # noqa: E402
-from taught_model import SIZES  # noqa: E402
+from taught_model import LESSONS, SIZES  # noqa: E402
 
 MODEL = "actor_rollout_ref.model"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -497,13 +497,15 @@ def about(results: dict[str, Any]) -> str:
     return f"on {', '.join(cards)}; model {', '.join(models)}; with {', '.join(packages)}"
 
 
-def prepare(plan: Plan) -> None:
+def prepare(plan: Plan, lessons: int) -> None:
     """Write model and questions, if they are not there, in a process that then frees the GPU."""
     if not (plan.data / "model" / "taught.json").exists():
         print(f"teaching the model in {plan.data}", flush=True)
         command = [sys.executable, ROOT / "benchmarks" / "taught_model.py", plan.data, plan.size]
-        threads = {"OMP_NUM_THREADS": "1"} if plan.tiny else {}
-        subprocess.run([*command, "cpu" if plan.tiny else "cuda"], env={**os.environ, **threads}, check=True)
+        # Lessons of many lengths would leave the GPU's memory in pieces.
+        more = {"OMP_NUM_THREADS": "1"} if plan.tiny else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        command += ["cpu" if plan.tiny else "cuda", str(lessons)]
+        subprocess.run(command, env={**os.environ, **more}, check=True)
 
 
 def chosen(given: str | None, known: Iterable[str], what: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -526,6 +528,7 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="vLLM without CUDA graphs: a faster start")
     parser.add_argument("--minutes", type=float, default=60, help="all runs end then, and what they did is kept")
     parser.add_argument("--folder", type=Path, default=Path("out/bench-grpo"), help="for model, logs and reports")
+    parser.add_argument("--lessons", type=int, default=LESSONS, help="updates that teach the model, at most")
     parser.add_argument("--prepare", action="store_true", help="only write model and questions")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="run nothing, print what --json wrote")
@@ -545,7 +548,7 @@ def main() -> int:
     folder = options.folder.resolve()
     plan = Plan(folder / size, size, options.gpus, options.steps, options.turns, options.eager, options.batch)
     begun = time.monotonic()
-    prepare(plan)
+    prepare(plan, options.lessons)
     if options.prepare:
         return 0
     turns = folder / "turns"

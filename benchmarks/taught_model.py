@@ -22,10 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 SIGMA = 0.8
 """How widely the logarithms of the answers' lengths are spread."""
 
-SURE = 0.5
-"""The teaching ends when the first digit of the right answer has this probability, or after ``LESSONS`` updates."""
-
-LESSONS = 400
+SURE, LESSONS = 0.5, 400
+"""The teaching ends when the first digit of the right answer has this probability, or after so many updates."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Size:
 
 
 SIZES = {
+    "1.5B": Size(1536, 8960, 28, 24, 4, 151936, prompt=128, response=160, longest=512, rate=3e-4, later_rate=3e-5),
     "0.5B": Size(896, 4864, 24, 14, 2, 151936, prompt=128, response=160, longest=640, rate=3e-4, later_rate=5e-5),
     "0.2B": Size(896, 4864, 12, 14, 2, 32768, prompt=128, response=160, longest=640, rate=5e-4, later_rate=1e-4),
     "small": Size(896, 2432, 4, 14, 2, 8192, prompt=64, response=48, longest=192, rate=1e-3, later_rate=2e-4),
@@ -105,8 +104,8 @@ def lesson(words: Any, size: Size, seed: int) -> tuple[Any, Any]:
     return tokens, labels
 
 
-def teach(folder: Path, size: Size, device: str) -> dict[str, float]:
-    """Write the model to ``folder``, in bf16; return what it has learnt."""
+def teach(folder: Path, size: Size, device: str, lessons: int = LESSONS) -> dict[str, float]:
+    """Write the model to ``folder``, in bf16; return what it has learnt in as many updates or fewer."""
     import torch
     from arithmetic import tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -129,7 +128,7 @@ def teach(folder: Path, size: Size, device: str) -> dict[str, float]:
     model = Qwen2ForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, weight_decay=0.0, fused=device == "cuda")
     sure, loss, begun = 0.0, math.inf, time.monotonic()
-    for update in range(LESSONS):
+    for update in range(lessons):
         for group in optimizer.param_groups:
             group["lr"] = size.rate * min(1.0, (update + 1) / 20)
         tokens, labels = (tensor.to(device) for tensor in lesson(words, size, seed=1000 + update))
@@ -156,12 +155,12 @@ def teach(folder: Path, size: Size, device: str) -> dict[str, float]:
     return about
 
 
-def main(folder: str, name: str, device: str) -> None:
+def main(folder: str, name: str, device: str, lessons: str) -> None:
     """Write model and questions of one of ``SIZES``."""
     size = SIZES[name]
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_data(Path(folder) / "problems.parquet", size, count=2048, seed=1)
-    print(teach(Path(folder) / "model", size, device))
+    print(teach(Path(folder) / "model", size, device, int(lessons)))
 
 
 if __name__ == "__main__":
