@@ -38,5 +38,11 @@ def _memory_may_be_looked_at_when_it_is_closed(module: Any) -> None:
     module.shared_memory.SharedMemory = SharedMemory
 
 
+@wrapt.when_imported("vllm._custom_ops")
+def _weights_stay(module: Any) -> None:
+    """vLLM computes with a copy of a weight in oneDNN's order, and empties the weight; a later one has no place."""
+    module._supports_onednn = False
+
+
 metadata.version = version
 RuntimeContext.get_accelerator_ids = accelerator_ids
