@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def farthest(ones: list[float], others: list[float]) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_rollout_gets_what_was_trained(tiny_model, case):
     options, environment = CASES[case]
+    if "--lora" in options and version("verl") == "0.7.0":
+        pytest.skip("verl 0.7.0 cannot merge adapters")
     told = result(PROGRAM, tiny_model, *options, env={**OVERLAY, **environment}, start=warm)
     assert told["replaced"] == (FUSED if "--fused" in options else {})
     assert (told["operators"] > 500) == bool(environment), "FlagGems' operators trained"
