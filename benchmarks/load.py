@@ -2,7 +2,10 @@
 
 First pairs of fresh processes that import verl, without and with the overlay: what every Ray process pays, but verl's
 seconds vary by more than that.  So then the overlay alone, in processes that have imported verl and every module with
-hooks that can be imported here: all hooks of the features that are asked for are verified and put on at once.
+hooks that can be imported here: all hooks of the features that are asked for are verified and put on at once.  Last the
+same in processes that have imported what rollout's do: vLLM and what verl runs in its server and its worker.
+
+Other modules that VERL_USE_EXTERNAL_MODULES names are loaded in every process, with the overlay and without.
 """
 
 from __future__ import annotations
@@ -15,13 +18,20 @@ import subprocess
 import sys
 
 from verl_fl_overlay import compat
+from verl_fl_overlay.packages import installed
+from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, modules
 
 FEATURES = {
     "nothing": {},
+    "the CPU": {"VERL_FL_DEVICE": "cpu"},
     "the CPU, FlagGems": {"VERL_FL_DEVICE": "cpu", "USE_FLAGGEMS": "1"},
     "FlagCX, FlagGems": {"USE_FLAGCX": "1", "USE_FLAGGEMS": "1"},
 }
-OVERLAY = {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", **FEATURES["the CPU, FlagGems"]}
+ROLLOUT = {
+    "vLLM's server": "verl.workers.rollout.vllm_rollout.vllm_async_server",
+    "vLLM's worker": "verl.workers.rollout.vllm_rollout.utils",
+}
+OTHERS = [module for module in modules(os.environ) if module != OVERLAY]
 
 WHOLE = """
 import json, time
@@ -30,28 +40,36 @@ import verl
 print(json.dumps([time.perf_counter() - begun]))
 """
 ALONE = """
-import contextlib, importlib, json, sys, time
+import contextlib, importlib, json, os, sys, time
 import verl
+def memory():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 for module in sys.argv[1:]:
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError if len(sys.argv) > 2 else ()):
         importlib.import_module(module)
 assert "verl_fl_overlay" not in sys.modules
-begun, cpu = time.perf_counter(), time.process_time()
+begun, cpu, before = time.perf_counter(), time.process_time(), memory()
 import verl_fl_overlay
-times = [time.perf_counter() - begun, time.process_time() - cpu]
+times = [time.perf_counter() - begun, time.process_time() - cpu, memory() - before]
 from verl_fl_overlay import activation
 states = [status.state.value for status in activation.active().hooks.report()]
 print(json.dumps([*times, states.count("installed"), len(states)]))
 """
 
 
-def run(program: str, variables: dict[str, str], *arguments: str) -> list[float]:
-    """Run ``program`` in a fresh process; return the numbers that it printed."""
+def run(program: str, variables: dict[str, str], *arguments: str, load: bool = False) -> list[float]:
+    """Run ``program`` in a fresh process, where verl loads the overlay or not; return the numbers that it printed."""
     left_out = ("VERL_", "USE_FLAG", "TRAINING_", "PYTHONDONTWRITEBYTECODE")  # an installed package has its bytecode
     kept = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],
-        env={**kept, "VERL_USE_EXTERNAL_PLUGINS": "none", **variables},
+        env={
+            **kept,
+            "VERL_USE_EXTERNAL_PLUGINS": "none",
+            LOADED_BY: ",".join([OVERLAY] * load + OTHERS),
+            **variables,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -71,18 +89,25 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     found = compat.find_verl()
     assert found is not None, "verl is not installed"
-    modules = dict.fromkeys(hook.module for hook in compat.select(found).hooks if not hook.needs)
+    hooked = list(dict.fromkeys(hook.module for hook in compat.select(found).hooks if not hook.needs))
 
-    run(WHOLE, OVERLAY)  # writes the bytecode
-    whole = [(run(WHOLE, {})[0], run(WHOLE, OVERLAY)[0]) for _ in range(pairs)]
+    asked = FEATURES["the CPU, FlagGems"]
+    run(WHOLE, asked, load=True)  # writes the bytecode
+    whole = [(run(WHOLE, {})[0], run(WHOLE, asked, load=True)[0]) for _ in range(pairs)]
     print(f"verl {found.version}, {pairs} runs of each, ms: median (least)")
     print(f"import verl {milliseconds([a for a, _ in whole])}, with the overlay {milliseconds([b for _, b in whole])}")
     print(f"difference of a pair {milliseconds([b - a for a, b in whole])}\n")
-    alone = [{name: run(ALONE, v, *modules) for name, v in FEATURES.items()} for _ in range(pairs)]
-    print("| asked for | hooks put on | loading the overlay | CPU time of that |\n| --- | --- | --- | --- |")
-    for name in FEATURES:
-        clock, cpu, installed, known = zip(*(numbers[name] for numbers in alone), strict=True)
-        print(f"| {name} | {installed[0]} of {known[0]} | {milliseconds(list(clock))} | {milliseconds(list(cpu))} |")
+    cases = {name: (variables, hooked) for name, variables in FEATURES.items()}
+    if installed("vllm"):
+        cases |= {f"the CPU, in {name}": (FEATURES["the CPU"], [module]) for name, module in ROLLOUT.items()}
+    else:
+        print(f"not measured, since vllm is not installed: {', '.join(ROLLOUT)}\n")
+    alone = [{name: run(ALONE, given, *imported) for name, (given, imported) in cases.items()} for _ in range(pairs)]
+    print("| asked for | hooks put on | loading the overlay | CPU time of that | MB |\n| --- | --- | --- | --- | --- |")
+    for name in cases:
+        clock, cpu, memory, put_on, known = zip(*(numbers[name] for numbers in alone), strict=True)
+        times = f"{milliseconds(list(clock))} | {milliseconds(list(cpu))}"
+        print(f"| {name} | {put_on[0]} of {known[0]} | {times} | {statistics.median(memory) / 1e6:.1f} |")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *(model_outputs.outputs_hook(name) for name in consumers if name in model_outputs.ENGINES),
         *ray_env.ray_hooks(),
         *rollout.plugin_hooks(),
+        rollout.engine_hook(),
         *process_group.flagcx_hooks(),
         *cpu.shared_hooks(),
     ]

@@ -40,6 +40,25 @@ def _of_job_config(job_config: Any) -> Any:
     return None if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else getattr(job_config, "runtime_env", None)
 
 
+def starts_here(given: Mapping[str, Any] | None) -> bool:
+    """Return whether ``ray.init(**given)`` starts a Ray of its own, whose processes all have this one's packages.
+
+    It is False where that cannot be told: Ray is there already, or a runtime environment brings more than variables.
+    """
+    import ray
+
+    options = given or {}
+    environment = options.get("runtime_env") or {}
+    if ray.is_initialized() or set(environment) - {"env_vars"} or "PYTHONPATH" in (environment.get("env_vars") or {}):
+        return False
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        return canonicalize_bootstrap_address(options.get("address")) is None
+    except Exception:  # an address of another kind, or a Ray without this function
+        return False
+
+
 def _ray_init(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = kwargs.get("runtime_env") or _of_job_config(kwargs.get("job_config"))
     return wrapped(*args, **{**kwargs, "runtime_env": _with_overlay(given, _of_submitted_job())})

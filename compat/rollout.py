@@ -1,10 +1,11 @@
-"""The moment before a plugin for rollout reads its environment, in the processes of verl's rollout."""
+"""The engine that rollout is to use, and the moment before a plugin of it reads its environment."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from verl_fl_overlay.events import rollout_plugin_found
+from verl_fl_overlay.compat.ray_env import starts_here
+from verl_fl_overlay.events import rollout_engine, rollout_plugin_found
 from verl_fl_overlay.hooks import Call, Hook, Wrapper
 
 
@@ -64,3 +65,42 @@ def plugin_hooks() -> list[Hook]:
             )
         ),
     ]
+
+
+ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
+"""verl's name of a rollout engine -> the package that it imports; other names are somebody's own."""
+
+MODELS = {"actor_rollout_ref": "", "reward.reward_model": "enable", "reward_model": "enable"}
+"""Where a configuration has a rollout -> what beside it tells whether that is used, "" if it always is."""
+
+
+def _engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    (configuration,) = (*args, *kwargs.values())
+
+    def find(key: str) -> Any:
+        return OmegaConf.select(configuration, key) if OmegaConf.is_config(configuration) else None
+
+    for model, switch in MODELS.items():
+        key = f"{model}.rollout.name"
+        engine = ENGINES.get(find(key))
+        if engine and (not switch or find(f"{model}.{switch}")):
+            rollout_engine.ask(engine, f"{key}={find(key)}", starts_here(find("ray_kwargs.ray_init")))
+    return wrapped(*args, **kwargs)
+
+
+def engine_hook() -> Hook:
+    """Return what every release needs."""
+    return Hook(
+        name="rollout.engine",
+        module="verl.utils.device",
+        attribute="auto_set_device",
+        wrapper=_engine,
+        feature="rollout_engine",
+        required=False,
+        why="verl says that vLLM or SGLang is missing or too old minutes later, in a worker; its trainers for "
+        "reinforcement learning call this function with their configuration before they start Ray.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/trainer/main_ppo.py#L174",
+        until="verl looks for the rollout engine before it starts Ray",
+    )

@@ -163,6 +163,10 @@ past_torch: Question[[str, str, str], None] = Question()
 enough_cpus: Question[[float, int, str], None] = Question()
 """(free CPUs of the Ray cluster, workers to start, the way on): the answer raises if there are too few CPUs."""
 
+rollout_engine: Question[[str, str, bool], None] = Question()
+"""(package of the engine that rollout is to use, the setting that says so, whether Ray's processes will all run in this
+environment): asked before Ray starts; the answer raises if that engine cannot be used."""
+
 runtime_env: Question[[Mapping[str, Any] | None, Mapping[str, str]], dict[str, Any]] = Question()
 """(Ray's runtime environment, variables that workers get from elsewhere) -> the runtime environment to use."""
 

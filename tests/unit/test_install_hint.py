@@ -11,11 +11,11 @@ from packaging.requirements import Requirement
 from processes import run
 
 import verl_fl_overlay
-from verl_fl_overlay import compat
-from verl_fl_overlay.cli import install_hint, main, versions
-from verl_fl_overlay.cli.install_hint import ADDITIONS, MAKE, harmless, hints
-from verl_fl_overlay.cli.versions import Unmet, constraints
+from verl_fl_overlay import compat, versions
+from verl_fl_overlay.cli import install_hint, main
+from verl_fl_overlay.cli.install_hint import ADDITIONS, MAKE, constraints, harmless, hints
 from verl_fl_overlay.devices.chips import CHIPS
+from verl_fl_overlay.versions import Unmet
 
 HERE = Path(verl_fl_overlay.__file__).parents[1]
 ROOT = Path(__file__).parents[2]

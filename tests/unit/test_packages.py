@@ -7,8 +7,7 @@ import types
 
 import pytest
 
-from verl_fl_overlay import packages
-from verl_fl_overlay.cli import versions
+from verl_fl_overlay import packages, versions
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from verl_fl_overlay.cli import env, install_hint, run_reports, standard_output,
 from verl_fl_overlay.cli.attempt import Result, attempt, one_line, reason
 from verl_fl_overlay.cli.check import pinned
 from verl_fl_overlay.cli.components import ACCELERATOR, COMPONENTS, Component
-from verl_fl_overlay.cli.versions import VERSIONS, Unmet, misfits, unmet, versions
 from verl_fl_overlay.compat.pins import VERL
 from verl_fl_overlay.compat.release import check, sources
 from verl_fl_overlay.compat.release.check import Comparison, Outcome, Status
@@ -34,6 +33,7 @@ from verl_fl_overlay.overlay import Overlay
 from verl_fl_overlay.packages import folders, installed
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.loading import LOADED_BY, OVERLAY, forwarded, modules
+from verl_fl_overlay.versions import VERSIONS, Unmet, misfits, unmet, versions
 
 NEEDED = ("verl", "verl-fl-overlay")
 """The distributions without which nothing trains with the overlay."""

@@ -10,17 +10,18 @@ import shlex
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from verl_fl_overlay import compat
 from verl_fl_overlay.cli import terminal
-from verl_fl_overlay.cli.versions import FITS, UNTOLD, Unmet, constraints, versions
 from verl_fl_overlay.devices import chips
 from verl_fl_overlay.errors import OverlayError, UnsupportedVerlError
 from verl_fl_overlay.features.flagcx import PLUGIN_FOLDER
 from verl_fl_overlay.settings import Settings
+from verl_fl_overlay.versions import FITS, UNTOLD, Unmet, versions
 
 NVIDIA = "nvidia"
 GITHUB = "https://github.com/flagos-ai"
@@ -267,6 +268,15 @@ def hints(component: str, release: str, torch: str, vendor: str, beside: str = "
         if SpecifierSet(way.verl).contains(base) and way.nvidia in (None, vendor == NVIDIA)
     ]
     return fitting or [(f"Nothing is known for verl {base}.", [])]
+
+
+def constraints(verl: str) -> Path | None:
+    """Return the file of versions in which the release ``verl`` was run; None if there is none for it."""
+    try:
+        file = Path(compat.__file__).with_name("constraints") / f"verl-{Version(verl).base_version}.txt"
+    except InvalidVersion:
+        return None
+    return file if file.is_file() else None
 
 
 def held(release: str) -> str:

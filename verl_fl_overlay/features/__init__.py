@@ -104,6 +104,11 @@ FEATURES = {
         Entry("megatron", "Megatron's models of megatron-core's own layers where TransformerEngine is missing"),
         Entry("activations", "verl's offload of activations, with right gradients without gradient checkpointing"),
         Entry("ray", "the overlay and its settings in every process that Ray starts", "ray:Ray"),
+        Entry(
+            "rollout_engine",
+            "a rollout engine that is missing, or does not fit, is named before Ray starts",
+            "rollout_engine:RolloutEngine",
+        ),
         Entry("rollout", "rollout's lists of operators extend the chip's own", "rollout:Rollout", _rollout_off),
         Entry("flagcx", "collectives of training through FlagCX", "flagcx:FlagCX", _flagcx_off),
         Entry("chip", "chips that verl has no platform for, the CPU among them", "chip:UnknownChip", _chip_off),

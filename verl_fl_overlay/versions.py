@@ -1,4 +1,4 @@
-"""The versions that are here, whether they fit one another, and those that verl was run with."""
+"""The versions that are here, and whether they fit one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
 from packaging.requirements import InvalidRequirement, Requirement
@@ -16,7 +15,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from verl_fl_overlay import compat
 from verl_fl_overlay.packages import installed, version
 
 VERSIONS = {
@@ -41,15 +39,6 @@ UNTOLD = "installed without metadata"
 """What stands for the version of a package that can be imported, and that pip does not know."""
 
 _MODULES = {distribution: module for module, several in VERSIONS.items() for distribution in several}
-
-
-def constraints(verl: str) -> Path | None:
-    """Return the file of versions in which the release ``verl`` was run; None if there is none for it."""
-    try:
-        file = Path(compat.__file__).with_name("constraints") / f"verl-{Version(verl).base_version}.txt"
-    except InvalidVersion:
-        return None
-    return file if file.is_file() else None
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""Drivers up to the moment before they start Ray: which of them end, and what is said.  Prints JSON, one a case.
+
+python tests/contract/rollout_drivers.py [--old-vllm]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import types
+from importlib import metadata
+from typing import Any
+
+CLUSTER = "10.0.0.1:6379"
+BROUGHT = {"runtime_env": {"env_vars": {"PYTHONPATH": "/there"}}}
+
+
+def configured(name: str, ray: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "actor_rollout_ref": {"rollout": {"name": name}},
+        "ray_kwargs": {"ray_init": {"num_cpus": 1, **(ray or {})}},
+        **more,
+    }
+
+
+def reward_model(enable: bool) -> dict[str, Any]:
+    return {"reward": {"reward_model": {"enable": enable, "rollout": {"name": "vllm"}}}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "vllm": configured("vllm"),
+    "sglang": configured("sglang"),
+    "reward model": configured("hf", **reward_model(True)),
+    "address": configured("vllm", {"address": CLUSTER}),
+    "Ray client": configured("vllm", {"address": "ray://10.0.0.1:10001"}),
+    "pip": configured("vllm", {"runtime_env": {"pip": ["vllm"]}}),
+    "PYTHONPATH": configured("vllm", BROUGHT),
+    "RAY_ADDRESS": configured("vllm"),
+    "somebody's own": configured("hf"),
+    "reward model that is off": configured("hf", **reward_model(False)),
+    "SFT": {"model": {"path": "m"}},
+}
+
+
+def main() -> None:
+    version = metadata.version
+    if "--old-vllm" in sys.argv:
+        sys.modules["vllm"] = types.ModuleType("vllm")
+        metadata.version = lambda name: "0.5.4" if name == "vllm" else version(name)
+    import verl  # noqa: F401
+    from omegaconf import OmegaConf
+    from verl.utils.device import auto_set_device
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("verl_fl_overlay").addHandler(handler)
+    told = {}
+    for case, configuration in CASES.items():
+        said.clear()
+        if case == "RAY_ADDRESS":
+            os.environ["RAY_ADDRESS"] = CLUSTER
+        try:
+            auto_set_device(OmegaConf.create({**configuration, "trainer": {"device": "cpu"}}))
+            told[case] = {"raised": "", "said": list(said)}
+        except RuntimeError as error:
+            told[case] = {"raised": f"{type(error).__name__}: {error}", "said": list(said)}
+        os.environ.pop("RAY_ADDRESS", None)
+    started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    print("RESULT " + json.dumps({"cases": told, "Ray was started": started}))
+
+
+if __name__ == "__main__":
+    main()

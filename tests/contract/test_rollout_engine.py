@@ -1,0 +1,73 @@
+"""A rollout engine that is missing or does not fit is told on the driver, before Ray starts."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, result, warm
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+pytestmark = [
+    pytest.mark.xdist_group("rollout drivers"),  # they share the runs
+    pytest.mark.skipif(bool(find_spec("vllm") or find_spec("sglang")), reason="needs an environment without engines"),
+]
+
+PROGRAM = Path(__file__).with_name("rollout_drivers.py")
+
+
+def drivers(*options, **environment):
+    env = {**OVERLAY, "RAY_TMPDIR": "/nowhere", **environment}
+    told = result(PROGRAM, *options, env=env, start=warm)
+    assert not told["Ray was started"]
+    return told["cases"]
+
+
+@pytest.fixture(scope="module")
+def told():
+    return drivers()
+
+
+@pytest.mark.parametrize(
+    ("case", "asked", "engine"),
+    [
+        ("vllm", "actor_rollout_ref.rollout.name=vllm", "vllm"),
+        ("sglang", "actor_rollout_ref.rollout.name=sglang", "sglang"),
+        ("reward model", "reward.reward_model.rollout.name=vllm", "vllm"),
+    ],
+)
+def test_a_missing_engine_ends_the_driver(told, case, asked, engine):
+    raised = told[case]["raised"]
+    assert raised.startswith(f"OverlayError: {asked}, and {engine} is not installed for {sys.executable}")
+    assert f"verl-fl install-hint {engine}" in raised
+    assert "VERL_FL_DISABLE=rollout.engine" in raised
+
+
+@pytest.mark.parametrize("case", ["RAY_ADDRESS", "address", "Ray client", "pip", "PYTHONPATH"])
+def test_where_the_workers_may_have_it_the_driver_warns_and_goes_on(told, case):
+    assert told[case]["raised"] == ""
+    (said,) = told[case]["said"]
+    assert "vllm is not installed for" in said
+    assert "has to be on the nodes of the Ray cluster" in said
+
+
+@pytest.mark.parametrize("case", ["somebody's own", "reward model that is off", "SFT"])
+def test_others_go_on_in_silence(told, case):
+    assert told[case] == {"raised": "", "said": []}
+
+
+def test_left_out_by_name_it_says_nothing():
+    assert all(case == {"raised": "", "said": []} for case in drivers(VERL_FL_DISABLE="rollout.engine").values())
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_version_that_verl_does_not_take_is_told(strict):
+    cases = drivers("--old-vllm", VERL_FL_STRICT=strict)
+    words = ("actor_rollout_ref.rollout.name=vllm", "asks for vllm", "vllm 0.5.4 is here")
+    told = cases["vllm"]["raised"] if strict == "1" else " ".join(cases["vllm"]["said"])
+    assert all(word in told for word in words), cases["vllm"]
+    assert bool(cases["vllm"]["raised"]) == (strict == "1")
+    assert cases["somebody's own"] == {"raised": "", "said": []}

@@ -1,0 +1,48 @@
+"""The weights that rollout gets after updates are those that were trained, whichever feature is on."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from processes import OVERLAY, result, warm
+
+pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
+
+PROGRAM = Path(__file__).with_name("synced_weights.py")
+ROUTED = {"USE_FLAGGEMS": "1", "TRAINING_FL_FLAGOS_WHITELIST": "mul,mm"}
+CHUNKED = {"VERL_FL_HEAD": "chunked"}
+CASES = {
+    "nothing": (("fsdp2",), {}),
+    "all": (("fsdp2", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
+    "all, fsdp1": (("fsdp", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
+    "all, adapters merged": (("fsdp2", "--packed", "--fused", "--lora"), {**ROUTED, **CHUNKED}),
+}
+FUSED = {"adam": 1, "rms_norm": 5, "gated_mlp": 2, "rotary": 1}
+
+
+def farthest(ones: list[float], others: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(ones, others, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rollout_gets_what_was_trained(tiny_model, case):
+    options, environment = CASES[case]
+    if "--lora" in options and version("verl") == "0.7.0":
+        pytest.skip("verl 0.7.0 cannot merge adapters")
+    told = result(PROGRAM, tiny_model, *options, env={**OVERLAY, **environment}, start=warm)
+    assert told["replaced"] == (FUSED if "--fused" in options else {})
+    assert (told["operators"] > 500) == bool(environment), "FlagGems' operators trained"
+    assert told["native"], "and none of them ran while the weights were given"
+    head = told["features"]["head"]["models"]
+    assert head == ({"Qwen2ForCausalLM": "chunked: VERL_FL_HEAD=chunked"} if environment else {})
+    assert bool(told["features"]["attention"]["packed models"]) == ("--packed" in options)
+    assert len(told["names"]) == 27, "and transformers' own model took them all"
+    if "--lora" in options:
+        assert told["moved"] == [name for name in told["names"] if name.endswith("_proj.weight")]
+    else:
+        assert told["moved"] == told["as trained"] == told["names"]
+    # The engine computes in bf16.
+    assert farthest(told["of the engine"], told["of the weights"]) < 0.01
+    assert farthest(told["of the engine"], told["of those before"]) > 0.1

@@ -1,0 +1,64 @@
+"""A rollout engine that is missing or does not fit, told on the driver before Ray starts anything.
+
+verl notices it minutes later, in a worker, and then names another package too.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+from verl_fl_overlay import events, packages
+from verl_fl_overlay.errors import OverlayError
+from verl_fl_overlay.features.feature import Feature
+
+logger = logging.getLogger("verl_fl_overlay")
+
+WITHOUT = "VERL_FL_DISABLE=rollout.engine goes on without this check"
+
+
+class RolloutEngine(Feature):
+    """Looks at the packages that are here.  What is missing here may be on the nodes of a cluster that Ray joins."""
+
+    def start(self) -> None:
+        """Answer whether rollout can use its engine."""
+        self.undo.callback(events.rollout_engine.answer(self.check))
+
+    def check(self, engine: str, asked: str, here: bool) -> None:
+        """Warn of an engine that may be missing on the nodes, and of versions that do not fit.
+
+        Raises:
+            OverlayError: ``engine`` is missing where Ray's processes will run; or, under VERL_FL_STRICT=1, its version
+                does not fit.
+        """
+        if packages.installed(engine):
+            for misfit in _misfits(engine):
+                if self.settings.strict:
+                    raise OverlayError(f"VERL_FL_STRICT=1, and {asked}: {misfit}. {WITHOUT}")
+                logger.warning("%s: %s", asked, misfit)
+        elif here:
+            raise OverlayError(
+                f"{asked}, and {engine} is not installed for {sys.executable}, which Ray's processes run too. Install "
+                f"it (verl-fl install-hint {engine}), or name another engine. {WITHOUT}"
+            )
+        else:
+            logger.warning(
+                "%s, and %s is not installed for %s: it has to be on the nodes of the Ray cluster, or in the job's "
+                "runtime environment",
+                asked,
+                engine,
+                sys.executable,
+            )
+
+
+def _misfits(engine: str) -> Iterator[str]:
+    # Hundreds of metadata are read, in the driver alone.
+    from verl_fl_overlay import versions
+
+    found = versions.versions()
+    modules = ("torch", "numpy", engine, f"{engine}_fl")
+    yield from versions.misfits(modules, found, packages.version("verl"))
+    for one in versions.unmet(versions.VERSIONS.get(engine, ()), found):
+        if one.here and not one.deep:
+            yield str(one)
