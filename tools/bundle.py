@@ -33,8 +33,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from verl_fl_overlay import __version__, compat
-from verl_fl_overlay.cli.install_hint import ADDITIONS, hints
-from verl_fl_overlay.cli.versions import constraints
+from verl_fl_overlay.cli.install_hint import ADDITIONS, constraints, hints
 from verl_fl_overlay.devices.chips import CHIPS
 
 TESTS_NEED = ("pytest", "pytest-xdist")

@@ -106,7 +106,7 @@ PROBE = """
 import importlib.metadata, json, subprocess, sys
 from importlib.util import find_spec
 from verl_fl_overlay import __version__
-from verl_fl_overlay.cli.versions import versions
+from verl_fl_overlay.versions import versions
 from verl_fl_overlay.devices import accelerator, chips
 from verl_fl_overlay.settings import Settings
 from verl_fl_overlay.settings.table import shown
