@@ -69,11 +69,11 @@ ASSUMED = {"memory": 1 / (0.9 * CHIPS["H100"].memory), "link": 1 / (0.7 * CHIPS[
 
 FITS = {
     "products": ("overlay", "train, busy"),
-    "wait overlay train": ("overlay", "train"),
-    "wait overlay infer": ("overlay", "ref"),
+    "host overlay train": ("overlay", "train"),
+    "host overlay infer": ("overlay", "ref"),
     "native modules": ("flash-attn", "train, busy"),
-    "wait native train": ("flash-attn", "train"),
-    "wait native infer": ("flash-attn", "ref"),
+    "host native train": ("flash-attn", "train"),
+    "host native infer": ("flash-attn", "ref"),
     "entropy train": ("flash-attn", "train with entropy"),
     "entropy infer": ("flash-attn", "old"),
     "masked attention": ("padded overlay", "ref"),
@@ -220,7 +220,12 @@ def fitted(found: Iterable[Figure]) -> dict[str, float]:
     costs = dict(ASSUMED)
     for name, figure in basis(found).items():
         chip, known = CHIPS[figure.chip], {each: amount for each, amount in figure.work.items() if each != name}
-        left = figure.seconds - cost.seconds(known, costs, chip)
+        on_chip, host, after = cost.parts(known, {**dict.fromkeys(known, 0.0), **costs}, chip)
+        left = figure.seconds - after
+        if name.startswith(cost.AFTER):
+            left -= max(on_chip, host)
+        elif not name.startswith("host"):
+            left -= on_chip
         if left <= 0:
             raise SystemExit(f"{figure.source}, {figure.row}, {figure.what}: nothing is left for {name}")
         costs[name] = float(f"{left / figure.work[name] / cost.scale(name, chip):.4g}")
@@ -233,8 +238,7 @@ def held_out(found: list[Figure]) -> Iterator[tuple[Figure, float, float]]:
     for figure in found:
         if figure not in used and "busy" not in figure.what:
             chip = CHIPS[figure.chip]
-            waits = cost.waiting(figure.work)
-            yield figure, cost.seconds(figure.work, costs, chip), cost.seconds(waits, costs, chip)
+            yield figure, cost.seconds(figure.work, costs, chip), cost.waiting(figure.work, costs, chip)
 
 
 def data(found: list[Figure]) -> str:

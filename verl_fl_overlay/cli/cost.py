@@ -192,21 +192,35 @@ def work(
         "native modules": modules if native else 0,
         "memory": (0 if native else modules) + logits * (3 if train else 1) + adam,
         f"entropy {phase}": logits if native and entropy else 0,
-        f"wait {'native' if native else 'overlay'} {phase}": shape.layers * len(micro),
+        f"host {'native' if native else 'overlay'} {phase}": shape.layers * len(micro) * (passes / 4 if train else 1),
         f"loop {phase}": real if padded and native else 0,
         "link": shape.parameters * (1 - 1 / chips) * len(micro) * (8 if train else 2),
     }
     return {name: amount for name, amount in found.items() if amount}
 
 
-def waiting(amounts: Mapping[str, float]) -> dict[str, float]:
-    """Return the part of the work in which the chip waits for the host."""
-    return {name: amount for name, amount in amounts.items() if name.startswith(("wait", "dispatch"))}
+AFTER = ("entropy", "loop", "link", "dispatch")
+"""How the names of the unit costs begin that are added: the host and the chip share what is not among these."""
+
+
+def parts(amounts: Mapping[str, float], costs: Mapping[str, float], chip: Chip) -> tuple[float, float, float]:
+    """Return the seconds of the chip, those that its host needs to launch that, and what is added to the longer one."""
+    taken = {name: amount * costs[name] * scale(name, chip) for name, amount in amounts.items()}
+    after = sum(seconds for name, seconds in taken.items() if name.startswith(AFTER))
+    host = sum(seconds for name, seconds in taken.items() if name.startswith("host"))
+    return sum(taken.values()) - after - host, host, after
 
 
 def seconds(amounts: Mapping[str, float], costs: Mapping[str, float], chip: Chip) -> float:
     """Return what the work takes, by unit costs that hold for an H100."""
-    return sum(amount * costs[name] * scale(name, chip) for name, amount in amounts.items())
+    on_chip, host, after = parts(amounts, costs, chip)
+    return max(on_chip, host) + after
+
+
+def waiting(amounts: Mapping[str, float], costs: Mapping[str, float], chip: Chip) -> float:
+    """Return for how much of it the chip waits: for its host, and for Ray's dispatch."""
+    on_chip, host, _ = parts(amounts, costs, chip)
+    return max(host - on_chip, 0.0) + amounts.get("dispatch", 0) * costs["dispatch"]
 
 
 def scale(name: str, chip: Chip) -> float:

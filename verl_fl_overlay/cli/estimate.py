@@ -23,7 +23,7 @@ STACKS = {
 SPREAD = 0.8
 """The standard deviation of the logarithms of the responses' lengths, where only their mean is given."""
 
-HALF = 0.5
+QUARTER = 0.25
 """Beyond this share of waiting an estimate is the host's, which differs between machines more than chips do."""
 
 MOST = 100_000
@@ -137,7 +137,7 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
             taken[stack][phase] = cost.seconds(work, known["costs"], chip)
             peak = cost.peak_bytes(shape, micro, stack, train=train, entropy=entropy, chips=chips)
             peaks[stack] = max(peaks[stack], peak / 1e9)
-            waits += cost.seconds(cost.waiting(work), known["costs"], chip) if stack == "overlay" else 0
+            waits += cost.waiting(work, known["costs"], chip) if stack == "overlay" else 0
     steps = {stack: sum(phases.values()) for stack, phases in taken.items()}
     saved = {stack: step - steps["overlay"] for stack, step in steps.items() if stack != "overlay"}
     return {
@@ -204,7 +204,7 @@ def _beyond(shape: Shape, chip: Chip, chips: int, measured: Mapping[str, Any], w
         yield f"measured was on {' and '.join(measured['chips'])}; what the host takes is as there"
     if chips > measured["most chips"]:
         yield f"the most chips that were measured: {measured['most chips']}; --link-gbs if they are not in one host"
-    if waiting > HALF:
+    if waiting > QUARTER:
         yield f"{waiting:.0%} of the overlay's time is waiting for the host, and some hosts are twice as fast as others"
 
 
