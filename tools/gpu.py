@@ -63,6 +63,12 @@ TESTS = {
 """Minutes of tests that take longer than one."""
 
 GRPO = "--minutes {minutes} --folder {folder} --json {json}"
+ENDURANCE = (
+    "{python} benchmarks/grpo.py --prepare --size small --folder {folder} && MODEL={folder}/small/model"
+    " DATA={folder}/small/problems.parquet OUT={folder}/run BATCH=8 PROMPT=64 RESPONSE=192 EPOCHS=1000 SAVE=-1"
+    " {python} benchmarks/endurance.py --json {json} --reports {folder}/run/reports"
+    " -- bash examples/recipes/grpo_vllm.sh trainer.total_training_steps=100"
+)
 
 ITEMS = (
     Item("doctor", "{python} -m verl_fl_overlay doctor --json > {json}", cuda=False),
@@ -84,7 +90,9 @@ ITEMS = (
     ),
     Item("grpo", f"{{python}} benchmarks/grpo.py {GRPO}", 7, needs=("verl", "ray", "vllm")),
     Item("grpo on two GPUs", f"{{python}} benchmarks/grpo.py --gpus 2 {GRPO}", 7, ("verl", "ray", "vllm"), cards=2),
-    Item("ranks", "{python} benchmarks/ranks.py --minutes {minutes} --json {json}", 7, cards=2),
+    Item("ranks", "{python} benchmarks/ranks.py --only numbers --minutes {minutes} --json {json}", 5, cards=2),
+    Item("scaling", "{python} benchmarks/ranks.py --only scaling --minutes {minutes} --json {json}", 4, cards=2),
+    Item("endurance", ENDURANCE, 12, needs=("verl", "ray", "vllm")),
     Item("engines", "{python} -m pytest tests/engines --junitxml={junit}", 4, needs=("pytest", "verl")),
     Item("attention", "{python} benchmarks/attention.py", needs=()),
     Item("logprobs", "{python} benchmarks/logprobs.py --json {json}", needs=()),

@@ -15,6 +15,7 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: needs a CUDA device"),
+    pytest.mark.xdist_group("runs"),
 ]
 
 PROGRAM = Path(__file__).parents[1] / "faults" / "odd_batches.py"
