@@ -3,13 +3,14 @@
 python benchmarks/realistic.py [--rows "padded,packed overlay"] [--turns N] [--steps N] [--folder F] [--json FILE]
 python benchmarks/realistic.py --merge FILE...     prints the tables of earlier runs together
 
-A model of Qwen2.5-1.5B's shape with random weights trains on 32 sequences of unequal length: dynamic batches of 16,384
-tokens, gradient checkpointing, verl's own ppo_loss with KL.  Each row is a process of its own, because two such engines
-do not fit on one card; the list of rows is run --turns times, and the tables hold the medians of the processes.  A row
-that cannot run says so in one line, and so does a measure that does not fit into the memory; the others go on.
+A model of Qwen2.5-1.5B's shape with random weights trains on 32 sequences of unequal length (with --size 0.5B on 512
+short ones): dynamic batches of 16,384 tokens, gradient checkpointing, verl's own ppo_loss with KL.  Each row is a
+process of its own, because two such engines do not fit on one card; the list of rows is run --turns times, and the
+tables hold the medians of the processes.  A row that cannot run says so in one line, and so does a measure that does
+not fit into the memory; the others go on.
 
-On a CPU (or with --tiny) a tiny model runs in the rows that need no flash-attn, in fp32, and the first step's loss must
-be the same in all of them; the times there say nothing about a GPU.
+On a CPU (or with --size tiny) a tiny model runs in the rows that need no flash-attn, in fp32, and the first step's loss
+must be the same in all of them; the times there say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -142,7 +143,12 @@ SIGMA = 0.8
 REAL = Size(1536, 8960, 28, 12, 2, 151936, 32, (256, 512), 900, 4096, tokens=16384, seed=17829)
 """Qwen2.5-1.5B's shape; with this seed 41,221 tokens, the longest sequence 3,838."""
 
+SHORT = Size(896, 4864, 24, 14, 2, 151936, 512, (16, 120), 160, 640, tokens=16384, seed=5)
+"""Qwen2.5-0.5B's shape and the short answers of benchmarks/grpo.py, 114,324 tokens: the host has more to do."""
+
 TINY = Size(64, 128, 2, 4, 2, 512, 8, (4, 8), 12, 48, tokens=96, seed=0)
+
+SIZES = {"1.5B": REAL, "0.5B": SHORT, "tiny": TINY}
 
 
 def environment(name: str, tiny: bool) -> dict[str, str]:
@@ -285,9 +291,9 @@ def check(name: str, module: Any, tiny: bool) -> None:
     assert found == expected, f"flash-attn, overlay and Liger are {found}, expected {expected}"
 
 
-def run_row(name: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
+def run_row(name: str, folder: Path, steps: int, of_size: str) -> dict[str, Any]:
     """Build the row's engine in this process; return what its steps and passes take, and what the first step gave."""
-    row, size = ROWS[name], TINY if tiny else REAL
+    row, size, tiny = ROWS[name], SIZES[of_size], of_size == "tiny"
     if not row.flash_attn and find_spec("flash_attn"):
         sys.modules["flash_attn"] = None  # type: ignore[assignment]  # it cannot be imported or found any more
     import torch
@@ -399,13 +405,13 @@ def one_line(said: str) -> str:
     return textwrap.shorten(said.replace("|", "/"), 200, placeholder=" ...")
 
 
-def child(what: str, folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
+def child(what: str, folder: Path, steps: int, size: str) -> dict[str, Any]:
     """Run one row in a process of its own."""
     command = [sys.executable, __file__, "--child", what, "--folder", str(folder), "--steps", str(steps)]
     try:
         done = subprocess.run(
-            [*command, *(["--tiny"] if tiny else [])],
-            env=environment(what, tiny),
+            [*command, "--size", size],
+            env=environment(what, size == "tiny"),
             capture_output=True,
             text=True,
             timeout=280,
@@ -512,7 +518,7 @@ def main() -> None:
     parser.add_argument("--rows", help="of: " + "; ".join(f"{name}: {row.what}" for name, row in ROWS.items()))
     parser.add_argument("--turns", type=int, default=2, help="how often the list of rows is run, in fresh processes")
     parser.add_argument("--steps", type=int, default=8, help="of each measure at most; the first two are not counted")
-    parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU; the default without a GPU")
+    parser.add_argument("--size", choices=SIZES, help="of the model; default: 1.5B, and tiny without a GPU, on the CPU")
     parser.add_argument("--json", type=Path, help="write the results there, after each process")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="run nothing, print what --json wrote")
     parser.add_argument("--folder", type=Path, help="keep the model there, and take the one that is there")
@@ -520,7 +526,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         try:
-            result = run_row(options.child, options.folder, options.steps, options.tiny)
+            result = run_row(options.child, options.folder, options.steps, options.size)
         except Exception as error:
             traceback.print_exc()
             result = {"error": one_line(f"{type(error).__name__}: {error}")}
@@ -536,19 +542,20 @@ def main() -> None:
 
     import torch
 
-    tiny = options.tiny or not torch.cuda.is_available()
+    size = options.size or ("1.5B" if torch.cuda.is_available() else "tiny")
+    tiny = size == "tiny"
     rows = [row for row in ROWS if not (tiny and ROWS[row].flash_attn)]
     if options.rows:
         rows = options.rows.split(",")
     if unknown := sorted(set(rows) - set(ROWS)):
         parser.error(f"no such rows: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)) / ("tiny" if tiny else "real")
+        folder = (options.folder or Path(temporary)) / size
         if not folder.exists():
-            write_elsewhere(folder, TINY if tiny else REAL)
+            write_elsewhere(folder, SIZES[size])
         for _ in range(options.turns):
             for row in rows:
-                result = child(row, folder, options.steps, tiny)
+                result = child(row, folder, options.steps, size)
                 results.setdefault(row, []).append(result)
                 print(table({row: [result]}).splitlines()[-1], flush=True)
                 if options.json:

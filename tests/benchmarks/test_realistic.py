@@ -33,7 +33,7 @@ SHARES_THE_ROWS = pytest.mark.xdist_group("rows")
 def measured(tmp_path_factory):
     """Run the tiny benchmark; return what it printed and what it wrote.  flash-attn does not run on a CPU."""
     file = tmp_path_factory.mktemp("rows") / "result.json"
-    command = (SCRIPT, "--tiny", "--turns", "1", "--steps", "2", "--rows", ",".join(ROWS), "--json", file)
+    command = (SCRIPT, "--size", "tiny", "--turns", "1", "--steps", "2", "--rows", ",".join(ROWS), "--json", file)
     return run(*command, env={}, timeout=500), json.loads(file.read_text())
 
 
@@ -102,7 +102,7 @@ def test_a_measure_that_does_not_fit_is_told_and_no_other_error_is_hidden(realis
 
 
 def test_a_row_that_is_not_there_is_refused():
-    done = run(SCRIPT, "--tiny", "--rows", "padded,packt", env={})
+    done = run(SCRIPT, "--size", "tiny", "--rows", "padded,packt", env={})
     assert done.returncode == 2
     assert "no such rows: packt; there are padded, " in done.stderr
 
