@@ -240,6 +240,7 @@ def environment(run: Run, plan: Plan, turns: Path, ray: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": ray,  # a cluster of its own for each
         "TURNS_FOLDER": str(turns),
+        "TURNS_PROCESS": str(os.getpid()),
         "TURNS_RUN": run.file_name,
         "TURNS_ANSWERS": str(plan.batch * ANSWERS),
         "TURNS_STEPS": str(plan.steps if plan.turns else 0),

@@ -68,6 +68,21 @@ def test_what_cannot_be_measured_is_refused(grpo, wrong, tmp_path, monkeypatch, 
     assert f"{wrong[0]} {wrong[1]}" in capsys.readouterr().err
 
 
+def test_a_run_takes_its_turn_and_ends_with_the_benchmark(grpo, tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    for name, value in (("FOLDER", tmp_path), ("RUN", "a"), ("ANSWERS", 2), ("STEPS", 1), ("PROCESS", process.pid)):
+        monkeypatch.setenv(f"TURNS_{name}", str(value))
+    (tmp_path / "a.goes-0").touch()
+    turns = importlib.import_module("turns").Turns()
+    turns.answer()
+    turns.answer()
+    assert (tmp_path / "a.waits-0").exists()
+    assert (tmp_path / "a.answers").read_text().startswith("1 0.")
+    process.communicate(b"\n")
+    with pytest.raises(RuntimeError, match="has ended"):
+        turns.answer()
+
+
 def test_runs_end_together_and_leave_nothing(grpo, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "GRACE", 2)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
