@@ -378,12 +378,15 @@ def rounding(results: dict[str, dict[str, Any]], configuration: Configuration) -
 
 
 def differences(one: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
-    """Return the largest difference of the losses, relative to the largest of ``base``, and of the grad_norms."""
+    """Return the largest difference of the losses, relative to the largest of ``base``, and of the grad_norms.
+
+    It is NaN if any of them is.
+    """
     scale = max(map(abs, base["loss"]))
-    return (
-        max(abs(a - b) / scale for a, b in zip(one["loss"], base["loss"], strict=True)),
-        max(abs(a / b - 1) for a, b in zip(one["grad_norm"], base["grad_norm"], strict=True)),
-    )
+    losses = [abs(a - b) / scale for a, b in zip(one["loss"], base["loss"], strict=True)]
+    norms = [abs(a / b - 1) for a, b in zip(one["grad_norm"], base["grad_norm"], strict=True)]
+    # max() keeps a NaN only if it comes first, and a sum any.
+    return max(losses) + 0 * sum(losses), max(norms) + 0 * sum(norms)
 
 
 def disagreements(results: dict[str, dict[str, Any]], tiny: bool) -> list[str]:
@@ -567,6 +570,10 @@ def main() -> None:
     if unknown := sorted(set(names) - set(CONFIGURATIONS)):
         parser.error(f"no such configurations: {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
 
+    modes = options.modes.split(",")
+    if unknown := sorted(set(modes) - set(MODES)):
+        parser.error(f"no such modes: {', '.join(unknown)}; there are {', '.join(MODES)}")
+
     import torch
 
     tiny = options.tiny or torch.cuda.device_count() < 2
@@ -583,7 +590,7 @@ def main() -> None:
         for family in families:
             chosen = [name for name in names if CONFIGURATIONS[name].family == family]
             steps = options.steps // 2 if CONFIGURATIONS[chosen[0]].scaling else options.steps
-            for mode in options.modes.split(","):
+            for mode in modes:
                 begun = time.monotonic()
                 now = [name for name in chosen if mode == "plain" or not CONFIGURATIONS[name].fp32]
                 found = together(now, mode, folder, steps, tiny, until)

@@ -75,8 +75,13 @@ def test_the_bound_is_twice_what_bf16_does_to_plain_verl_and_what_is_beyond_it_i
     assert [line.split(" differs")[0] for line in wrong] == ["hsdp: loss", "dp2: grad_norm"]
 
 
-def test_numbers_that_are_not_numbers_are_no_agreement(ranks):
-    results = {"plain": {"fsdp2": result(1.0)}, "overlay": {"fsdp2": result(float("nan"))}}
+@pytest.mark.parametrize("side", ["plain", "overlay"])
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+@pytest.mark.parametrize("step", range(5))
+def test_a_number_that_is_none_is_no_agreement(ranks, side, what, step):
+    results = {"plain": {"fsdp2": result(1.0)}, "overlay": {"fsdp2": result(1.0)}}
+    assert ranks.disagreements(results, tiny=False) == []
+    results[side]["fsdp2"][what][step] = float("nan")
     assert ranks.disagreements(results, tiny=False)
 
 
@@ -111,10 +116,17 @@ def test_scaling_is_told_by_tokens_a_second(tmp_path):
     assert "| two GPUs, twice the batch, overlay | 105 | 19,048 | 1.90x | 3.2 / 3.5 | 1.85x |" in lines
 
 
-def test_a_configuration_that_is_not_there_is_refused():
-    done = run(SCRIPT, "--tiny", "--configurations", "fsdp2,fsdp3", env={})
+@pytest.mark.parametrize(
+    ("option", "named", "said"),
+    [
+        ("--configurations", "fsdp2,fsdp3", "no such configurations: fsdp3; there are fsdp2 in fp32, fsdp2, "),
+        ("--modes", "plain,overlaid", "no such modes: overlaid; there are plain, overlay"),
+    ],
+)
+def test_what_is_not_there_is_refused(option, named, said):
+    done = run(SCRIPT, "--tiny", option, named, env={})
     assert done.returncode == 2
-    assert "no such configurations: fsdp3; there are fsdp2 in fp32, fsdp2, " in done.stderr
+    assert said in done.stderr
 
 
 def test_the_plain_side_is_without_the_overlay():
