@@ -242,6 +242,14 @@ def test_an_h100_is_what_its_peaks_say(folder, capsys):
     assert given["seconds"] == estimated(folder, capsys)["seconds"]
 
 
+@pytest.mark.parametrize(("tied", "heads"), [({"tie_word_embeddings": False}, 2), ({}, 1)])
+def test_a_head_that_nothing_is_said_of_is_the_embedding(tied, heads):
+    """Only models that are tied by default, such as Gemma, are written without a word of it."""
+    config = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    layers, head = cost.shape(config).matrices
+    assert cost.shape({**config, **tied}).parameters == layers + heads * head
+
+
 @pytest.mark.parametrize(("more", "status"), [(0.0, 0), (0.27, 0), (-0.25, 2), (0.5, 2)])
 def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, capsys):
     """A tied head that is stored makes 0.27 times more here; an MLP without a gate makes less."""

@@ -117,7 +117,7 @@ def shape(config: Mapping[str, Any]) -> Shape:
         number("num_key_value_heads", heads),
         number("head_dim", hidden // heads),
         number("vocab_size"),
-        bool(config.get("tie_word_embeddings")),
+        bool(config.get("tie_word_embeddings", True)),  # transformers 4 leaves out what is both its and Gemma's default
     )
 
 
