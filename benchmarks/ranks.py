@@ -55,9 +55,6 @@ UNCOUNTED = 3
 SILENCE = 170.0
 """Seconds in which processes must finish a configuration."""
 
-ASKED = 1.85
-"""How many times as many tokens a second two GPUs are to train on."""
-
 LOSS, GRAD_NORM = 1e-2, 5e-2
 """The widest bounds in bf16, of the largest loss and of each grad_norm."""
 
@@ -462,17 +459,16 @@ def numbers_table(results: dict[str, dict[str, Any]], tiny: bool) -> str:
 
 def scaling_table(results: dict[str, dict[str, Any]]) -> str:
     """Return what two GPUs do against one as a table in Markdown."""
-    lines = ["| | ms | tokens a second | of one GPU | peak GB of each rank | asked for |", "|---|---|---|---|---|---|"]
+    lines = ["| | ms | tokens a second | of one GPU | peak GB of each rank |", "|---|---|---|---|---|"]
     for mode in MODES:
         for name in names_in(results, scaling=True):
             one, base = (results.get(mode, {}).get(which, NOT_RUN) for which in (name, "one GPU"))
             if "error" in one:
-                lines.append(f"| {name}, {mode} | {one['error']} | | | | |")
+                lines.append(f"| {name}, {mode} | {one['error']} | | | |")
                 continue
             times = f"{rate(one) / rate(base):.2f}x" if "error" not in base and one is not base else "-"
             memory = " / ".join(f"{gb:.1f}" if gb is not None else "-" for gb in one["peak GB"])
-            asked = "" if name == "one GPU" else f"{ASKED}x"
-            lines.append(f"| {name}, {mode} | {ms(one):,.0f} | {rate(one):,.0f} | {times} | {memory} | {asked} |")
+            lines.append(f"| {name}, {mode} | {ms(one):,.0f} | {rate(one):,.0f} | {times} | {memory} |")
     return "\n".join(lines)
 
 
