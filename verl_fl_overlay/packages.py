@@ -26,6 +26,15 @@ def installed(name: str) -> bool:
         return False
 
 
+def has_code(name: str) -> bool:
+    """Return whether ``name`` is installed and more than a folder, as a clone beside the program would be."""
+    try:
+        spec = find_spec(name)
+    except ValueError:
+        return True
+    return spec is not None and spec.origin is not None
+
+
 def folders(name: str) -> list[str]:
     """Return the folders of the package ``name``; none if it is missing, is a module, or was made by hand."""
     try:

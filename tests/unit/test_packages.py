@@ -34,7 +34,18 @@ def test_what_lies_in_a_package_that_cannot_be_imported_is_not_there(tmp_path, m
 def test_a_module_made_by_hand_is_there_and_has_no_folders(monkeypatch):
     monkeypatch.setitem(sys.modules, "made_by_hand", types.ModuleType("made_by_hand"))
     assert packages.installed("made_by_hand")
+    assert packages.has_code("made_by_hand")
     assert packages.folders("made_by_hand") == []
+
+
+def test_a_clone_beside_the_program_is_no_code(tmp_path, monkeypatch):
+    (tmp_path / "cloned" / "cloned").mkdir(parents=True)
+    (tmp_path / "cloned" / "cloned" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not packages.has_code("cloned")
+    assert not packages.has_code("not_there")
+    monkeypatch.syspath_prepend(tmp_path / "cloned")
+    assert packages.has_code("cloned")
 
 
 @pytest.mark.parametrize("metadata", [None, "", "Name: half\n"])

@@ -32,7 +32,7 @@ class RolloutEngine(Feature):
             OverlayError: ``engine`` is missing where Ray's processes will run; or, under VERL_FL_STRICT=1, its version
                 does not fit.
         """
-        if packages.installed(engine):
+        if packages.has_code(engine):
             for misfit in _misfits(engine):
                 if self.settings.strict:
                     raise OverlayError(f"VERL_FL_STRICT=1, and {asked}: {misfit}. {WITHOUT}")
