@@ -1,7 +1,7 @@
 """verl's own main_ppo with answers from vLLM, as verl is and with the overlay: what a step takes, phase by phase.
 
 python benchmarks/grpo.py [--rows "padded,overlay"] [--variants lora] [--gpus N] [--json FILE] [--minutes M]
-python benchmarks/grpo.py --merge FILE...     prints the tables of earlier runs together
+python benchmarks/grpo.py --merge FILE...     prints the tables of earlier runs, file by file
 
 Each row is the recipe examples/recipes/grpo_vllm.sh: FSDP2, vLLM on the same GPUs, KL loss with a reference.  All rows
 start at once, on model and data of taught_model.py, and then take turns of --steps steps, so that one alone uses the
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -119,7 +120,7 @@ Probabilities differ only where the model is not sure of the next token, so the 
 """
 
 GRACE = 20
-"""Seconds that a run which is told to end has to take its Ray processes along."""
+"""Seconds that runs which are told to end have to take their Ray processes along."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def on_a_cpu(run: Run, plan: Plan) -> list[str]:
     return [f"{key}={value}" for key, value in {**given, **replaced}.items()]
 
 
-def environment(run: Run, plan: Plan, turns: Path) -> dict[str, str]:
+def environment(run: Run, plan: Plan, turns: Path, ray: str) -> dict[str, str]:
     """Return the variables that make a row; on a CPU verl needs the overlay in every row."""
     row = ROWS[run.row]
     made = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "TRAINING_", "USE_FLAG", "RAY_"))}
@@ -237,8 +238,9 @@ def environment(run: Run, plan: Plan, turns: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray"),  # a cluster of its own for each
+        "RAY_TMPDIR": ray,  # a cluster of its own for each
         "TURNS_FOLDER": str(turns),
+        "TURNS_PROCESS": str(os.getpid()),
         "TURNS_RUN": run.file_name,
         "TURNS_ANSWERS": str(plan.batch * ANSWERS),
         "TURNS_STEPS": str(plan.steps if plan.turns else 0),
@@ -262,11 +264,12 @@ class Started:
         for stale in (*run.folder.glob("reports/*.json"), *turns.glob(f"{run.file_name}.*")):
             stale.unlink()
         self.log = run.folder / "train.log"
+        self.ray = tempfile.mkdtemp(prefix="ray")
         self.begun = time.time()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(run, plan)],
-                env=environment(run, plan, turns),
+                env=environment(run, plan, turns, self.ray),
                 cwd=run.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -283,16 +286,6 @@ class Started:
 
     def go(self, turn: int) -> None:
         (self.turns / f"{self.run.file_name}.goes-{turn}").touch()
-
-    def end(self) -> None:
-        """Have it end, and its Ray processes with it."""
-        if not self.ended:
-            self.process.terminate()
-            try:
-                self.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
 
     def result(self) -> dict[str, Any]:
         """Return what it did until now: figures of the steps, or why there are none."""
@@ -321,6 +314,21 @@ class Started:
             **about,
             **reported(self.run.folder / "reports"),
         }
+
+
+def end(started: list[Started]) -> None:
+    """Have all end at once, and their Ray processes with them, and remove what Ray wrote."""
+    for each in started:
+        if not each.ended:
+            each.process.terminate()
+    until = time.monotonic() + GRACE
+    for each in started:
+        try:
+            each.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(each.process.pid, signal.SIGKILL)
+            each.process.wait()
+        shutil.rmtree(each.ray, ignore_errors=True)
 
 
 def metrics(line: str) -> dict[str, float]:
@@ -390,9 +398,8 @@ def tell(each: Started) -> None:
 
 
 def counted(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the steps that are compared: all but the first, if no other is there."""
-    steps: list[dict[str, Any]] = result["steps"]
-    return [step for step in steps if step["counted"]] or steps[1:] or steps
+    """Return the steps that are compared."""
+    return [step for step in result["steps"] if step["counted"]]
 
 
 def median(result: dict[str, Any], name: str) -> float | None:
@@ -481,10 +488,10 @@ def disagreements(results: dict[str, Any]) -> list[str]:
             said += [f"{run}: {problem}" for problem in result.get("problems", ())]
     for run, base in compared(results):
         ours, theirs = (difference(results[each]) for each in (run, base))
-        if ours is not None and theirs is not None and ours > LIKE["difference"] * theirs:
+        if ours is not None and theirs is not None and not ours <= LIKE["difference"] * theirs:
             said.append(f"{run}: rollout and actor differ by {ours:.2e} per nat of entropy, in {base} by {theirs:.2e}")
         rewards = [ends(results[each], "reward")[1] for each in (run, base)]
-        if abs(rewards[0] - rewards[1]) > LIKE["reward"]:
+        if not abs(rewards[0] - rewards[1]) <= LIKE["reward"]:
             said.append(f"{run}: the reward ends at {rewards[0]:.3f}, in {base} at {rewards[1]:.3f}")
     return said
 
@@ -495,6 +502,11 @@ def about(results: dict[str, Any]) -> str:
     packages = sorted({f"{name} {found}" for result in results.values() for name, found in result["versions"].items()})
     models = sorted({result["model"] for result in results.values() if "model" in result})
     return f"on {', '.join(cards)}; model {', '.join(models)}; with {', '.join(packages)}"
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return on what it was measured, and the tables."""
+    return f"{about(results)}\n\n{table(results)}\n\n{ratios(results)}"
 
 
 def prepare(plan: Plan, lessons: int) -> None:
@@ -534,9 +546,16 @@ def main() -> int:
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="run nothing, print what --json wrote")
     options = parser.parse_args()
     if options.merge:
-        results = {run: result for file in options.merge for run, result in json.loads(file.read_text()).items()}
-        print(f"{about(results)}\n\n{table(results)}\n\n{ratios(results)}")
+        for file in options.merge:
+            print(f"{file.name}: {report(json.loads(file.read_text()))}\n")
         return 0
+    for name in ("gpus", "batch", "lessons", "minutes"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name} {getattr(options, name)}: allowed is more than 0")
+    if options.turns < 0 or options.steps < 2:
+        parser.error(f"--turns {options.turns} of --steps {options.steps}: the first step of each is not counted")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     on_gpu = device() != "cpu"
     size = options.size or ("0.5B" if on_gpu else "tiny")
     if size != "tiny" and not (on_gpu and find_spec("vllm")):
@@ -555,16 +574,18 @@ def main() -> int:
     turns.mkdir(exist_ok=True)
     runs = [Run(row, variant, folder) for variant in variants for row in rows]
     runs = [replace(run, folder=folder / run.file_name) for run in runs]
-    started = [Started(run, plan, turns) for run in runs]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are in sessions of their own, and would go on
+    started: list[Started] = []
     try:
+        for run in runs:
+            started.append(Started(run, plan, turns))
         take_turns(started, plan, begun + 60 * options.minutes)
     finally:
-        for each in started:
-            each.end()
+        end(started)
         results = {each.run.name: each.result() for each in started}
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
-    print(f"{about(results)}\n\n{table(results)}\n\n{ratios(results)}")
+    print(report(results))
     wrong = disagreements(results)
     print("\n".join(wrong), file=sys.stderr)
     return bool(wrong)

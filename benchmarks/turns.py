@@ -2,7 +2,8 @@
 
 Rows that start one after the other would be compared hours of a noisy host apart, and each start takes minutes.  So all
 start at once, and each waits here, in the first answer's reward of a step, for the file that says it may go on.
-Environment: TURNS_FOLDER, TURNS_RUN (its name), TURNS_ANSWERS (in a step), TURNS_STEPS (of a turn; 0: never wait).
+Environment: TURNS_FOLDER, TURNS_RUN (its name), TURNS_ANSWERS (in a step), TURNS_STEPS (of a turn; 0: never wait), and
+TURNS_PROCESS, that of grpo.py: a run that waits for one which was killed would hold the GPU's memory forever.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Turns:
         self.run = os.environ["TURNS_RUN"]
         self.answers = int(os.environ["TURNS_ANSWERS"])
         self.steps = int(os.environ["TURNS_STEPS"])
+        self.process = Path("/proc", os.environ["TURNS_PROCESS"])
         self.seen = 0
         self.first = 0.0
         self.lock = threading.Lock()
@@ -51,6 +53,8 @@ class Turns:
         (self.folder / f"{self.run}.waits-{turn}").touch()
         go = self.folder / f"{self.run}.goes-{turn}"
         while not go.exists():
+            if not self.process.exists():
+                raise RuntimeError("grpo.py has ended, and nobody says when it is this run's turn")
             time.sleep(WAIT)
 
 

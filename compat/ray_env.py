@@ -44,17 +44,18 @@ def starts_here(given: Mapping[str, Any] | None) -> bool:
     """Return whether ``ray.init(**given)`` starts a Ray of its own, whose processes all have this one's packages.
 
     It is False where that cannot be told: Ray is there already, or a runtime environment brings more than variables.
+    What has no value brings nothing: verl 0.9.1's configuration names ``py_executable`` without one.
     """
     import ray
 
     options = given or {}
-    environment = options.get("runtime_env") or {}
+    environment = {name: brought for name, brought in (options.get("runtime_env") or {}).items() if brought}
     if ray.is_initialized() or set(environment) - {"env_vars"} or "PYTHONPATH" in (environment.get("env_vars") or {}):
         return False
     try:
         from ray._private.services import canonicalize_bootstrap_address
 
-        return canonicalize_bootstrap_address(options.get("address")) is None
+        return canonicalize_bootstrap_address(options.get("address"), options.get("_temp_dir")) is None
     except Exception:  # an address of another kind, or a Ray without this function
         return False
 

@@ -195,7 +195,12 @@ def folder_of(here: dict[str, Any], folder: Path, keep: bool) -> Path:
 
 
 def commit() -> str:
-    """Return what is run: the checkout's commit, with a + if files differ from it; "" if that is not known."""
+    """Return what is run: the checkout's commit, with a + if files differ from it; "" if that is not known.
+
+    Beside the repository of a bundle (``tools/bundle.py``) is a file that tells it.
+    """
+    if (manifest := ROOT.parent / "MANIFEST.json").is_file():
+        return str(json.loads(manifest.read_text())["commit"])[:7]
     said = []
     for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
@@ -236,7 +241,7 @@ def ended(command: str, log: Path, seconds: float, stopped: Event) -> int | None
             try:
                 os.killpg(process.pid, sent)
                 time.sleep(1)
-                process.wait(15)
+                process.wait(30)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
         return status

@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import types
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 CLUSTER = "10.0.0.1:6379"
@@ -38,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "pip": configured("vllm", {"runtime_env": {"pip": ["vllm"]}}),
     "PYTHONPATH": configured("vllm", BROUGHT),
     "RAY_ADDRESS": configured("vllm"),
+    "a cluster's folder": configured("vllm"),
+    "verl's defaults": configured("vllm"),
     "somebody's own": configured("hf"),
     "reward model that is off": configured("hf", **reward_model(False)),
     "SFT": {"model": {"path": "m"}},
@@ -49,7 +53,7 @@ def main() -> None:
     if "--old-vllm" in sys.argv:
         sys.modules["vllm"] = types.ModuleType("vllm")
         metadata.version = lambda name: "0.5.4" if name == "vllm" else version(name)
-    import verl  # noqa: F401
+    import verl
     from omegaconf import OmegaConf
     from verl.utils.device import auto_set_device
 
@@ -58,12 +62,17 @@ def main() -> None:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("verl_fl_overlay").addHandler(handler)
     told = {}
+    clusters = tempfile.TemporaryDirectory()
+    Path(clusters.name, "ray_current_cluster").write_text(CLUSTER)
+    CASES["a cluster's folder"]["ray_kwargs"]["ray_init"]["_temp_dir"] = clusters.name
+    defaults = Path(verl.__file__).with_name("trainer") / "config" / "_generated_ppo_trainer.yaml"
     for case, configuration in CASES.items():
         said.clear()
         if case == "RAY_ADDRESS":
             os.environ["RAY_ADDRESS"] = CLUSTER
+        beside = OmegaConf.load(defaults) if case == "verl's defaults" else {}
         try:
-            auto_set_device(OmegaConf.create({**configuration, "trainer": {"device": "cpu"}}))
+            auto_set_device(OmegaConf.merge(beside, {**configuration, "trainer": {"device": "cpu"}}))
             told[case] = {"raised": "", "said": list(said)}
         except RuntimeError as error:
             told[case] = {"raised": f"{type(error).__name__}: {error}", "said": list(said)}

@@ -35,6 +35,7 @@ def told():
     ("case", "asked", "engine"),
     [
         ("vllm", "actor_rollout_ref.rollout.name=vllm", "vllm"),
+        ("verl's defaults", "actor_rollout_ref.rollout.name=vllm", "vllm"),
         ("sglang", "actor_rollout_ref.rollout.name=sglang", "sglang"),
         ("reward model", "reward.reward_model.rollout.name=vllm", "vllm"),
     ],
@@ -46,7 +47,7 @@ def test_a_missing_engine_ends_the_driver(told, case, asked, engine):
     assert "VERL_FL_DISABLE=rollout.engine" in raised
 
 
-@pytest.mark.parametrize("case", ["RAY_ADDRESS", "address", "Ray client", "pip", "PYTHONPATH"])
+@pytest.mark.parametrize("case", ["RAY_ADDRESS", "address", "a cluster's folder", "Ray client", "pip", "PYTHONPATH"])
 def test_where_the_workers_may_have_it_the_driver_warns_and_goes_on(told, case):
     assert told[case]["raised"] == ""
     (said,) = told[case]["said"]

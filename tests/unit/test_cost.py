@@ -264,20 +264,24 @@ def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, cap
         ({}, ["--chip", "B200"], "--chip B200: known are H100, H200; of another one give --chip-tflops too"),
         ({}, ["--chip", "B200", "--chip-tflops", "9", "--chip-tbs", "1", "--chips", "2"], "give --link-gbs too"),
         ({}, ["--chip-tflops", "nan"], "--chip-tflops nan: allowed is more than 0"),
-        ({}, ["--batch", "0"], "--batch 0: allowed is 1 or more"),
+        ({}, ["--batch", "0"], "--batch 0: allowed is 1 to 1,000,000,000"),
         ({}, ["--batch", "1000000"], "allowed is up to 100,000"),
         ({}, ["--batch", "1", "--chips", "9"], "8 sequences are too few for 9 chips x 1 updates"),
-        ({}, ["--gen-seconds", "-1"], "--gen-seconds -1.0: allowed is 0 or more"),
+        ({}, ["--gen-seconds", "-1"], "--gen-seconds -1.0: allowed is 0 to 1,000,000,000"),
+        ({}, ["--gen-seconds", "1e20"], "allowed is 0 to 1,000,000,000"),
+        ({}, ["--mean-response", "9" * 400], "allowed is 1 to 1,000,000,000"),
+        ({}, ["--lengths", "huge", "--micro-tokens", "1000000000"], "each 1 to 1,000,000,000"),
         ({}, ["--micro-tokens", "2000"], "a micro-batch up to 2,000: verl refuses that"),
         ({}, ["--lengths", "nothing"], "--lengths nothing is no file"),
         ({}, ["--lengths", "words"], "needed are whole numbers, one a line or a list"),
-        ({}, ["--lengths", "empty"], "has 0 numbers; needed are 1 to 100,000, each 1 or more"),
+        ({}, ["--lengths", "empty"], "has 0 numbers; needed are 1 to 100,000, each 1 to 1,000,000,000"),
     ],
 )
 def test_nothing_is_said_of_what_is_not_known(config, options, said, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (folder / "words").write_text("ten\n")
     (folder / "empty").write_text("[]\n")
+    (folder / "huge").write_text("9" * 400)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     assert cli.main(["estimate", str(folder), *options]) == 2
     told = capsys.readouterr()

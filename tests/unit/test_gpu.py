@@ -199,6 +199,13 @@ def test_the_page_tells_of_each_card_what_ran_there_and_of_the_rest_that_it_did_
     assert "| 1.2 | 1a2b3c | torch 2.11.0 |" in page
 
 
+def test_in_a_bundle_the_commit_is_the_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"commit": "1a2b3c4d5e6f"}))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "repository")
+    assert gpu.commit() == "1a2b3c4"
+
+
 def test_tests_that_share_a_run_are_in_one_group() -> None:
     """Else each of the processes that share the GPU would make that run."""
     files = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "gpu").glob("test_*.py")}

@@ -26,8 +26,8 @@ SPREAD = 0.8
 QUARTER = 0.25
 """Beyond this share of waiting an estimate is the host's, which differs between machines more than chips do."""
 
-MOST = 100_000
-"""The most sequences of a step."""
+MOST, LARGEST = 100_000, 1_000_000_000
+"""The most sequences of a step, and the largest number that is taken of anything else."""
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a weight, by the configuration's name of their type."""
@@ -119,10 +119,10 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
     """
     given = vars(options)
     for name in COUNTS:
-        if given[name] < 1:
-            raise CostError(f"--{name} {given[name]}: allowed is 1 or more")
-    if not 0 <= options.gen_seconds < math.inf:
-        raise CostError(f"--gen-seconds {options.gen_seconds}: allowed is 0 or more")
+        if not 1 <= given[name] <= LARGEST:
+            raise CostError(f"--{name} {given[name]}: allowed is 1 to {LARGEST:,}")
+    if not 0 <= options.gen_seconds <= LARGEST:
+        raise CostError(f"--gen-seconds {options.gen_seconds}: allowed is 0 to {LARGEST:,}")
     chip, lengths, chips = _chip(given), _lengths(given), given["chips"]
     if len(lengths) < chips * given["updates"]:
         raise CostError(f"{len(lengths)} sequences are too few for {chips} chips x {given['updates']} updates")
@@ -175,8 +175,9 @@ def _lengths(given: Mapping[str, Any]) -> list[int]:
         found = [int(word) for word in file.read_text(encoding="utf-8").replace(",", " ").strip(" \n[]").split()]
     except NOT_JSON as error:
         raise CostError(f"--lengths {file}: {error}; needed are whole numbers, one a line or a list") from error
-    if not 0 < len(found) <= MOST or min(found) < 1:
-        raise CostError(f"--lengths {file} has {len(found)} numbers; needed are 1 to {MOST:,}, each 1 or more")
+    if not 0 < len(found) <= MOST or min(found) < 1 or max(found) > LARGEST:
+        needed = f"needed are 1 to {MOST:,}, each 1 to {LARGEST:,}"
+        raise CostError(f"--lengths {file} has {len(found)} numbers; {needed}")
     return found
 
 
