@@ -27,8 +27,8 @@ def weights_hook() -> Hook:
         wrapper=_names,
         feature="phase",
         required=True,
-        why="verl takes merged weights without a copy and takes the adapters out again before it sends them, so rollout "
-        "gets the weights that were there before training; a copy keeps what was merged.",
+        why="verl takes merged weights without a copy, and takes the adapters out again before it sends them: rollout "
+        "gets the weights from before training.  A copy keeps what was merged.",
         upstream="https://github.com/volcengine/verl/blob/v0.8.0/verl/workers/engine/fsdp/transformer_impl.py#L820",
         until="verl 0.9.0, which sends the weights while they are merged",
     )
