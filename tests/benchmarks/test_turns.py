@@ -6,6 +6,7 @@ tests/on_ray/test_turns.py runs it whole.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -37,9 +38,9 @@ def imported(monkeypatch):
 
 
 def test_the_first_answer_of_a_turn_waits_and_the_others_behind_it(imported, tmp_path, monkeypatch):
-    given = {"TURNS_FOLDER": tmp_path, "TURNS_RUN": "row", "TURNS_ANSWERS": 2, "TURNS_STEPS": 2}
+    given = {"FOLDER": tmp_path, "RUN": "row", "ANSWERS": 2, "STEPS": 2, "PROCESS": os.getpid()}
     for name, value in given.items():
-        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(f"TURNS_{name}", str(value))
     turns = imported("turns").turns
     threads = []
 
