@@ -126,6 +126,7 @@ def teach(folder: Path, size: Size, device: str, lessons: int = LESSONS) -> dict
         eos_token_id=words.eos_token_id,
     )
     model = Qwen2ForCausalLM(config).to(device)
+    model.gradient_checkpointing_enable()  # without it a lesson of the 1.5B model takes more than 80 GB
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, weight_decay=0.0, fused=device == "cuda")
     sure, loss, begun = 0.0, math.inf, time.monotonic()
     for update in range(lessons):
@@ -133,7 +134,7 @@ def teach(folder: Path, size: Size, device: str, lessons: int = LESSONS) -> dict
             group["lr"] = size.rate * min(1.0, (update + 1) / 20)
         tokens, labels = (tensor.to(device) for tensor in lesson(words, size, seed=1000 + update))
         with torch.autocast(device, torch.bfloat16):
-            hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
+            hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
             kept = labels[:, 1:] != -100
             logits = model.lm_head(hidden[kept])
         chosen = labels[:, 1:][kept]
