@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from on_ray.test_grpo import missing
 from processes import run
-from test_grpo import missing
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "grpo.py"
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
