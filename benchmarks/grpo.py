@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +36,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools", "benchmarks")]
 
+import realistic  # noqa: E402
 import recipe  # noqa: E402
-from realistic import LOG_PROBS, STAND_IN, one_line  # noqa: E402
+from realistic import one_line  # noqa: E402
 from taught_model import LESSONS, SIZES  # noqa: E402
 
 MODEL = "actor_rollout_ref.model"
@@ -46,21 +48,23 @@ PADDED = ("{part}.use_remove_padding=False", "+{part}.override_config.attn_imple
 
 @dataclass(frozen=True)
 class Row:
-    """What is there and on, and tokens of a micro-batch: padded rows make several times as many of them."""
+    """A row of benchmarks/realistic.py, and tokens of a micro-batch: padded rows make several times as many of them."""
 
-    what: str
-    padded: bool = False
-    flash_attn: bool = False
-    overlay: bool = False
+    engine: str
     tokens: int = 16384
+
+    @property
+    def kind(self) -> realistic.Row:
+        """What is there and on."""
+        return realistic.ROWS[self.engine]
 
 
 ROWS = {
-    "padded": Row("verl as it is without flash-attn: padded, sdpa", padded=True, tokens=4096),
-    "flash-attn": Row("verl's defaults, flash-attn there", flash_attn=True),
-    "overlay": Row("verl's defaults, no flash-attn, overlay on", overlay=True),
-    "flash-attn overlay": Row("verl's defaults, flash-attn there, overlay on", flash_attn=True, overlay=True),
-    "padded overlay": Row("padded, sdpa, overlay on", padded=True, overlay=True, tokens=4096),
+    "padded": Row("padded", tokens=4096),
+    "flash-attn": Row("packed flash-attn"),
+    "overlay": Row("packed overlay"),
+    "flash-attn overlay": Row("packed flash-attn overlay"),
+    "padded overlay": Row("padded overlay", tokens=4096),
 }
 
 VARIANTS = {
@@ -167,7 +171,7 @@ def overrides(run: Run, plan: Plan) -> list[str]:
     row, size = ROWS[run.row], SIZES[plan.size]
     model = plan.data / "model"
     more = [line.format(model=model, tokens=row.tokens) for line in VARIANTS[run.variant]]
-    if row.padded:
+    if not row.kind.packed:
         parts = [MODEL, *(["critic.model"] if run.variant == "critic" else [])]
         more += [line.format(part=part) for part in parts for line in PADDED]
     if plan.tiny:
@@ -226,14 +230,8 @@ def on_a_cpu(run: Run, plan: Plan) -> list[str]:
 def environment(run: Run, plan: Plan, turns: Path, ray: str) -> dict[str, str]:
     """Return the variables that make a row; on a CPU verl needs the overlay in every row."""
     row = ROWS[run.row]
-    made = {k: v for k, v in os.environ.items() if not k.startswith(("VERL_", "TRAINING_", "USE_FLAG", "RAY_"))}
-    paths = [made.get("PYTHONPATH", "")]
-    if row.flash_attn and not find_spec("flash_attn"):
-        paths.insert(0, str(STAND_IN))
-    if plan.tiny:
-        paths.insert(0, str(ROOT / "examples"))
+    made = {k: v for k, v in realistic.environment(row.engine, plan.tiny).items() if not k.startswith("RAY_")}
     made |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "RAY_DEDUP_LOGS": "0",
@@ -245,14 +243,12 @@ def environment(run: Run, plan: Plan, turns: Path, ray: str) -> dict[str, str]:
         "TURNS_ANSWERS": str(plan.batch * ANSWERS),
         "TURNS_STEPS": str(plan.steps if plan.turns else 0),
     }
-    if not row.overlay and not plan.tiny:
-        return {**made, "VERL_USE_EXTERNAL_PLUGINS": "none"}
-    made |= {"VERL_USE_EXTERNAL_MODULES": "verl_fl_overlay", "VERL_FL_STRICT": "1"}
-    if row.overlay:
+    if row.kind.overlay:
         made |= {"VERL_FL_REPORT_DIR": str(run.folder / "reports"), **VARIABLES.get(run.variant, {})}
     if plan.tiny:
-        made |= {"VERL_FL_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {**made, **({} if row.overlay else {"VERL_FL_DISABLE": LOG_PROBS} if plan.tiny else {})}
+        paths = [str(ROOT / "examples"), made.get("PYTHONPATH", "")]
+        made |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    return made
 
 
 class Started:
@@ -347,6 +343,7 @@ def reported(folder: Path) -> dict[str, Any]:
     return {"reports": len(reports), "problems": problems}
 
 
+@cache
 def device() -> str:
     """Return the card's name without loading torch, which would take memory of it."""
     try:
@@ -364,7 +361,7 @@ def versions(run: Run) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    if ROWS[run.row].flash_attn:
+    if ROWS[run.row].kind.flash_attn:
         found.setdefault("flash-attn", "torch's kernel in its place")
     else:
         found.pop("flash-attn", None)
@@ -530,7 +527,7 @@ def chosen(given: str | None, known: Iterable[str], what: str, parser: argparse.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help="of: " + "; ".join(f"{name}: {row.what}" for name, row in ROWS.items()))
+    parser.add_argument("--rows", help="of: " + "; ".join(f"{name}: {row.kind.what}" for name, row in ROWS.items()))
     parser.add_argument("--variants", help=f"of: {', '.join(filter(None, VARIANTS))}; default: the recipe as it is")
     parser.add_argument("--gpus", type=int, default=1, help="of this host, for each row")
     parser.add_argument("--size", choices=SIZES, help="of the model; default: 0.5B, and tiny without a GPU")

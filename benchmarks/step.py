@@ -73,25 +73,31 @@ def environment(row: str, tiny: bool) -> dict[str, str]:
     return {**kept, **overlay, **more.get(row, {})}
 
 
-def write_model(folder: Path, size: Any, device: str, **more: Any) -> None:
-    """Write a Qwen2 with random weights in bf16.
+def configuration(size: Any, **more: Any) -> Any:
+    """Return a Qwen2's configuration.
 
-    ``size`` has the sizes of ``Model`` up to the vocabulary; ``more`` are fields of its configuration.
+    ``size`` has the sizes of ``Model`` up to the vocabulary; ``more`` are fields of the configuration.
     """
-    import torch
-    from arithmetic import tokenizer
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config
 
-    config = Qwen2Config(
+    return Qwen2Config(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         vocab_size=size.vocabulary,
-        dtype=torch.bfloat16,
         **{"max_position_embeddings": 4096, "tie_word_embeddings": False, **more},
     )
+
+
+def write_model(folder: Path, size: Any, device: str, **more: Any) -> None:
+    """Write a Qwen2 with random weights in bf16; ``size`` and ``more`` are those of ``configuration``."""
+    import torch
+    from arithmetic import tokenizer
+    from transformers import Qwen2ForCausalLM
+
+    config = configuration(size, dtype=torch.bfloat16, **more)
     torch.manual_seed(0)
     with torch.device(device):
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

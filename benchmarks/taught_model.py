@@ -67,22 +67,6 @@ def questions(size: Size, count: int, seed: int) -> Iterator[tuple[str, str]]:
         yield "0" * numbers.randint(0, size.prompt - MARKERS - len(question)) + question, answer
 
 
-def write_data(file: Path, size: Size, count: int, seed: int) -> None:
-    """Write questions with the columns that verl's reinforcement learning reads."""
-    import pandas
-
-    rows = [
-        {
-            "data_source": "arithmetic",
-            "prompt": [{"role": "user", "content": question}],
-            "reward_model": {"style": "rule", "ground_truth": answer},
-            "extra_info": {"index": index},
-        }
-        for index, (question, answer) in enumerate(questions(size, count, seed))
-    ]
-    pandas.DataFrame(rows).to_parquet(file)
-
-
 def lesson(words: Any, size: Size, seed: int) -> tuple[Any, Any]:
     """Return (rows, length) token ids and labels; a label is -100 where nothing is to be learnt."""
     import torch
@@ -108,23 +92,13 @@ def teach(folder: Path, size: Size, device: str, lessons: int = LESSONS) -> dict
     """Write the model to ``folder``, in bf16; return what it has learnt in as many updates or fewer."""
     import torch
     from arithmetic import tokenizer
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from step import configuration
+    from transformers import Qwen2ForCausalLM
 
     words = tokenizer()
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=words.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-    )
+    known = {"pad_token_id": words.pad_token_id, "bos_token_id": None, "eos_token_id": words.eos_token_id}
+    config = configuration(size, tie_word_embeddings=True, **known)
     model = Qwen2ForCausalLM(config).to(device)
     model.gradient_checkpointing_enable()  # without it a lesson of the 1.5B model takes more than 80 GB
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, weight_decay=0.0, fused=device == "cuda")
@@ -158,9 +132,11 @@ def teach(folder: Path, size: Size, device: str, lessons: int = LESSONS) -> dict
 
 def main(folder: str, name: str, device: str, lessons: str) -> None:
     """Write model and questions of one of ``SIZES``."""
+    from arithmetic import write_questions
+
     size = SIZES[name]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_data(Path(folder) / "problems.parquet", size, count=2048, seed=1)
+    write_questions(Path(folder) / "problems.parquet", questions(size, count=2048, seed=1))
     print(teach(Path(folder) / "model", size, device, int(lessons)))
 
 

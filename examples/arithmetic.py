@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def write_chats(file: Path, count: int, seed: int) -> None:
 
 def write_problems(file: Path, count: int, seed: int) -> None:
     """Write ``count`` problems as a parquet file with the columns that verl's reinforcement learning reads."""
+    write_questions(file, problems(count, seed))
+
+
+def write_questions(file: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """Write pairs of question and answer with those columns."""
     import pandas
 
     rows = [
@@ -104,7 +110,7 @@ def write_problems(file: Path, count: int, seed: int) -> None:
             "reward_model": {"style": "rule", "ground_truth": answer},
             "extra_info": {"index": index},
         }
-        for index, (question, answer) in enumerate(problems(count, seed))
+        for index, (question, answer) in enumerate(pairs)
     ]
     pandas.DataFrame(rows).to_parquet(file)
 
