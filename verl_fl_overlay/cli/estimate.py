@@ -128,9 +128,13 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
         raise CostError(f"{len(lengths)} sequences are too few for {chips} chips x {given['updates']} updates")
     taken: dict[str, dict[str, float]] = {stack: {"gen": options.gen_seconds} for stack in STACKS}
     peaks, waits = dict.fromkeys(STACKS, 0.0), 0.0
+    spread = {
+        updates: cost.micro_batches(lengths, chips=chips, updates=updates, tokens=given["micro-tokens"])
+        for updates in {1, given["updates"]}
+    }
     for phase, (train, entropy) in PHASES.items():
         updates = given["updates"] if train else 1
-        micro = cost.micro_batches(lengths, chips=chips, updates=updates, tokens=given["micro-tokens"])
+        micro = spread[updates]
         for stack in STACKS:
             work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips, updates=updates)
             work["dispatch"] = 1
