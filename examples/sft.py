@@ -128,11 +128,13 @@ def rank_reports(folder: Path) -> list[dict[str, Any]]:
 def never_called(report: dict[str, Any]) -> list[str]:
     """Return the required hooks that were installed in this rank and never called.
 
-    Left out are those on engines that do not run, and on verl's look at trainer.device: 0.7.0's SFT trainer has none.
+    Left out are those on engines that do not run, on adapters that are merged (the demo has none), and on verl's look
+    at trainer.device: 0.7.0's SFT trainer has none.
     """
     idle = {h["name"] for h in report["hooks"] if h["required"] and h["state"] == "installed" and not h["calls"]}
-    of_engines = {name for name in idle if name.startswith("engine.initialize.")} - {"engine.initialize.fsdp"}
-    return sorted(idle - of_engines - ({"chip.configured_device"} if version("verl") == "0.7.0" else set()))
+    no_use = {name for name in idle if name.startswith("engine.initialize.")} - {"engine.initialize.fsdp"}
+    no_use |= {"engine.merged_adapters"} | ({"chip.configured_device"} if version("verl") == "0.7.0" else set())
+    return sorted(idle - no_use)
 
 
 def disk(folder: Path) -> str:

@@ -350,7 +350,8 @@ def test_doctor_refuses_the_renamed_target(renamed):
 
 
 def test_doctor_tells_what_was_edited_and_what_cannot_be_tried(tmp_path):
-    fsdp = "verl/workers/engine/fsdp/transformer_impl.py"
+    module = "verl.workers.engine.fsdp.transformer_impl"
+    fsdp = f"{module.replace('.', '/')}.py"
     folder = edited(
         tmp_path,
         (BASE, "engine_cls(*args, **kwargs)", "engine_cls(*args, **kwargs, more=1)"),
@@ -366,9 +367,12 @@ def test_doctor_tells_what_was_edited_and_what_cannot_be_tried(tmp_path):
     assert hooks["attention.value_model"]["pinned"] == "parameters differ"
     assert hooks["attention.value_model"]["state"] == "failed"
     assert hooks["engine.enter"]["pinned"] == "yes"
-    (refusal,) = [problem for problem in report["problems"] if "cannot be tried" in problem]
-    assert refusal.startswith("hook engine.initialize.fsdp cannot be tried: import of ")
-    assert refusal.endswith(" raises OSError: no such device")
+    untried = [problem for problem in report["problems"] if "cannot be tried" in problem]
+    required = [h["name"] for h in report["hooks"] if h["required"] and h["target"].startswith(f"{module}:")]
+    assert "engine.initialize.fsdp" in required
+    for name, problem in zip(required, untried, strict=True):
+        assert problem.startswith(f"hook {name} cannot be tried: import of ")
+        assert problem.endswith(" raises OSError: no such device")
 
 
 def test_git_checkout_of_this_release_gets_the_same_shim(tmp_path, renamed):

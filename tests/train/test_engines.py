@@ -71,8 +71,9 @@ def test_log_probs_differ_from_plain_verls_by_its_rounding_alone(plain, with_ove
 def test_every_required_hook_was_called(with_overlay):
     hooks = {h["name"]: h for h in with_overlay["report"]["hooks"]}
     idle = [n for n, h in hooks.items() if h["required"] and h["state"] == "installed" and not h["calls"]]
-    # The engines alone do not ask for memory figures, nor for the configured device; the trainer does.
-    assert set(idle) <= {"cpu.device_module", "chip.configured_device"}
+    # The engines alone do not ask for memory figures, nor for the configured device; the trainer does.  There is no
+    # LoRA here.
+    assert set(idle) <= {"cpu.device_module", "chip.configured_device", "engine.merged_adapters"}
     assert hooks["engine.new"]["calls"] == len(CASES)
     assert hooks["engine.initialize.fsdp"]["calls"] == len(CASES)
     assert hooks["engine.train_batch"]["calls"] == 3 * len(CASES)
