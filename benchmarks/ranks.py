@@ -560,7 +560,8 @@ def main() -> None:
     if options.merge:
         for file in options.merge:
             for mode, found in json.loads(file.read_text()).items():
-                results.setdefault(mode, {}).update(found)
+                known = results.setdefault(mode, {})
+                known.update({name: one for name, one in found.items() if name not in known or "error" not in one})
         print(report(results))
         return
     if unknown := sorted(set(names) - set(CONFIGURATIONS)):

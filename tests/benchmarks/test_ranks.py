@@ -105,9 +105,10 @@ def test_what_dies_is_told_in_a_line_and_the_others_go_on_in_new_processes(ranks
 def test_scaling_is_told_by_tokens_a_second(tmp_path):
     two = {"two GPUs, same batch": {"error": "it fails"}, "two GPUs, twice the batch": result(1.0, ms=105.0)}
     two["two GPUs, twice the batch"]["tokens"] = [2000] * 5
-    files = tmp_path / "1.json", tmp_path / "2.json"
+    files = tmp_path / "1.json", tmp_path / "2.json", tmp_path / "3.json"
     files[0].write_text(json.dumps({"overlay": {"one GPU": result(1.0)}}))
     files[1].write_text(json.dumps({"overlay": two}))
+    files[2].write_text(json.dumps({"overlay": {"one GPU": {"error": "no time left"}}}))  # a result stays
     done = run(SCRIPT, "--merge", *files, env={})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -111,6 +111,13 @@ def test_what_is_cut_is_told_and_run_again_and_what_ended_is_kept(tmp_path: Path
     assert ran.read_text().split() == ["a", "b", "c"], "the first one was not run again"
 
 
+def test_what_cannot_run_again_keeps_its_result(tmp_path: Path) -> None:
+    item = Item("a", "true", minutes=2)
+    gpu.run([item], HERE, tmp_path, minutes=4, keep=False)
+    gpu.run([item], HERE, tmp_path, minutes=1, keep=False)
+    assert rows(tmp_path)["a"]["outcome"] == "passed"
+
+
 def test_a_run_that_is_ended_says_what_ran_and_leaves_no_process(tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -221,8 +221,9 @@ def as_text(found: dict[str, Any]) -> str:
         rows.append([name, *(format(found[name][stack], form) for stack in found[name]), "-"])
     rows.append(["peak GB of a chip", *(f"{peak:.1f}" for peak in found["peak GB of a chip"].values())])
     about = (
-        f"{found['parameters'] / 1e9:.2f} billion parameters on {chips['number']} {chips['name']}; a step has "
-        f"{sequences['number']:,} sequences of {sequences['tokens']:,} tokens, the longest {sequences['longest']:,}"
+        f"a dense decoder with gated MLPs, {found['parameters'] / 1e9:.2f} billion parameters, on {chips['number']} "
+        f"{chips['name']}; a step has {sequences['number']:,} sequences of {sequences['tokens']:,} tokens, the longest "
+        f"{sequences['longest']:,}"
     )
     told = [f"{stack}: {what}" for stack, what in STACKS.items()]
     told += [f"{stack} needs more memory than the chip has; fewer --micro-tokens" for stack in found["does not fit"]]
