@@ -171,24 +171,16 @@ def test_no_room_for_a_checkpoint_ends_the_run_and_the_last_one_stays(story):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_rollout_server_killed_ends_the_run_with_rays_error(side, data, tmp_path):
-    with start(side, data, tmp_path, 6) as run:
+@pytest.mark.parametrize(
+    ("process", "steps", "error"), [("ray::Server", 6, ["ActorDiedError"]), ("raylet", 9, RAYLET_GONE)]
+)
+def test_a_rollout_server_or_a_raylet_killed_ends_the_run_with_rays_error(process, steps, error, side, data, tmp_path):
+    with start(side, data, tmp_path, steps) as run:
         run.wait_for_step(2)
-        run.process("ray::Server").kill()
+        run.process(process).kill()
         told = ended(run)
     assert told["status"], told["log"]
-    assert told["errors"][-1] == "ActorDiedError", told["log"]
-    assert reports(tmp_path / "reports")
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_a_raylet_killed_ends_the_run(side, data, tmp_path):
-    with start(side, data, tmp_path, 9) as run:
-        run.wait_for_step(2)
-        run.process("raylet").kill()
-        told = ended(run)
-    assert told["status"], told["log"]
-    assert told["errors"][-1] in RAYLET_GONE, told["log"]
+    assert told["errors"][-1] in error, told["log"]
     assert reports(tmp_path / "reports")
 
 
