@@ -117,7 +117,7 @@ def test_verls_sft_trainer_trains_on_the_cluster_with_the_overlay(cluster, data,
     for report in worker_reports(tmp_path):
         assert report["verl"]["supported"]
         assert report["phase"]["counts"]["train_batch"] >= 1  # Ray kills its actors: the last second is not reported
-        assert never_called(report) == []
+        assert set(never_called(report)) <= {"chip.configured_device"}, "verl looks at trainer.device in the driver"
         assert report["environment"]["TEFL_LOG_LEVEL"] == "WARNING"
         assert report["problems"] == []
 
