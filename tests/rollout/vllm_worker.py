@@ -108,12 +108,12 @@ def give(llm: Any, engine: Any) -> None:
     """Send the engine's weights to vLLM's worker through shared memory, as verl does on a chip without IPC."""
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
+    (handle,) = llm.collective_rpc("_get_zmq_handle")
     weights, _ = engine.get_per_tensor_param()
     waiting = threading.Thread(
         target=llm.collective_rpc, args=("update_weights_from_ipc",), kwargs={"kwargs": {"use_shm": True}}
     )
     waiting.start()
-    handle = f"ipc:///tmp/rl-colocate-zmq-{os.environ['VERL_RAY_JOB_ID']}-replica-0-rank-0.sock"
     asyncio.run(BucketedWeightSender(handle, bucket_size_mb=1, use_shm=True).async_send_weights(weights))
     waiting.join()
     llm.reset_prefix_cache()
@@ -180,7 +180,7 @@ def main() -> None:
             engine = make_engine(model, strategy, "lm", **options)
             before = as_vllm_has_them(engine)
             calls = operators.calls.total()
-            train(engine, "lm", 2, options.get("packed", False))
+            train(engine, "lm", 2 + len(found["cases"]), options.get("packed", False))  # to weights of its own
             trained = as_vllm_has_them(engine)
             give(llm, engine)
             held = torch.load(llm.collective_rpc("held")[0])
