@@ -1,4 +1,4 @@
-"""LoRA adapters that verl merges into the weights for rollout (model.lora.merge=True), before verl 0.9."""
+"""LoRA adapters that verl's FSDP engine merges into the weights for rollout (model.lora.merge=True)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,34 @@ def _names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
     return wrapped({name: tensor.clone() if MERGED in name else tensor for name, tensor in params.items()})
 
 
+def _everywhere(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from verl.utils.fsdp_utils import _merge_or_unmerge_lora_
+
+    wrapped(*args, **kwargs)
+    module, merge = (*args, *kwargs.values())
+    _merge_or_unmerge_lora_(module, merge=merge)  # leaves alone what is merged, or taken out, already
+
+
+def everywhere_hook() -> Hook:
+    """Return the hook on the merging, from verl 0.7.1 on."""
+    return Hook(
+        name="engine.merged_everywhere",
+        module="verl.utils.fsdp_utils",
+        attribute="fsdp_merge_unmerge",
+        wrapper=_everywhere,
+        feature="phase",
+        required=False,
+        why="With FSDP2 verl merges adapters in the modules that are sharded one by one, and not in those that belong "
+        "to the root, such as what joins a vision tower to a language model: rollout gets their weights from before "
+        "training.  The rest is merged too.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/fsdp_utils.py#L909",
+        until="verl merges the adapters of FSDP2's root module",
+        relies_on=("verl.utils.fsdp_utils:_merge_or_unmerge_lora_",),
+    )
+
+
 def weights_hook() -> Hook:
-    """Return the hook on the names of the merged weights, which verl asks for while they are merged.
+    """Return the hook on the names of the merged weights, which verl before 0.9 asks for while they are merged.
 
     It copies those weights of this rank's shard, on the device where they are.
     """

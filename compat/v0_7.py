@@ -32,7 +32,8 @@ def hooks(version: Version) -> list[Hook]:
         *micro_batch.worker_hooks(),
         flash_attn.padding_hook(),
         process_group.backend_name_hook(),
-        *([] if first else [merged_adapters.weights_hook(), *process_group.checkpoint_engine_hooks()]),
+        *([] if first else [merged_adapters.weights_hook(), merged_adapters.everywhere_hook()]),
+        *([] if first else process_group.checkpoint_engine_hooks()),
         *platforms.device_helper_hooks(),
         *cpu.device_helper_hooks(),
     ]

@@ -15,6 +15,7 @@ def hooks(version: Version) -> list[Hook]:
         *every_release.hooks(),
         flash_attn.padding_hook(),
         merged_adapters.weights_hook(),
+        merged_adapters.everywhere_hook(),
         process_group.backend_name_hook(),
         *process_group.checkpoint_engine_hooks(),
         *platforms.device_helper_hooks(),

@@ -18,6 +18,7 @@ CASES = {
     "all": (("fsdp2", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
     "all, fsdp1": (("fsdp", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
     "all, adapters merged": (("fsdp2", "--packed", "--fused", "--lora"), {**ROUTED, **CHUNKED}),
+    "adapters merged, some in FSDP's root": (("fsdp2", "--lora", "--outside"), {}),
 }
 FUSED = {"adam": 1, "rms_norm": 5, "gated_mlp": 2, "rotary": 1}
 

@@ -273,7 +273,11 @@ def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, cap
         ({"head_dim": 0}, [], "config.json has head_dim = 0"),
         ({"num_key_value_heads": 3}, [], "heads, and 3 of keys and values, which they cannot share"),
         ({"num_key_value_heads": 512}, [], "heads, and 512 of keys and values, which they cannot share"),
-        ({"tie_word_embeddings": "false"}, [], "config.json has tie_word_embeddings = 'false'; needed is true or false"),
+        (
+            {"tie_word_embeddings": "false"},
+            [],
+            "config.json has tie_word_embeddings = 'false'; needed is true or false",
+        ),
         ({}, ["--chip", "B200"], "--chip B200: known are H100, H200; of another one give --chip-tflops too"),
         ({}, ["--chip", "B200", "--chip-tflops", "9", "--chip-tbs", "1", "--chips", "2"], "give --link-gbs too"),
         ({}, ["--chip-tflops", "nan"], "--chip-tflops nan: allowed is more than 0"),
