@@ -213,6 +213,34 @@ def test_in_a_bundle_the_commit_is_the_bundles(tmp_path: Path, monkeypatch: pyte
     assert gpu.commit() == "1a2b3c4"
 
 
+def test_a_clone_beside_another_manifest_and_an_sdist_in_another_clone_have_no_commit_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"files": []}))
+    (tmp_path / "clone" / "sdist").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path / "clone"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "one"], check=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "clone")
+    assert re.fullmatch("[0-9a-f]{7,}", gpu.commit())
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "clone" / "sdist")
+    assert gpu.commit() == ""
+
+
+def test_who_is_interrupted_while_it_asks_writes_nothing(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu
+gpu.ask = lambda: os.kill(os.getpid(), signal.SIGINT) or {{**{HERE!r}, "lacking": "it cannot be loaded"}}
+sys.argv[1:] = ["--folder", {str(tmp_path)!r}]
+sys.exit(gpu.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tests_that_share_a_run_are_in_one_group() -> None:
     """Else each of the processes that share the GPU would make that run."""
     files = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests" / "gpu").glob("test_*.py")}
