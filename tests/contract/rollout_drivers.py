@@ -31,10 +31,17 @@ def reward_model(enable: bool) -> dict[str, Any]:
     return {"reward": {"reward_model": {"enable": enable, "rollout": {"name": "vllm"}}}}
 
 
+def teacher(enabled: bool) -> dict[str, Any]:
+    return {"distillation": {"enabled": enabled, "teacher_models": {"one": {"inference": {"name": "sglang"}}}}}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "vllm": configured("vllm"),
     "sglang": configured("sglang"),
+    "trtllm": configured("trtllm"),
     "reward model": configured("hf", **reward_model(True)),
+    "teacher": configured("hf", **teacher(True)),
+    "both on a cluster": configured("vllm", {"address": CLUSTER}, **reward_model(True)),
     "address": configured("vllm", {"address": CLUSTER}),
     "Ray client": configured("vllm", {"address": "ray://10.0.0.1:10001"}),
     "pip": configured("vllm", {"runtime_env": {"pip": ["vllm"]}}),
@@ -44,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "verl's defaults": configured("vllm"),
     "somebody's own": configured("hf"),
     "reward model that is off": configured("hf", **reward_model(False)),
+    "teacher that is off": configured("hf", **teacher(False)),
     "SFT": {"model": {"path": "m"}},
 }
 
