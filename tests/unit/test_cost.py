@@ -213,6 +213,14 @@ def test_lengths_of_a_file_count(folder, capsys):
     assert both[0]["sequences"] == {"number": 3, "tokens": 600, "longest": 300}
 
 
+def test_each_epoch_trains_on_all_sequences(folder, capsys):
+    one, two, three = (estimated(folder, capsys, "--epochs", n)["seconds"]["overlay"] for n in ("1", "2", "3"))
+    more = two["update_actor"] - one["update_actor"]
+    assert one["update_actor"] > more > 0.9 * one["update_actor"], "what is dispatched once is not in it"
+    assert three["update_actor"] == pytest.approx(one["update_actor"] + 2 * more)
+    assert three["ref"] == one["ref"]
+
+
 def test_what_was_not_measured_is_said(folder, capsys):
     def said(*options: str) -> str:
         return " / ".join(estimated(folder, capsys, *options)["extrapolated"])

@@ -42,7 +42,8 @@ COUNTS = {
     "batch": (128, "prompts of a step"),
     "answers": (8, "responses to each prompt"),
     "micro-tokens": (16384, "tokens of a micro-batch, verl's ppo_max_token_len_per_gpu"),
-    "updates": (1, "updates of the weights in a step: mini-batches x epochs"),
+    "updates": (1, "mini-batches of a step, each of which updates the weights"),
+    "epochs": (1, "times that a step trains on its sequences, verl's ppo_epochs"),
     "chips": (1, "chips that train, data parallel"),
 }
 PEAKS = {
@@ -133,11 +134,11 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
         for updates in {1, given["updates"]}
     }
     for phase, (train, entropy) in PHASES.items():
-        updates = given["updates"] if train else 1
+        updates, epochs = (given["updates"], given["epochs"]) if train else (1, 1)
         micro = spread[updates]
         for stack in STACKS:
             work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips, updates=updates)
-            work["dispatch"] = 1
+            work = {name: amount * epochs for name, amount in work.items()} | {"dispatch": 1}
             taken[stack][phase] = cost.seconds(work, known["costs"], chip)
             peak = cost.peak_bytes(shape, micro, stack, train=train, entropy=entropy, chips=chips)
             peaks[stack] = max(peaks[stack], peak / 1e9)
