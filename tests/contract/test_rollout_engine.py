@@ -78,3 +78,6 @@ def test_a_version_that_verl_does_not_take_is_told(strict):
     assert all(word in told for word in words), cases["vllm"]
     assert bool(cases["vllm"]["raised"]) == (strict == "1")
     assert cases["somebody's own"] == {"raised": "", "said": []}
+    for case in ("pip", "address"):
+        assert cases[case]["raised"] == "", "the workers may have another version"
+        assert all(word in " ".join(cases[case]["said"]) for word in words)

@@ -28,8 +28,8 @@ class RolloutEngine(Feature):
         """Warn of an engine that may be missing on the nodes, and of versions that do not fit.
 
         Raises:
-            OverlayError: ``engine`` is missing where Ray's processes will run; or, under VERL_FL_STRICT=1, its version
-                does not fit.
+            OverlayError: ``engine`` is missing where Ray's processes will run (``here``); or, under VERL_FL_STRICT=1,
+                its version there does not fit.
         """
         from verl_fl_overlay import versions  # in the driver alone
 
@@ -39,7 +39,7 @@ class RolloutEngine(Feature):
             unmet = versions.unmet(versions.VERSIONS.get(engine, ()), found)
             misfits = list(versions.misfits(modules, found, packages.version("verl")))
             for misfit in [*misfits, *(str(one) for one in unmet if one.here and not one.deep)]:
-                if self.settings.strict:
+                if self.settings.strict and here:
                     raise OverlayError(f"VERL_FL_STRICT=1, and {asked}: {misfit}. {WITHOUT}")
                 logger.warning("%s: %s", asked, misfit)
         elif here:
