@@ -52,7 +52,17 @@ def test_a_missing_engine_ends_the_driver(told, case, asked, engine):
 
 
 @pytest.mark.parametrize(
-    "case", ["RAY_ADDRESS", "address", "a cluster's folder", "Ray client", "pip", "PYTHONPATH", "both on a cluster"]
+    "case",
+    [
+        "RAY_ADDRESS",
+        "RAY_RUNTIME_ENV_HOOK",
+        "address",
+        "a cluster's folder",
+        "Ray client",
+        "pip",
+        "PYTHONPATH",
+        "both on a cluster",
+    ],
 )
 def test_where_the_workers_may_have_it_the_driver_warns_and_goes_on(told, case):
     assert told[case]["raised"] == ""
