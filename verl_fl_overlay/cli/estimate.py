@@ -65,7 +65,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "verl-fl estimate MODEL --chip NEW --chip-tflops 400 --chip-tbs 1.6 --json",
     )
     terminal.explain(parser, more, examples=examples, exits={0: "estimated"})
-    parser.add_argument("model", metavar="MODEL", help="a model's folder; only its config.json is read")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder; its config.json is read, and how large its weights are"
+    )
     lengths = "whole numbers, the tokens of each sequence of a step (default: lengths as the next options say)"
     parser.add_argument("--lengths", metavar="FILE", help=lengths)
     for name, (number, what) in COUNTS.items():
@@ -109,7 +111,8 @@ def _refuse_other_weights(model: model_folder.Model, shape: Shape) -> None:
     if not any(0.9 < size / width / count < 1.1 for count in counts):
         raise CostError(
             f"{model.folder} has {size / width / 1e9:.2f} billion weights, a dense decoder of its sizes with "
-            f"gated MLPs {shape.parameters / 1e9:.2f}: it has other parts, and none such was measured"
+            f"gated MLPs {shape.parameters / 1e9:.2f}: it has other parts, and none such was measured, or files of its "
+            "weights are missing; a folder with its config.json alone is taken as it is"
         )
 
 
