@@ -15,7 +15,6 @@ first answer of a step to the last.  Without a GPU a tiny model runs with the de
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
@@ -39,6 +38,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools", "benchmarks")
 
 import realistic  # noqa: E402
 import recipe  # noqa: E402
+from locks import locked  # noqa: E402
 from realistic import one_line  # noqa: E402
 from taught_model import LESSONS, SIZES  # noqa: E402
 
@@ -519,21 +519,6 @@ def prepare(plan: Plan, lessons: int) -> None:
         subprocess.run(command, env={**os.environ, **more}, check=True)
 
 
-def locked(folder: Path) -> IO[str]:
-    """Return the file whose lock says that the folder is in use, by this process or by a run that outlives it.
-
-    Two would tell each other's runs that it is their turn, and mix their logs.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        told = "another grpo.py uses it, or a run of one that was killed, which ends when its turn does"
-        raise SystemExit(f"--folder {folder}: {told}; name another folder, or wait") from None
-    return lock
-
-
 def chosen(given: str | None, known: Iterable[str], what: str, parser: argparse.ArgumentParser) -> list[str]:
     """Return the names of a list that is separated by commas, each once, or stop if one is unknown."""
     names = list(dict.fromkeys(given.split(","))) if given is not None else []
@@ -581,7 +566,9 @@ def main() -> int:
     variants = chosen(options.variants, VARIANTS, "variants", parser) or [""]
     folder = options.folder.resolve()
     plan = Plan(folder / size, size, options.gpus, options.steps, options.turns, options.eager, options.batch)
-    begun, lock = time.monotonic(), locked(folder)
+    # Two would tell each other's runs that it is their turn, and mix their logs.
+    lock = locked(folder, "another grpo.py, or by a run of one that was killed, which ends with its turn")
+    begun = time.monotonic()
     prepare(plan, options.lessons)
     if options.prepare:
         return 0

@@ -27,6 +27,7 @@ from threading import Event
 from typing import Any
 
 from junit import cases
+from locks import locked
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "out" / "gpu"
@@ -404,7 +405,8 @@ def main() -> int:
     if stopped.is_set():
         return 1
     folder = folder_of(here, options.folder.absolute(), options.keep)
-    return run(items, here, folder, options.minutes, options.keep, stopped)
+    with locked(folder, "another gpu.py, here or on a machine with the same storage"):
+        return run(items, here, folder, options.minutes, options.keep, stopped)
 
 
 if __name__ == "__main__":

@@ -108,20 +108,20 @@ def test_a_folder_is_used_by_one_benchmark_and_by_the_runs_that_outlive_it(grpo,
         return started[-1]
 
     popen = subprocess.Popen
-    lock = grpo.locked(tmp_path)
+    lock = grpo.locked(tmp_path, "somebody")
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--folder", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"another grpo\.py uses it"):
+    with pytest.raises(SystemExit, match=r"is in use by another grpo\.py"):
         grpo.main()
     with monkeypatch.context() as patched:
         patched.setattr(grpo.subprocess, "Popen", sleeping)
         plan = grpo.Plan(tmp_path, "tiny", 1, 2, 1, False)
         shutil.rmtree(grpo.Started(grpo.Run("padded", "", tmp_path / "padded"), plan, tmp_path, lock).ray)
     lock.close()  # as if the benchmark were killed
-    with pytest.raises(SystemExit, match="or a run of one that was killed"):
-        grpo.locked(tmp_path)
+    with pytest.raises(SystemExit, match="is in use by somebody: name another --folder, or wait"):
+        grpo.locked(tmp_path, "somebody")
     started[0].kill()
     started[0].wait()
-    grpo.locked(tmp_path).close()
+    grpo.locked(tmp_path, "somebody").close()
 
 
 def test_a_row_that_is_named_twice_runs_once(grpo):

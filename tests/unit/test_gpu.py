@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -225,6 +226,22 @@ def test_a_clone_beside_another_manifest_and_an_sdist_in_another_clone_have_no_c
     assert re.fullmatch("[0-9a-f]{7,}", gpu.commit())
     monkeypatch.setattr(gpu, "ROOT", tmp_path / "clone" / "sdist")
     assert gpu.commit() == ""
+
+
+def _without_locks(*_: Any) -> None:
+    raise OSError(errno.ENOSYS, "a file system has none")
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ask", lambda: {**HERE, "lacking": "a test"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--folder", str(tmp_path), "--only", "doctor"])
+    folder = gpu.folder_of(HERE, tmp_path, keep=False)
+    with gpu.locked(folder, ""), pytest.raises(SystemExit, match=r"is in use by another gpu\.py"):
+        gpu.main()
+    monkeypatch.setattr("locks.fcntl.flock", _without_locks)
+    assert gpu.main() == 1
+    assert rows(folder)["doctor"]["why"] == "a test"
 
 
 def test_who_is_interrupted_while_it_asks_writes_nothing(tmp_path: Path) -> None:
