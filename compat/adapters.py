@@ -1,7 +1,8 @@
-"""LoRA adapters that verl's FSDP engine merges into the weights for rollout (model.lora.merge=True)."""
+"""LoRA adapters on their way from verl's FSDP engine to rollout: as they are, or merged (model.lora.merge=True)."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from verl_fl_overlay.hooks import Call, Hook
@@ -13,6 +14,34 @@ MERGED = ".base_layer."
 def _names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (params,) = (*args, *kwargs.values())
     return wrapped({name: tensor.clone() if MERGED in name else tensor for name, tensor in params.items()})
+
+
+def _adapters(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def told(model: Any, state_dict: Any = None, adapter_name: str = "default", *more: Any, **options: Any) -> Any:
+        state = model.state_dict() if state_dict is None else state_dict
+        name = re.compile(rf"((?:^|\.)lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
+        adapters = {name.sub(r"\1", key): weight for key, weight in state.items() if name.search(key)}
+        return adapters | wrapped(model, state, adapter_name, *more, **options)
+
+    return told(*args, **kwargs)
+
+
+def adapters_hook() -> Hook:
+    """Return what every release needs where PEFT is."""
+    return Hook(
+        name="engine.adapters",
+        module="peft.utils.save_and_load",
+        attribute="get_peft_model_state_dict",
+        wrapper=_adapters,
+        feature="phase",
+        required=False,
+        why="PEFT 0.21 finds adapters by the names of modules, which FSDP1's wrappers and layered_summon change: "
+        "it gives verl none of them, and rollout answers with the weights from before training.  They are found by "
+        "their own names, too.",
+        upstream="https://github.com/huggingface/peft/pull/3490",
+        until="PEFT takes FSDP1's wrappers out of names everywhere, and names that begin inside of the model",
+        needs="peft",
+    )
 
 
 def _everywhere(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
