@@ -31,13 +31,14 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("examples", "tools", "benchmarks")]
 
 import realistic  # noqa: E402
 import recipe  # noqa: E402
+from locks import locked  # noqa: E402
 from realistic import one_line  # noqa: E402
 from taught_model import LESSONS, SIZES  # noqa: E402
 
@@ -254,7 +255,7 @@ def environment(run: Run, plan: Plan, turns: Path, ray: str) -> dict[str, str]:
 class Started:
     """A run's process, from its start to its end."""
 
-    def __init__(self, run: Run, plan: Plan, turns: Path) -> None:
+    def __init__(self, run: Run, plan: Plan, turns: Path, lock: IO[str]) -> None:
         self.run, self.plan, self.turns = run, plan, turns
         run.folder.mkdir(parents=True, exist_ok=True)
         for stale in (*run.folder.glob("reports/*.json"), *turns.glob(f"{run.file_name}.*")):
@@ -270,6 +271,7 @@ class Started:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[lock.fileno()],
             )
 
     @property
@@ -518,8 +520,8 @@ def prepare(plan: Plan, lessons: int) -> None:
 
 
 def chosen(given: str | None, known: Iterable[str], what: str, parser: argparse.ArgumentParser) -> list[str]:
-    """Return the names of a list that is separated by commas, or stop if one is unknown."""
-    names = given.split(",") if given is not None else []
+    """Return the names of a list that is separated by commas, each once, or stop if one is unknown."""
+    names = list(dict.fromkeys(given.split(","))) if given is not None else []
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"no such {what}: {', '.join(unknown)}; there are {', '.join(filter(None, known))}")
     return names
@@ -553,6 +555,7 @@ def main() -> int:
         parser.error(f"--turns {options.turns} of --steps {options.steps}: the first step of each is not counted")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.open("a").close()  # what cannot be written is told before anything has run
     on_gpu = device() != "cpu"
     size = options.size or ("0.5B" if on_gpu else "tiny")
     if size != "tiny" and not (on_gpu and find_spec("vllm")):
@@ -563,6 +566,8 @@ def main() -> int:
     variants = chosen(options.variants, VARIANTS, "variants", parser) or [""]
     folder = options.folder.resolve()
     plan = Plan(folder / size, size, options.gpus, options.steps, options.turns, options.eager, options.batch)
+    # Two would tell each other's runs that it is their turn, and mix their logs.
+    lock = locked(folder, "another grpo.py, or by a run of one that was killed, which ends with its turn")
     begun = time.monotonic()
     prepare(plan, options.lessons)
     if options.prepare:
@@ -575,7 +580,7 @@ def main() -> int:
     started: list[Started] = []
     try:
         for run in runs:
-            started.append(Started(run, plan, turns))
+            started.append(Started(run, plan, turns, lock))
         take_turns(started, plan, begun + 60 * options.minutes)
     finally:
         end(started)

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import realistic
-from realistic import REAL, ROWS, TINY, Size
+from realistic import REAL, ROWS, TINY, Size, refuse_several
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests" / "megatron")]
@@ -562,6 +562,8 @@ def main() -> None:
             for mode, found in json.loads(file.read_text()).items():
                 known = results.setdefault(mode, {})
                 known.update({name: one for name, one in found.items() if name not in known or "error" not in one})
+        done = [one for of_mode in results.values() for one in of_mode.values() if "error" not in one]
+        refuse_several(sorted({one["device"] for one in done}), parser)
         print(report(results))
         return
     if unknown := sorted(set(names) - set(CONFIGURATIONS)):

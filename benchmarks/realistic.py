@@ -502,6 +502,12 @@ def report(results: dict[str, list[dict[str, Any]]]) -> str:
     return f"{said}\n{processes}; a / b: without / with entropy\n\n{table(results)}\n\n{ratios(results)}"
 
 
+def refuse_several(found: list[str], parser: argparse.ArgumentParser) -> None:
+    """End the program if the files of --merge are of several cards, or batches, whose times cannot be compared."""
+    if len(found) > 1:
+        parser.error(f"--merge: the files are of {' and of '.join(found)}; their times cannot be compared")
+
+
 def disagreements(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return the rows whose first step's loss is not the first row's, or that have none."""
     losses = {row: median(runs, "first step", "loss") for row, runs in results.items()}
@@ -537,6 +543,9 @@ def main() -> None:
         for file in options.merge:
             for row, runs in json.loads(file.read_text()).items():
                 results.setdefault(row, []).extend(runs)
+        done = [run for runs in results.values() for run in runs if "error" not in run]
+        for what in ("device", "batch"):
+            refuse_several(sorted({run[what] for run in done}), parser)
         print(report(results))
         return
 

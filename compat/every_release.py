@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from verl_fl_overlay.compat import (
     activation_offload,
+    adapters,
     engines,
     flash_attn,
     megatron_attention,
@@ -36,6 +37,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *transformers_attention.hooks(),
         *packing.engine_hooks(),
         *packing.model_hooks(),
+        adapters.adapters_hook(),
         micro_batch.engine_hook(),
         activation_offload.key_hook(),
         megatron_attention.packed_hook(),

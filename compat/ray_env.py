@@ -43,7 +43,8 @@ def _of_job_config(job_config: Any) -> Any:
 def starts_here(given: Mapping[str, Any] | None) -> bool:
     """Return whether ``ray.init(**given)`` starts a Ray of its own, whose processes all have this one's packages.
 
-    It is False where that cannot be told: Ray is there already, or a runtime environment brings more than variables.
+    It is False where that cannot be told: Ray is there already, a runtime environment brings more than variables, or
+    Ray's own hook (RAY_RUNTIME_ENV_HOOK) may bring one.
     What has no value brings nothing: verl 0.9.1's configuration names ``py_executable`` without one.
     """
     import ray
@@ -51,6 +52,8 @@ def starts_here(given: Mapping[str, Any] | None) -> bool:
     options = given or {}
     environment = {name: brought for name, brought in (options.get("runtime_env") or {}).items() if brought}
     if ray.is_initialized() or set(environment) - {"env_vars"} or "PYTHONPATH" in (environment.get("env_vars") or {}):
+        return False
+    if "RAY_RUNTIME_ENV_HOOK" in os.environ:
         return False
     try:
         from ray._private.services import canonicalize_bootstrap_address

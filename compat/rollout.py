@@ -70,8 +70,12 @@ def plugin_hooks() -> list[Hook]:
 ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm"}
 """verl's name of a rollout engine -> the package that it imports; other names are somebody's own."""
 
-MODELS = {"actor_rollout_ref": "", "reward.reward_model": "enable", "reward_model": "enable"}
-"""Where a configuration has a rollout -> what beside it tells whether that is used, "" if it always is."""
+USED = {
+    "actor_rollout_ref.rollout": "",
+    "reward.reward_model.rollout": "reward.reward_model.enable",
+    "reward_model.rollout": "reward_model.enable",
+}
+"""Where a configuration has a rollout -> what tells whether it is used, "" if it always is."""
 
 
 def _engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,11 +86,15 @@ def _engine(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[st
     def find(key: str) -> Any:
         return OmegaConf.select(configuration, key) if OmegaConf.is_config(configuration) else None
 
-    for model, switch in MODELS.items():
-        key = f"{model}.rollout.name"
-        engine = ENGINES.get(find(key))
-        if engine and (not switch or find(f"{model}.{switch}")):
-            rollout_engine.ask(engine, f"{key}={find(key)}", starts_here(find("ray_kwargs.ray_init")))
+    teachers = find("distillation.teacher_models") or ()
+    used = USED | {f"distillation.teacher_models.{name}.inference": "distillation.enabled" for name in teachers}
+    asked: dict[Any, str] = {}
+    for rollout, switch in used.items():
+        if not switch or find(switch):
+            asked.setdefault(find(f"{rollout}.name"), f"{rollout}.name")
+    for name, key in asked.items():
+        if name in ENGINES:
+            rollout_engine.ask(ENGINES[name], f"{key}={name}", starts_here(find("ray_kwargs.ray_init")))
     return wrapped(*args, **kwargs)
 
 

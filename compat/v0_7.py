@@ -5,11 +5,11 @@ from __future__ import annotations
 from packaging.version import Version
 
 from verl_fl_overlay.compat import (
+    adapters,
     engines,
     every_release,
     flash_attn,
     legacy_workers,
-    merged_adapters,
     micro_batch,
     packing,
     platforms,
@@ -32,7 +32,8 @@ def hooks(version: Version) -> list[Hook]:
         *micro_batch.worker_hooks(),
         flash_attn.padding_hook(),
         process_group.backend_name_hook(),
-        *([] if first else [merged_adapters.weights_hook(), *process_group.checkpoint_engine_hooks()]),
+        *([] if first else [adapters.weights_hook(), adapters.everywhere_hook()]),
+        *([] if first else process_group.checkpoint_engine_hooks()),
         *platforms.device_helper_hooks(),
         *cpu.device_helper_hooks(),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import every_release, flash_attn, merged_adapters, platforms, process_group
+from verl_fl_overlay.compat import adapters, every_release, flash_attn, platforms, process_group
 from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
@@ -14,7 +14,8 @@ def hooks(version: Version) -> list[Hook]:
     return [
         *every_release.hooks(),
         flash_attn.padding_hook(),
-        merged_adapters.weights_hook(),
+        adapters.weights_hook(),
+        adapters.everywhere_hook(),
         process_group.backend_name_hook(),
         *process_group.checkpoint_engine_hooks(),
         *platforms.device_helper_hooks(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from verl_fl_overlay.compat import every_release, flash_attn, platforms, process_group
+from verl_fl_overlay.compat import adapters, every_release, flash_attn, platforms, process_group
 from verl_fl_overlay.compat import without_accelerator as cpu
 from verl_fl_overlay.hooks import Hook
 
@@ -14,6 +14,7 @@ def hooks(version: Version) -> list[Hook]:
     return [
         *every_release.hooks(),
         *([flash_attn.padding_hook()] if version < Version("0.9.1") else []),
+        adapters.everywhere_hook(),
         *process_group.checkpoint_engine_hooks(),
         *platforms.platform_hooks(),
         *cpu.platform_hooks(),

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,9 @@ if __name__ == "__main__":
 from verl_fl_overlay import __version__, compat
 from verl_fl_overlay.cli.install_hint import ADDITIONS, constraints, hints
 from verl_fl_overlay.devices.chips import CHIPS
+
+MACHINES = ("x86_64", "aarch64")
+"""As Linux names them there."""
 
 TESTS_NEED = ("pytest", "pytest-xdist")
 SOURCE = ("antlr4-python3-runtime==4.9.3", "pylatexenc")
@@ -193,17 +197,22 @@ def main() -> int:
     parser.add_argument("--package", action="append", default=[], metavar="NAME==VERSION", help="one more package")
     parser.add_argument("--chip", default="nvidia", choices=CHIPS, metavar="VENDOR", help="default: nvidia")
     parser.add_argument("--python", default=here, metavar="X.Y", help=f"the one there (default: {here}, as here)")
-    parser.add_argument("--machine", default=platform.machine(), help="x86_64, aarch64 (default: as here)")
+    parser.add_argument("--machine", default=platform.machine(), choices=MACHINES, help="default: as here")
     parser.add_argument("--glibc", type=int, default=0, metavar="MINOR", help="there it is 2.MINOR (default: as here)")
     parser.add_argument("--max-size", type=float, default=20, metavar="GB", help="of all wheels (default: 20)")
     parser.add_argument("--dry-run", action="store_true", help="print what pip would be asked for, and make nothing")
     options = parser.parse_args()
+    # install.py compares these with what it finds there, and refuses what is not the same.
     try:
-        own = Version(options.torch).public
+        torch = Version(options.torch)
     except InvalidVersion:
         parser.error(f"--torch {options.torch} is no version: a version is such as 2.11.0")
+    if len(torch.release) != 3:
+        parser.error(f"--torch {options.torch} is no whole version: one is such as 2.11.0")
+    if not re.fullmatch(r"3\.\d+", options.python):
+        parser.error(f"--python {options.python}: needed are two numbers, such as 3.12")
     if not options.bring_torch:
-        options.torch = f"{own}+left.out"
+        options.torch = f"{torch.public}+left.out"
     asked = [*wanted(options.verl, options.components, options.torch, options.chip), *options.package]
     if options.dry_run:
         print(shlex.join(["pip", "download", *target(options.python, options.machine, options.glibc), *asked]))

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,33 @@ def wrong(manifest: dict[str, Any]) -> list[str]:
     return found
 
 
+def tiny_model() -> int:
+    """Make the tiny model and its data, whole or not at all, since other machines may do so now; return the status."""
+    program, new = (
+        HERE / "repository" / "examples" / "arithmetic.py",
+        DATA.with_name(f".{platform.node()}-{os.getpid()}"),
+    )
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        print(f"no tiny model was made: {error}; make it elsewhere: python {program} FOLDER")
+        return 0
+    try:
+        environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+        made = subprocess.run([sys.executable, str(program), str(new)], check=False, env=environment)
+        if made.returncode:
+            return made.returncode
+        try:
+            new.rename(DATA)
+        except OSError:
+            if not DATA.exists():  # no other machine was first
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"a tiny model and its data are in {DATA}")
+    return 0
+
+
 def main() -> int:
     """Install; return the exit status."""
     try:
@@ -53,13 +81,9 @@ def main() -> int:
     done = subprocess.run([*pip, "-r", str(HERE / "requirements.txt")], check=False)
     if done.returncode:
         return done.returncode
-    if not DATA.exists():
-        environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}
-        make = [sys.executable, str(HERE / "repository" / "examples" / "arithmetic.py"), str(DATA)]
-        if status := subprocess.run(make, check=False, env=environment).returncode:
-            return status
-    print(f"installed; a tiny model and its data are in {DATA}")
-    print("next: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay; python -m verl_fl_overlay doctor")
+    if not DATA.exists() and (status := tiny_model()):
+        return status
+    print("installed; next: export VERL_USE_EXTERNAL_MODULES=verl_fl_overlay; python -m verl_fl_overlay doctor")
     return 0
 
 

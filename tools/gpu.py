@@ -27,6 +27,7 @@ from threading import Event
 from typing import Any
 
 from junit import cases
+from locks import locked
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "out" / "gpu"
@@ -197,10 +198,12 @@ def folder_of(here: dict[str, Any], folder: Path, keep: bool) -> Path:
 def commit() -> str:
     """Return what is run: the checkout's commit, with a + if files differ from it; "" if that is not known.
 
-    Beside the repository of a bundle (``tools/bundle.py``) is a file that tells it.
+    Beside the repository of a bundle (``tools/bundle.py``) is a file that tells it.  What is no clone may lie in one of
+    something else.
     """
-    if (manifest := ROOT.parent / "MANIFEST.json").is_file():
-        return str(json.loads(manifest.read_text())["commit"])[:7]
+    if not (ROOT / ".git").exists():
+        manifest = ROOT.parent / "MANIFEST.json"
+        return str(json.loads(manifest.read_text()).get("commit", ""))[:7] if manifest.is_file() else ""
     said = []
     for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
@@ -399,8 +402,11 @@ def main() -> int:
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, lambda *_: stopped.set())
     items, here = chosen(options.only), ask()
+    if stopped.is_set():
+        return 1
     folder = folder_of(here, options.folder.absolute(), options.keep)
-    return run(items, here, folder, options.minutes, options.keep, stopped)
+    with locked(folder, "another gpu.py, here or on a machine with the same storage"):
+        return run(items, here, folder, options.minutes, options.keep, stopped)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -97,3 +98,38 @@ def test_runs_end_together_and_leave_nothing(grpo, tmp_path, monkeypatch):
     assert time.monotonic() - begun < 4
     assert all(each.process.returncode == -9 for each in started)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_used_by_one_benchmark_and_by_the_runs_that_outlive_it(grpo, tmp_path, monkeypatch):
+    started = []
+
+    def sleeping(command, **options):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        return started[-1]
+
+    popen = subprocess.Popen
+    lock = grpo.locked(tmp_path, "somebody")
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"is in use by another grpo\.py"):
+        grpo.main()
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo.subprocess, "Popen", sleeping)
+        plan = grpo.Plan(tmp_path, "tiny", 1, 2, 1, False)
+        shutil.rmtree(grpo.Started(grpo.Run("padded", "", tmp_path / "padded"), plan, tmp_path, lock).ray)
+    lock.close()  # as if the benchmark were killed
+    with pytest.raises(SystemExit, match="is in use by somebody: name another --folder, or wait"):
+        grpo.locked(tmp_path, "somebody")
+    started[0].kill()
+    started[0].wait()
+    grpo.locked(tmp_path, "somebody").close()
+
+
+def test_a_row_that_is_named_twice_runs_once(grpo):
+    assert grpo.chosen("overlay,padded,overlay", grpo.ROWS, "rows", None) == ["overlay", "padded"]
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_runs(grpo, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "prepare", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--folder", str(tmp_path), "--json", str(tmp_path)])
+    with pytest.raises(IsADirectoryError):
+        grpo.main()

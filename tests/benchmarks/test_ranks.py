@@ -115,6 +115,10 @@ def test_scaling_is_told_by_tokens_a_second(tmp_path):
     assert "| one GPU, overlay | 100 | 10,000 | - | 3.2 / 3.5 |" in lines
     assert "| two GPUs, same batch, overlay | it fails | | | |" in lines
     assert "| two GPUs, twice the batch, overlay | 105 | 19,048 | 1.90x | 3.2 / 3.5 |" in lines
+    files[0].write_text(json.dumps({"overlay": {"one GPU": {**result(1.0), "device": "another GPU"}}}))
+    done = run(SCRIPT, "--merge", *files, env={})
+    assert done.returncode == 2
+    assert "the files are of a GPU and of another GPU; their times cannot be compared" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,11 @@ def test_results_of_several_runs_are_put_together_and_what_did_not_fit_is_told(t
     )
     assert "| padded overlay | it fails | | | | | |" in lines
     assert "| packed overlay | padded | 8.00x / 8.00x | 8.00x / 8.00x | 1.00x / 1.00x | 8.00x / - | train 7x |" in lines
+    for what in ("device", "batch"):
+        files[1].write_text(json.dumps({"packed overlay": [{**result(1100), what: "another"}]}))
+        done = run(SCRIPT, "--merge", *files, env={})
+        assert done.returncode == 2
+        assert f"the files are of a {'GPU' if what == 'device' else 'batch'} and of another" in done.stderr
 
 
 def test_rows_whose_loss_differs_are_named(realistic):

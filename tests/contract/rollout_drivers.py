@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CLUSTER = "10.0.0.1:6379"
+VARIABLES = {"RAY_ADDRESS": CLUSTER, "RAY_RUNTIME_ENV_HOOK": "a.module.hook"}
 BROUGHT = {"runtime_env": {"env_vars": {"PYTHONPATH": "/there"}}}
 
 
@@ -31,19 +32,28 @@ def reward_model(enable: bool) -> dict[str, Any]:
     return {"reward": {"reward_model": {"enable": enable, "rollout": {"name": "vllm"}}}}
 
 
+def teacher(enabled: bool) -> dict[str, Any]:
+    return {"distillation": {"enabled": enabled, "teacher_models": {"one": {"inference": {"name": "sglang"}}}}}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "vllm": configured("vllm"),
     "sglang": configured("sglang"),
+    "trtllm": configured("trtllm"),
     "reward model": configured("hf", **reward_model(True)),
+    "teacher": configured("hf", **teacher(True)),
+    "both on a cluster": configured("vllm", {"address": CLUSTER}, **reward_model(True)),
     "address": configured("vllm", {"address": CLUSTER}),
     "Ray client": configured("vllm", {"address": "ray://10.0.0.1:10001"}),
     "pip": configured("vllm", {"runtime_env": {"pip": ["vllm"]}}),
     "PYTHONPATH": configured("vllm", BROUGHT),
     "RAY_ADDRESS": configured("vllm"),
+    "RAY_RUNTIME_ENV_HOOK": configured("vllm"),
     "a cluster's folder": configured("vllm"),
     "verl's defaults": configured("vllm"),
     "somebody's own": configured("hf"),
     "reward model that is off": configured("hf", **reward_model(False)),
+    "teacher that is off": configured("hf", **teacher(False)),
     "SFT": {"model": {"path": "m"}},
 }
 
@@ -68,15 +78,15 @@ def main() -> None:
     defaults = Path(verl.__file__).with_name("trainer") / "config" / "_generated_ppo_trainer.yaml"
     for case, configuration in CASES.items():
         said.clear()
-        if case == "RAY_ADDRESS":
-            os.environ["RAY_ADDRESS"] = CLUSTER
+        if case in VARIABLES:
+            os.environ[case] = VARIABLES[case]
         beside = OmegaConf.load(defaults) if case == "verl's defaults" else {}
         try:
             auto_set_device(OmegaConf.merge(beside, {**configuration, "trainer": {"device": "cpu"}}))
             told[case] = {"raised": "", "said": list(said)}
         except RuntimeError as error:
             told[case] = {"raised": f"{type(error).__name__}: {error}", "said": list(said)}
-        os.environ.pop("RAY_ADDRESS", None)
+        os.environ.pop(case, None)
     started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     print("RESULT " + json.dumps({"cases": told, "Ray was started": started}))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from processes import OVERLAY, result, warm
 
+from verl_fl_overlay.cli.install_hint import ADDITIONS
+
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
 pytestmark = [
@@ -37,17 +39,31 @@ def told():
         ("vllm", "actor_rollout_ref.rollout.name=vllm", "vllm"),
         ("verl's defaults", "actor_rollout_ref.rollout.name=vllm", "vllm"),
         ("sglang", "actor_rollout_ref.rollout.name=sglang", "sglang"),
+        ("trtllm", "actor_rollout_ref.rollout.name=trtllm", "tensorrt_llm"),
         ("reward model", "reward.reward_model.rollout.name=vllm", "vllm"),
+        ("teacher", "distillation.teacher_models.one.inference.name=sglang", "sglang"),
     ],
 )
 def test_a_missing_engine_ends_the_driver(told, case, asked, engine):
     raised = told[case]["raised"]
     assert raised.startswith(f"OverlayError: {asked}, and {engine} is not installed for {sys.executable}")
-    assert f"verl-fl install-hint {engine}" in raised
+    assert (f"verl-fl install-hint {engine}" in raised) == (engine in ADDITIONS), "it takes what it knows alone"
     assert "VERL_FL_DISABLE=rollout.engine" in raised
 
 
-@pytest.mark.parametrize("case", ["RAY_ADDRESS", "address", "a cluster's folder", "Ray client", "pip", "PYTHONPATH"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "RAY_ADDRESS",
+        "RAY_RUNTIME_ENV_HOOK",
+        "address",
+        "a cluster's folder",
+        "Ray client",
+        "pip",
+        "PYTHONPATH",
+        "both on a cluster",
+    ],
+)
 def test_where_the_workers_may_have_it_the_driver_warns_and_goes_on(told, case):
     assert told[case]["raised"] == ""
     (said,) = told[case]["said"]
@@ -55,7 +71,7 @@ def test_where_the_workers_may_have_it_the_driver_warns_and_goes_on(told, case):
     assert "has to be on the nodes of the Ray cluster" in said
 
 
-@pytest.mark.parametrize("case", ["somebody's own", "reward model that is off", "SFT"])
+@pytest.mark.parametrize("case", ["somebody's own", "reward model that is off", "teacher that is off", "SFT"])
 def test_others_go_on_in_silence(told, case):
     assert told[case] == {"raised": "", "said": []}
 
@@ -72,3 +88,6 @@ def test_a_version_that_verl_does_not_take_is_told(strict):
     assert all(word in told for word in words), cases["vllm"]
     assert bool(cases["vllm"]["raised"]) == (strict == "1")
     assert cases["somebody's own"] == {"raised": "", "said": []}
+    for case in ("pip", "address"):
+        assert cases[case]["raised"] == "", "the workers may have another version"
+        assert all(word in " ".join(cases[case]["said"]) for word in words)

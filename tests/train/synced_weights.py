@@ -1,7 +1,7 @@
 """The weights that verl's real engine gives to rollout after updates, beside those that it trains, as a program.
 
-python tests/train/synced_weights.py MODEL STRATEGY [--lora] [--packed] [--fused] prints JSON.  FlagGems' operators and
-the fused kernels are stand-ins for the CPU.
+python tests/train/synced_weights.py MODEL STRATEGY [--lora] [--outside] [--packed] [--fused] prints JSON.
+FlagGems' operators and the fused kernels are stand-ins for the CPU.  --outside: FSDP2 shards no attention alone.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def main() -> None:
     if "--fused" in options:
         fused.start()
     torch.manual_seed(0)
-    engine = make_engine(model, strategy, "lm", packed=packed, hf=LORA if "--lora" in options else {})
+    wrapped = {"wrap_policy": {"transformer_layer_cls_to_wrap": ["Qwen2MLP"]}} if "--outside" in options else {}
+    engine = make_engine(model, strategy, "lm", packed=packed, hf=LORA if "--lora" in options else {}, **wrapped)
     before = given(engine)
     train(engine, "lm", 3, packed)
     calls = operators.calls.total()

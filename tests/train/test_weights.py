@@ -18,6 +18,7 @@ CASES = {
     "all": (("fsdp2", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
     "all, fsdp1": (("fsdp", "--packed", "--fused"), {**ROUTED, **CHUNKED}),
     "all, adapters merged": (("fsdp2", "--packed", "--fused", "--lora"), {**ROUTED, **CHUNKED}),
+    "adapters merged, some in FSDP's root": (("fsdp2", "--lora", "--outside"), {}),
 }
 FUSED = {"adam": 1, "rms_norm": 5, "gated_mlp": 2, "rotary": 1}
 
@@ -43,3 +44,13 @@ def test_rollout_gets_what_was_trained(tiny_model, case):
     assert told["of the engine"] == pytest.approx(told["of the weights"], rel=0, abs=0.01)
     pairs = zip(told["of the engine"], told["of those before"], strict=True)
     assert max(abs(one - other) for one, other in pairs) > 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [("fsdp2",), ("fsdp2", "--layered"), ("fsdp",), ("fsdp", "--layered")], ids=" ".join
+)
+def test_rollout_gets_all_adapters_that_were_trained(tiny_model, options):
+    if options == ("fsdp", "--layered") and version("verl") >= "0.9":
+        pytest.skip("verl 0.9 itself raises on one rank")
+    told = result(PROGRAM.with_name("synced_adapters.py"), tiny_model, *options, env=OVERLAY, start=warm)
+    assert told == {"given": 28, "as trained": True}

@@ -119,6 +119,9 @@ def test_what_stands_for_torch_is_a_wheel_of_its_version(tmp_path: Path) -> None
     ("arguments", "said"),
     [
         (["--torch", "new"], "--torch new is no version"),
+        (["--torch", "2.11"], "--torch 2.11 is no whole version: one is such as 2.11.0"),
+        (["--torch", "2.11.0", "--python", "3.12.4"], "--python 3.12.4: needed are two numbers"),
+        (["--torch", "2.11.0", "--machine", "amd64"], "invalid choice: 'amd64'"),
         (["--torch", "2.11.0", "--verl", "9.9"], "invalid choice: '9.9'"),
         (["--torch", "2.11.0", "--with", "nothing"], "invalid choice: 'nothing'"),
         (["--torch", "2.11.0", "--with", "te-fl", "--dry-run"], "te-fl cannot be put into a bundle. Transf"),
@@ -173,3 +176,53 @@ def test_nothing_speaks_against_it_where_it_was_made(made: argparse.Namespace, m
     monkeypatch.setattr(bundle_install, "HERE", made.folder)
     monkeypatch.setattr(bundle_install.importlib.metadata, "version", lambda name: "2.11.0+cu130")
     assert bundle_install.wrong(json.loads((made.folder / "MANIFEST.json").read_text())) == []
+
+
+@pytest.fixture
+def installed(made: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """Return a bundle that fits here, with a program that makes the data; ``main`` installs it, pip aside."""
+    program, data = made.folder / "repository" / "examples" / "arithmetic.py", made.folder / "repository/out/arithmetic"
+    monkeypatch.setattr(bundle_install, "HERE", made.folder)
+    monkeypatch.setattr(bundle_install, "DATA", data)
+    monkeypatch.setattr(bundle_install, "wrong", lambda manifest: [])
+    run = subprocess.run
+
+    def without_pip(command: list[str], **options: object) -> object:
+        return run([sys.executable, "-c", ""] if "pip" in command else command, **options)
+
+    monkeypatch.setattr(bundle_install.subprocess, "run", without_pip)
+
+    def makes(more: str = "") -> None:
+        lines = ["import os, sys", "from pathlib import Path", "new = Path(sys.argv[1])", "(new / 'one').touch()", more]
+        program.write_text("\n".join([*lines, "(new / 'two').touch()"]))
+
+    return argparse.Namespace(main=bundle_install.main, data=data, makes=makes)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_data_that_was_cut_is_made_again(installed: argparse.Namespace) -> None:
+    installed.makes("raise SystemExit(3)")
+    assert installed.main() == 3
+    assert names(installed.data.parent) == []
+    installed.makes()
+    assert installed.main() == 0
+    assert names(installed.data) == ["one", "two"]
+
+
+def test_of_two_machines_the_first_one_makes_the_data(installed: argparse.Namespace) -> None:
+    installed.makes(f"other = Path({str(installed.data)!r}); other.mkdir(); (other / 'theirs').touch()")
+    assert installed.main() == 0
+    assert names(installed.data.parent) == ["arithmetic"]
+    assert names(installed.data) == ["theirs"]
+
+
+def test_a_bundle_that_cannot_be_written_is_installed(installed: argparse.Namespace, capsys) -> None:
+    installed.makes()
+    installed.data.parent.touch()  # as a folder that is read-only, for root too
+    assert installed.main() == 0
+    said = capsys.readouterr().out
+    assert "no tiny model was made: " in said
+    assert "installed; next: " in said

@@ -213,6 +213,14 @@ def test_lengths_of_a_file_count(folder, capsys):
     assert both[0]["sequences"] == {"number": 3, "tokens": 600, "longest": 300}
 
 
+def test_each_epoch_trains_on_all_sequences(folder, capsys):
+    one, two, three = (estimated(folder, capsys, "--epochs", n)["seconds"]["overlay"] for n in ("1", "2", "3"))
+    more = two["update_actor"] - one["update_actor"]
+    assert one["update_actor"] > more > 0.9 * one["update_actor"], "what is dispatched once is not in it"
+    assert three["update_actor"] == pytest.approx(one["update_actor"] + 2 * more)
+    assert three["ref"] == one["ref"]
+
+
 def test_what_was_not_measured_is_said(folder, capsys):
     def said(*options: str) -> str:
         return " / ".join(estimated(folder, capsys, *options)["extrapolated"])
@@ -257,7 +265,8 @@ def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, cap
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(round(2 * SHAPE.parameters * (1 + more)))  # a file of holes
     assert cli.main(["estimate", str(folder)]) == status
-    assert ("it has other parts" in capsys.readouterr().err) == bool(status)
+    said = capsys.readouterr().err
+    assert all((word in said) == bool(status) for word in ("it has other parts", "files of its", "are missing")), said
 
 
 @pytest.mark.parametrize(
@@ -269,6 +278,15 @@ def test_weights_that_are_there_are_as_many_as_counted(more, status, folder, cap
         ({"layer_types": ["linear_attention", "full_attention"]}, [], "have no attention"),
         ({"intermediate_size": None}, [], "config.json has intermediate_size = None; needed is a whole number"),
         ({"num_hidden_layers": True}, [], "config.json has num_hidden_layers = True"),
+        ({"num_key_value_heads": 0}, [], "config.json has num_key_value_heads = 0"),
+        ({"head_dim": 0}, [], "config.json has head_dim = 0"),
+        ({"num_key_value_heads": 3}, [], "heads, and 3 of keys and values, which they cannot share"),
+        ({"num_key_value_heads": 512}, [], "heads, and 512 of keys and values, which they cannot share"),
+        (
+            {"tie_word_embeddings": "false"},
+            [],
+            "config.json has tie_word_embeddings = 'false'; needed is true or false",
+        ),
         ({}, ["--chip", "B200"], "--chip B200: known are H100, H200; of another one give --chip-tflops too"),
         ({}, ["--chip", "B200", "--chip-tflops", "9", "--chip-tbs", "1", "--chips", "2"], "give --link-gbs too"),
         ({}, ["--chip-tflops", "nan"], "--chip-tflops nan: allowed is more than 0"),

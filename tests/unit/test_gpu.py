@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -211,6 +212,50 @@ def test_in_a_bundle_the_commit_is_the_bundles(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "MANIFEST.json").write_text(json.dumps({"commit": "1a2b3c4d5e6f"}))
     monkeypatch.setattr(gpu, "ROOT", tmp_path / "repository")
     assert gpu.commit() == "1a2b3c4"
+
+
+def test_a_clone_beside_another_manifest_and_an_sdist_in_another_clone_have_no_commit_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"files": []}))
+    (tmp_path / "clone" / "sdist").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path / "clone"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "one"], check=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "clone")
+    assert re.fullmatch("[0-9a-f]{7,}", gpu.commit())
+    monkeypatch.setattr(gpu, "ROOT", tmp_path / "clone" / "sdist")
+    assert gpu.commit() == ""
+
+
+def _without_locks(*_: Any) -> None:
+    raise OSError(errno.ENOSYS, "a file system has none")
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ask", lambda: {**HERE, "lacking": "a test"})
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--folder", str(tmp_path), "--only", "doctor"])
+    folder = gpu.folder_of(HERE, tmp_path, keep=False)
+    with gpu.locked(folder, ""), pytest.raises(SystemExit, match=r"is in use by another gpu\.py"):
+        gpu.main()
+    monkeypatch.setattr("locks.fcntl.flock", _without_locks)
+    assert gpu.main() == 1
+    assert rows(folder)["doctor"]["why"] == "a test"
+
+
+def test_who_is_interrupted_while_it_asks_writes_nothing(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+import gpu
+gpu.ask = lambda: os.kill(os.getpid(), signal.SIGINT) or {{**{HERE!r}, "lacking": "it cannot be loaded"}}
+sys.argv[1:] = ["--folder", {str(tmp_path)!r}]
+sys.exit(gpu.main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tests_that_share_a_run_are_in_one_group() -> None:

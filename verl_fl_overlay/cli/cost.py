@@ -103,21 +103,27 @@ def shape(config: Mapping[str, Any]) -> Shape:
             raise CostError(f"the model {what} ({found[0]} in its config.json); only dense decoders were measured")
 
     def number(key: str, otherwise: int | None = None) -> int:
-        value = config.get(key) or otherwise
+        value = otherwise if config.get(key) is None else config[key]
         if type(value) is not int or not 0 < value < 1 << 31:
             raise CostError(f"config.json has {key} = {config.get(key)!r}; needed is a whole number, 1 or more")
         return value
 
     heads, hidden = number("num_attention_heads"), number("hidden_size")
+    kv_heads = number("num_key_value_heads", heads)
+    tied = config.get("tie_word_embeddings", True)  # transformers 4 leaves out what is both its and Gemma's default
+    if heads % kv_heads:
+        raise CostError(f"config.json has {heads} heads, and {kv_heads} of keys and values, which they cannot share")
+    if type(tied) is not bool:
+        raise CostError(f"config.json has tie_word_embeddings = {tied!r}; needed is true or false")
     return Shape(
         number("num_hidden_layers"),
         hidden,
         number("intermediate_size"),
         heads,
-        number("num_key_value_heads", heads),
+        kv_heads,
         number("head_dim", hidden // heads),
         number("vocab_size"),
-        bool(config.get("tie_word_embeddings", True)),  # transformers 4 leaves out what is both its and Gemma's default
+        tied,
     )
 
 

@@ -42,7 +42,8 @@ COUNTS = {
     "batch": (128, "prompts of a step"),
     "answers": (8, "responses to each prompt"),
     "micro-tokens": (16384, "tokens of a micro-batch, verl's ppo_max_token_len_per_gpu"),
-    "updates": (1, "updates of the weights in a step: mini-batches x epochs"),
+    "updates": (1, "mini-batches of a step, each of which updates the weights"),
+    "epochs": (1, "times that a step trains on its sequences, verl's ppo_epochs"),
     "chips": (1, "chips that train, data parallel"),
 }
 PEAKS = {
@@ -64,7 +65,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "verl-fl estimate MODEL --chip NEW --chip-tflops 400 --chip-tbs 1.6 --json",
     )
     terminal.explain(parser, more, examples=examples, exits={0: "estimated"})
-    parser.add_argument("model", metavar="MODEL", help="a model's folder; only its config.json is read")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model's folder; its config.json is read, and how large its weights are"
+    )
     lengths = "whole numbers, the tokens of each sequence of a step (default: lengths as the next options say)"
     parser.add_argument("--lengths", metavar="FILE", help=lengths)
     for name, (number, what) in COUNTS.items():
@@ -108,7 +111,8 @@ def _refuse_other_weights(model: model_folder.Model, shape: Shape) -> None:
     if not any(0.9 < size / width / count < 1.1 for count in counts):
         raise CostError(
             f"{model.folder} has {size / width / 1e9:.2f} billion weights, a dense decoder of its sizes with "
-            f"gated MLPs {shape.parameters / 1e9:.2f}: it has other parts, and none such was measured"
+            f"gated MLPs {shape.parameters / 1e9:.2f}: it has other parts, and none such was measured, or files of its "
+            "weights are missing; a folder with its config.json alone is taken as it is"
         )
 
 
@@ -133,11 +137,11 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
         for updates in {1, given["updates"]}
     }
     for phase, (train, entropy) in PHASES.items():
-        updates = given["updates"] if train else 1
+        updates, epochs = (given["updates"], given["epochs"]) if train else (1, 1)
         micro = spread[updates]
         for stack in STACKS:
             work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips, updates=updates)
-            work["dispatch"] = 1
+            work = {name: amount * epochs for name, amount in work.items()} | {"dispatch": 1}
             taken[stack][phase] = cost.seconds(work, known["costs"], chip)
             peak = cost.peak_bytes(shape, micro, stack, train=train, entropy=entropy, chips=chips)
             peaks[stack] = max(peaks[stack], peak / 1e9)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 
 from verl_fl_overlay import events, packages
 from verl_fl_overlay.errors import OverlayError
@@ -29,18 +28,25 @@ class RolloutEngine(Feature):
         """Warn of an engine that may be missing on the nodes, and of versions that do not fit.
 
         Raises:
-            OverlayError: ``engine`` is missing where Ray's processes will run; or, under VERL_FL_STRICT=1, its version
-                does not fit.
+            OverlayError: ``engine`` is missing where Ray's processes will run (``here``); or, under VERL_FL_STRICT=1,
+                its version there does not fit.
         """
+        from verl_fl_overlay import versions  # in the driver alone
+
         if packages.has_code(engine):
-            for misfit in _misfits(engine):
-                if self.settings.strict:
+            found = versions.versions()  # reads hundreds of metadata
+            modules = ("torch", "numpy", engine, f"{engine}_fl")
+            unmet = versions.unmet(versions.VERSIONS.get(engine, ()), found)
+            misfits = list(versions.misfits(modules, found, packages.version("verl")))
+            for misfit in [*misfits, *(str(one) for one in unmet if one.here and not one.deep)]:
+                if self.settings.strict and here:
                     raise OverlayError(f"VERL_FL_STRICT=1, and {asked}: {misfit}. {WITHOUT}")
                 logger.warning("%s: %s", asked, misfit)
         elif here:
+            hint = f" (verl-fl install-hint {engine})" if engine in versions.VERSIONS else ""
             raise OverlayError(
                 f"{asked}, and {engine} is not installed for {sys.executable}, which Ray's processes run too. Install "
-                f"it (verl-fl install-hint {engine}), or name another engine. {WITHOUT}"
+                f"it{hint}, or name another engine. {WITHOUT}"
             )
         else:
             logger.warning(
@@ -50,15 +56,3 @@ class RolloutEngine(Feature):
                 engine,
                 sys.executable,
             )
-
-
-def _misfits(engine: str) -> Iterator[str]:
-    # Hundreds of metadata are read, in the driver alone.
-    from verl_fl_overlay import versions
-
-    found = versions.versions()
-    modules = ("torch", "numpy", engine, f"{engine}_fl")
-    yield from versions.misfits(modules, found, packages.version("verl"))
-    for one in versions.unmet(versions.VERSIONS.get(engine, ()), found):
-        if one.here and not one.deep:
-            yield str(one)

@@ -1,0 +1,89 @@
+"""LoRA adapters on their way from verl's FSDP engine to rollout: as they are, or merged (model.lora.merge=True)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from verl_fl_overlay.hooks import Call, Hook
+
+MERGED = ".base_layer."
+"""Part of a weight's name in PEFT's model if adapters are merged into it."""
+
+
+def _names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    (params,) = (*args, *kwargs.values())
+    return wrapped({name: tensor.clone() if MERGED in name else tensor for name, tensor in params.items()})
+
+
+def _adapters(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def told(model: Any, state_dict: Any = None, adapter_name: str = "default", *more: Any, **options: Any) -> Any:
+        state = model.state_dict() if state_dict is None else state_dict
+        name = re.compile(rf"((?:^|\.)lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
+        adapters = {name.sub(r"\1", key): weight for key, weight in state.items() if name.search(key)}
+        return adapters | wrapped(model, state, adapter_name, *more, **options)
+
+    return told(*args, **kwargs)
+
+
+def adapters_hook() -> Hook:
+    """Return what every release needs where PEFT is."""
+    return Hook(
+        name="engine.adapters",
+        module="peft.utils.save_and_load",
+        attribute="get_peft_model_state_dict",
+        wrapper=_adapters,
+        feature="phase",
+        required=False,
+        why="PEFT 0.21 finds adapters by the names of modules, which FSDP1's wrappers and layered_summon change: "
+        "it gives verl none of them, and rollout answers with the weights from before training.  They are found by "
+        "their own names, too.",
+        upstream="https://github.com/huggingface/peft/pull/3490",
+        until="PEFT takes FSDP1's wrappers out of names everywhere, and names that begin inside of the model",
+        needs="peft",
+    )
+
+
+def _everywhere(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from verl.utils.fsdp_utils import _merge_or_unmerge_lora_
+
+    wrapped(*args, **kwargs)
+    module, merge = (*args, *kwargs.values())
+    _merge_or_unmerge_lora_(module, merge=merge)  # leaves alone what is merged, or taken out, already
+
+
+def everywhere_hook() -> Hook:
+    """Return the hook on the merging, from verl 0.7.1 on."""
+    return Hook(
+        name="engine.merged_everywhere",
+        module="verl.utils.fsdp_utils",
+        attribute="fsdp_merge_unmerge",
+        wrapper=_everywhere,
+        feature="phase",
+        required=False,
+        why="With FSDP2 verl merges adapters in the modules that are sharded one by one, and not in those that belong "
+        "to the root, such as what joins a vision tower to a language model: rollout gets their weights from before "
+        "training.  The rest is merged too.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/fsdp_utils.py#L909",
+        until="verl merges the adapters of FSDP2's root module",
+        relies_on=("verl.utils.fsdp_utils:_merge_or_unmerge_lora_",),
+    )
+
+
+def weights_hook() -> Hook:
+    """Return the hook on the names of the merged weights, which verl before 0.9 asks for while they are merged.
+
+    It copies those weights of this rank's shard, on the device where they are.
+    """
+    return Hook(
+        name="engine.merged_adapters",
+        module="verl.workers.engine.fsdp.transformer_impl",
+        attribute="normalize_peft_param_name",
+        wrapper=_names,
+        feature="phase",
+        required=True,
+        why="verl takes merged weights without a copy, and takes the adapters out again before it sends them: rollout "
+        "gets the weights from before training.  A copy keeps what was merged.",
+        upstream="https://github.com/volcengine/verl/blob/v0.8.0/verl/workers/engine/fsdp/transformer_impl.py#L820",
+        until="verl 0.9.0, which sends the weights while they are merged",
+    )

@@ -1,0 +1,37 @@
+"""The LoRA adapters that verl's real engine gives to rollout, beside those that it trains, as a program.
+
+python tests/train/synced_adapters.py MODEL STRATEGY [--layered] prints JSON; --layered: with layered_summon.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from synced_weights import LORA, trained, whole
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    import verl  # noqa: F401
+    from real_engine import join_group, make_engine, train
+
+    model, strategy, *layered = sys.argv[1:]
+    join_group(plain=False)
+    engine = make_engine(model, strategy, "lm", hf={**LORA, "lora": {}})
+    train(engine, "lm", 1)
+    weights, _ = engine.get_per_tensor_param(layered_summon=bool(layered), base_sync_done=True)
+    got = {name: whole(weight).cpu() for name, weight in dict(weights).items()}
+    own = {name.replace(".default", ""): weight for name, weight in trained(engine).items() if "lora_" in name}
+    alike = got.keys() == own.keys() and all(torch.equal(got[name], own[name]) for name in got)
+    told = {"given": len(got), "as trained": alike}
+    print("RESULT " + json.dumps(told))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
