@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from verl_fl_overlay.errors import AdapterError
 from verl_fl_overlay.hooks import Call, Hook
 
 MERGED = ".base_layer."
 """Part of a weight's name in PEFT's model if adapters are merged into it."""
+
+HOLDERS = ("lora_A", "lora_embedding_A")
+"""A module's children that hold its adapters, by their names; empty if it has none of that kind."""
 
 
 def _names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -41,6 +45,40 @@ def adapters_hook() -> Hook:
         upstream="https://github.com/huggingface/peft/pull/3490",
         until="PEFT takes FSDP1's wrappers out of names everywhere, and names that begin inside of the model",
         needs="peft",
+    )
+
+
+def _all(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    found = wrapped(*args, **kwargs)
+    (model,) = (*args, *kwargs.values())
+    given = {_place(name.partition(".lora_")[0]) for name in found}
+    own = {_place(name) for name, module in model.named_modules() if any(map(module._modules.get, HOLDERS))}
+    if left := sorted(own - given):
+        raise AdapterError(
+            f"verl's layered_summon gives rollout the adapters of {len(given)} modules and leaves out those of "
+            f"{len(left)} ({left[0]} ...): its answers would not be this model's. "
+            "Set actor_rollout_ref.rollout.layered_summon=False, or name other target_modules"
+        )
+    return found
+
+
+def _place(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def layered_hook() -> Hook:
+    """Return what every release needs."""
+    return Hook(
+        name="engine.layered_adapters",
+        module="verl.utils.fsdp_utils",
+        attribute="layered_summon_lora_params",
+        wrapper=_all,
+        feature="phase",
+        required=False,
+        why="With layered_summon verl collects the adapters in modules that are sharded one by one, before 0.9 only at "
+        "the places of a language model: the others stay in rollout as they were before training.  That is an error.",
+        upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/fsdp_utils.py#L645",
+        until="verl collects the adapters of the root module and of vision towers",
     )
 
 

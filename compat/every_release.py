@@ -38,6 +38,7 @@ def hooks(initialize: Iterable[Hook] | None = None, consumers: Iterable[str] = C
         *packing.engine_hooks(),
         *packing.model_hooks(),
         adapters.adapters_hook(),
+        adapters.layered_hook(),
         micro_batch.engine_hook(),
         activation_offload.key_hook(),
         megatron_attention.packed_hook(),

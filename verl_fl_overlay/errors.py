@@ -40,6 +40,10 @@ class HeadError(OverlayError):
     """A model or an engine cannot give log-probs without all logits, as VERL_FL_HEAD=chunked asks."""
 
 
+class AdapterError(OverlayError):
+    """verl would give rollout a part of a model's LoRA adapters; its answers would be another model's."""
+
+
 class MegatronError(OverlayError):
     """Megatron was asked for what only NVIDIA's TransformerEngine computes, and that is not what is installed."""
 

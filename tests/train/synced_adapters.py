@@ -1,6 +1,7 @@
 """The LoRA adapters that verl's real engine gives to rollout, beside those that it trains, as a program.
 
-python tests/train/synced_adapters.py MODEL STRATEGY [--layered] prints JSON; --layered: with layered_summon.
+python tests/train/synced_adapters.py MODEL STRATEGY [--layered] [--outside] prints JSON; --layered: with layered_summon.
+--outside: FSDP2 shards no attention alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from synced_weights import LORA, trained, whole
+from synced_weights import LORA, MLPS_ALONE, trained, whole
 
 
 def main() -> None:
@@ -20,11 +21,12 @@ def main() -> None:
     import verl  # noqa: F401
     from real_engine import join_group, make_engine, train
 
-    model, strategy, *layered = sys.argv[1:]
+    model, strategy, *options = sys.argv[1:]
     join_group(plain=False)
-    engine = make_engine(model, strategy, "lm", hf={**LORA, "lora": {}})
+    wrapped = MLPS_ALONE if "--outside" in options else {}
+    engine = make_engine(model, strategy, "lm", hf={**LORA, "lora": {}}, **wrapped)
     train(engine, "lm", 1)
-    weights, _ = engine.get_per_tensor_param(layered_summon=bool(layered), base_sync_done=True)
+    weights, _ = engine.get_per_tensor_param(layered_summon="--layered" in options, base_sync_done=True)
     got = {name: whole(weight).cpu() for name, weight in dict(weights).items()}
     own = {name.replace(".default", ""): weight for name, weight in trained(engine).items() if "lora_" in name}
     alike = got.keys() == own.keys() and all(torch.equal(got[name], own[name]) for name in got)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "flaggems"))
 import torch
 
 LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora": {"merge": True}}
+MLPS_ALONE = {"wrap_policy": {"transformer_layer_cls_to_wrap": ["Qwen2MLP"]}}
 
 
 def whole(weight: Any) -> Any:
@@ -84,7 +85,7 @@ def main() -> None:
     if "--fused" in options:
         fused.start()
     torch.manual_seed(0)
-    wrapped = {"wrap_policy": {"transformer_layer_cls_to_wrap": ["Qwen2MLP"]}} if "--outside" in options else {}
+    wrapped = MLPS_ALONE if "--outside" in options else {}
     engine = make_engine(model, strategy, "lm", packed=packed, hf=LORA if "--lora" in options else {}, **wrapped)
     before = given(engine)
     train(engine, "lm", 3, packed)

@@ -54,3 +54,11 @@ def test_rollout_gets_all_adapters_that_were_trained(tiny_model, options):
         pytest.skip("verl 0.9 itself raises on one rank")
     told = result(PROGRAM.with_name("synced_adapters.py"), tiny_model, *options, env=OVERLAY, start=warm)
     assert told == {"given": 28, "as trained": True}
+
+
+def test_adapters_that_layered_summon_leaves_out_are_an_error(tiny_model):
+    done = warm(PROGRAM.with_name("synced_adapters.py"), tiny_model, "fsdp2", "--layered", "--outside", env=OVERLAY)
+    assert done.returncode
+    given, left, first = (6, 8, "self_attn.k_proj") if version("verl") >= "0.9" else (0, 14, "mlp.down_proj")
+    assert f"AdapterError: verl's layered_summon gives rollout the adapters of {given} modules and " in done.stderr
+    assert f"leaves out those of {left} (base_model.model.model.layers.0.{first} ...)" in done.stderr
