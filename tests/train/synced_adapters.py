@@ -1,7 +1,7 @@
 """The LoRA adapters that verl's real engine gives to rollout, beside those that it trains, as a program.
 
-python tests/train/synced_adapters.py MODEL STRATEGY [--layered] [--outside] prints JSON; --layered: with layered_summon.
---outside: FSDP2 shards no attention alone.
+python tests/train/synced_adapters.py MODEL STRATEGY [--layered] [--outside] prints JSON.
+--layered: with layered_summon.  --outside: FSDP2 shards no attention alone.
 """
 
 from __future__ import annotations
