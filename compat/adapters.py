@@ -40,8 +40,8 @@ def adapters_hook() -> Hook:
         feature="phase",
         required=False,
         why="PEFT 0.21 finds adapters by the names of modules, which FSDP1's wrappers and layered_summon change: "
-        "it gives verl none of them, and rollout answers with the weights from before training.  They are found by "
-        "their own names, too.",
+        "it gives verl none of them.  Rollout then answers with the weights from before training, or vLLM 0.24 fails "
+        "on the empty adapter and the run hangs.  They are found by their own names, too.",
         upstream="https://github.com/huggingface/peft/pull/3490",
         until="PEFT takes FSDP1's wrappers out of names everywhere, and names that begin inside of the model",
         needs="peft",
