@@ -15,6 +15,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,12 @@ def test_verls_sft_trainer_trains_on_the_cluster_with_the_overlay(cluster, data,
     arguments += [f"trainer.n_gpus_per_node={RANKS}", "trainer.nnodes=1", f"trainer.default_local_dir={tmp_path}/ckpt"]
     command = [sys.executable, "-m", "verl.trainer.sft_trainer_ray", *arguments]
     run_driver(command, driver_environment(cluster, tmp_path / "reports"), tmp_path)
+    # verl looks at trainer.device in the driver; from 0.9 on that hook is not required.
+    of_driver = ["chip.configured_device"] if version("verl") < "0.9" else []
     for report in worker_reports(tmp_path):
         assert report["verl"]["supported"]
         assert report["phase"]["counts"]["train_batch"] >= 1  # Ray kills its actors: the last second is not reported
-        assert set(never_called(report)) <= {"chip.configured_device"}, "verl looks at trainer.device in the driver"
+        assert never_called(report) == of_driver
         assert report["environment"]["TEFL_LOG_LEVEL"] == "WARNING"
         assert report["problems"] == []
 
