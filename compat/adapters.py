@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 from verl_fl_overlay.errors import AdapterError
 from verl_fl_overlay.hooks import Call, Hook
+from verl_fl_overlay.kernels import fsdp1
 
 MERGED = ".base_layer."
 """Part of a weight's name in PEFT's model if adapters are merged into it."""
@@ -21,13 +23,14 @@ def _names(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _adapters(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def told(model: Any, state_dict: Any = None, adapter_name: str = "default", *more: Any, **options: Any) -> Any:
-        state = model.state_dict() if state_dict is None else state_dict
-        name = re.compile(rf"((?:^|\.)lora_(?:embedding_)?[AB])\.{re.escape(adapter_name)}(?=\.|$)")
-        adapters = {name.sub(r"\1", key): weight for key, weight in state.items() if name.search(key)}
-        return adapters | wrapped(model, state, adapter_name, *more, **options)
-
-    return told(*args, **kwargs)
+    given = inspect.signature(wrapped).bind(*args, **kwargs)
+    given.apply_defaults()
+    told = given.arguments
+    if told["state_dict"] is None:
+        told["state_dict"] = told["model"].state_dict()
+    name = re.compile(rf"((?:^|\.)lora_(?:embedding_)?[AB])\.{re.escape(told['adapter_name'])}(?=\.|$)")
+    adapters = {name.sub(r"\1", key): weight for key, weight in told["state_dict"].items() if name.search(key)}
+    return adapters | wrapped(*given.args, **given.kwargs)
 
 
 def adapters_hook() -> Hook:
@@ -63,7 +66,7 @@ def _all(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _place(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "")
+    return name.replace(f"{fsdp1.HOLDS}.", "")
 
 
 def layered_hook() -> Hook:

@@ -25,6 +25,7 @@ def hooks(version: Version) -> list[Hook]:
     backends = ("fsdp", "megatron", "veomni") if first else ("fsdp", "megatron", "veomni", "torchtitan")
     consumers = ("fsdp", "legacy_actor") if first else ("fsdp", "legacy_actor", "torchtitan", "prefix_grouper")
     initialize = [engines.initialize_hook(name, floating_type=name != "fsdp") for name in backends]
+    since_0_7_1 = [adapters.weights_hook(), adapters.everywhere_hook(), *process_group.checkpoint_engine_hooks()]
     return [
         *every_release.hooks(initialize, consumers),
         *legacy_workers.hooks(),
@@ -32,8 +33,7 @@ def hooks(version: Version) -> list[Hook]:
         *micro_batch.worker_hooks(),
         flash_attn.padding_hook(),
         process_group.backend_name_hook(),
-        *([] if first else [adapters.weights_hook(), adapters.everywhere_hook()]),
-        *([] if first else process_group.checkpoint_engine_hooks()),
+        *([] if first else since_0_7_1),
         *platforms.device_helper_hooks(),
         *cpu.device_helper_hooks(),
     ]

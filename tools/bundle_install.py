@@ -44,10 +44,8 @@ def wrong(manifest: dict[str, Any]) -> list[str]:
 
 def tiny_model() -> int:
     """Make the tiny model and its data, whole or not at all, since other machines may do so now; return the status."""
-    program, new = (
-        HERE / "repository" / "examples" / "arithmetic.py",
-        DATA.with_name(f".{platform.node()}-{os.getpid()}"),
-    )
+    program = HERE / "repository" / "examples" / "arithmetic.py"
+    new = DATA.with_name(f".{platform.node()}-{os.getpid()}")
     try:
         new.mkdir(parents=True)
     except OSError as error:

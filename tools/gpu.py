@@ -351,12 +351,11 @@ def run(
         why = lacking(item, here)
         if not why and left < 60 * item.minutes:
             why = f"no time left: it takes about {item.minutes:g} minutes"
-        if why and results.done(item):
-            print(f"{head}: not run again: {why}", flush=True)
-            continue
         if why:
-            results.put(item, {"outcome": "not run", "why": why})
-            print(f"{head}: not run: {why}", flush=True)
+            again = results.done(item)
+            if not again:
+                results.put(item, {"outcome": "not run", "why": why})
+            print(f"{head}: not run{' again' if again else ''}: {why}", flush=True)
             continue
         stem = folder / re.sub(r"\W+", "-", item.name.removesuffix(".py"))
         for suffix in (".json", ".xml"):

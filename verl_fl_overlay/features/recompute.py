@@ -10,6 +10,7 @@ from verl_fl_overlay import events
 from verl_fl_overlay.devices.memory import device_memory
 from verl_fl_overlay.errors import SettingsError
 from verl_fl_overlay.features.feature import Feature
+from verl_fl_overlay.kernels import fsdp1
 from verl_fl_overlay.phase import training
 from verl_fl_overlay.settings import Settings
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("verl_fl_overlay")
 
 AUTO = "auto"
-
-FSDP1_HOLDS = "_fsdp_wrapped_module"
-"""The attribute of torch's FSDP1 for the module that it wraps."""
 
 
 class Recompute(Feature):
@@ -159,9 +157,9 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _in_fsdp1(model: Any) -> bool:
-    return hasattr(model, FSDP1_HOLDS)
+    return hasattr(model, fsdp1.HOLDS)
 
 
 def _name(model: Any) -> str:
     """Return the name of a model's class; FSDP1 holds the model inside, FSDP2 puts its name before it."""
-    return type(getattr(model, FSDP1_HOLDS, model)).__name__.removeprefix("FSDP")
+    return type(getattr(model, fsdp1.HOLDS, model)).__name__.removeprefix("FSDP")

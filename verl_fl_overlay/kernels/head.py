@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from verl_fl_overlay.errors import HeadError
+from verl_fl_overlay.kernels import fsdp1
 from verl_fl_overlay.kernels.logprobs import TokenLogprobs, empty_statistics, inverse, refuse_misfits
 from verl_fl_overlay.kernels.tokens import HEAD, Statistics, TokenAnswer, TokenQuestion, Upstream
 
@@ -36,9 +37,6 @@ AT_ONCE, AT_ONCE_FORWARD = 1 << 28, 1 << 29
 
 WORTH = 0.9
 """Rows with a gradient, as a part of all, from which on those without one are not taken out."""
-
-FSDP1_HOLDS = "_fsdp_wrapped_module"
-"""The attribute of torch's FSDP1 for the module that it wraps."""
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -86,7 +84,7 @@ class ChunkedHead:
             return f"its {name} has a dropout"
         if any(part is not head and _is_sharded(part) for part in head.modules()):
             return f"FSDP shards parts of its {name} by themselves"
-        if isinstance(getattr(head, FSDP1_HOLDS, None), nn.Module):  # its weights are there only while FSDP1 calls it
+        if isinstance(getattr(head, fsdp1.HOLDS, None), nn.Module):  # its weights are there only while FSDP1 calls it
             return f"FSDP1 shards its {name} by itself"
         if any(not _of_torch(hook) for hook in _hooks(head)) or "forward" in vars(head):
             return f"other code has a hook on its {name}"
