@@ -93,12 +93,17 @@ def of_process(process: psutil.Process) -> dict[str, float]:
 
 
 def of_devices() -> tuple[dict[int, float], dict[str, float]]:
-    """Return the memory that each process holds on NVIDIA devices, and each device's; MB, both empty without any."""
-    if not shutil.which("nvidia-smi"):
+    """Return the memory that each process holds on NVIDIA devices, and each device's; MB, both empty without any.
+
+    Only of the devices that the command can see: on the others of the host other jobs may come and go.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not shutil.which("nvidia-smi") or seen == "":
         return {}, {}
+    query = [*QUERY, *(["-i", seen] if seen else [])]
 
     def ask(what: str) -> Iterable[list[str]]:
-        done = subprocess.run([*QUERY, what], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run([*query, what], capture_output=True, text=True, timeout=30, check=False)
         return ([word.strip() for word in line.split(",")] for line in done.stdout.splitlines())
 
     by_process: dict[int, float] = {}

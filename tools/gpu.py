@@ -69,6 +69,7 @@ ENDURANCE = (
     " DATA={folder}/small/problems.parquet OUT={folder}/run BATCH=8 PROMPT=64 RESPONSE=192 EPOCHS=1000 SAVE=-1"
     " {python} benchmarks/endurance.py --json {json} --reports {folder}/run/reports"
     " -- bash examples/recipes/grpo_vllm.sh trainer.total_training_steps=100"
+    " +actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=2000000000"
 )
 
 ITEMS = (
