@@ -54,9 +54,11 @@ class Item:
 
 PATIENCE = 3
 TESTS = {
-    "test_flaggems": 6.0,
+    "test_attention_gpu": 6.0,
+    "test_flaggems": 6,
     "test_fused_gpu": 2,
     "test_megatron": 2,
+    "test_odd_batches_gpu": 2,
     "test_te_fl_gpu": 2,
     "test_two_gpus": 5,
     "test_vllm_plugin_gpu": 5,
@@ -73,7 +75,11 @@ ENDURANCE = (
 )
 
 ITEMS = (
-    Item("doctor", "{python} -m verl_fl_overlay doctor --json > {json}", cuda=False),
+    Item(
+        "doctor",
+        "VERL_USE_EXTERNAL_MODULES=verl_fl_overlay {python} -m verl_fl_overlay doctor --json > {json}",
+        cuda=False,
+    ),
     *(
         Item(
             f"tests/gpu/{file.name}",
