@@ -1,6 +1,6 @@
 """Drivers up to the moment before they start Ray: which of them end, and what is said.  Prints JSON, one a case.
 
-python tests/contract/rollout_drivers.py [--old-vllm]
+python tests/contract/rollout_drivers.py [--vllm VERSION [REQUIREMENT ...]]
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import logging
 import os
 import sys
 import tempfile
-import types
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +56,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def install_vllm(folder: str, version: str, *requirements: str) -> None:
+    """Put a vLLM of this version, which asks for these packages, before all that is installed."""
+    module, told = Path(folder, "vllm"), Path(folder, f"vllm-{version}.dist-info")
+    module.mkdir()
+    (module / "__init__.py").touch()
+    told.mkdir()
+    asked = "".join(f"Requires-Dist: {requirement}\n" for requirement in requirements)
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n{asked}")
+    sys.path.insert(0, folder)
+
+
 def main() -> None:
-    version = metadata.version
-    if "--old-vllm" in sys.argv:
-        sys.modules["vllm"] = types.ModuleType("vllm")
-        metadata.version = lambda name: "0.5.4" if name == "vllm" else version(name)
+    packages = tempfile.TemporaryDirectory()
+    if "--vllm" in sys.argv:
+        install_vllm(packages.name, *sys.argv[sys.argv.index("--vllm") + 1 :])
     import verl
     from omegaconf import OmegaConf
     from verl.utils.device import auto_set_device

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from processes import OVERLAY, result, warm
 
 from verl_fl_overlay.cli.install_hint import ADDITIONS
@@ -82,7 +84,7 @@ def test_left_out_by_name_it_says_nothing():
 
 @pytest.mark.parametrize("strict", ["0", "1"])
 def test_a_version_that_verl_does_not_take_is_told(strict):
-    cases = drivers("--old-vllm", VERL_FL_STRICT=strict)
+    cases = drivers("--vllm", "0.5.4", VERL_FL_STRICT=strict)
     words = ("actor_rollout_ref.rollout.name=vllm", "asks for vllm", "vllm 0.5.4 is here")
     told = cases["vllm"]["raised"] if strict == "1" else " ".join(cases["vllm"]["said"])
     assert all(word in told for word in words), cases["vllm"]
@@ -91,3 +93,19 @@ def test_a_version_that_verl_does_not_take_is_told(strict):
     for case in ("pip", "address"):
         assert cases[case]["raised"] == "", "the workers may have another version"
         assert all(word in " ".join(cases[case]["said"]) for word in words)
+
+
+def a_version_that_verl_takes():
+    """Return one that verl's requirements name, or any if they name none."""
+    asked = [Requirement(text) for text in metadata.requires("verl") or ()]
+    ranges = [one.specifier for one in asked if one.name == "vllm"]
+    return next(v for v in ("0.8.5", "0.12.0", "0.24.0") if all(each.contains(v) for each in ranges))
+
+
+@pytest.mark.parametrize(("other", "ends"), [("torch", True), ("packaging", False)])
+def test_under_strict_only_versions_of_the_stack_end_the_driver(other, ends):
+    """vLLM bounds packages that it only builds with, and an image that is newer there runs."""
+    cases = drivers("--vllm", a_version_that_verl_takes(), f"{other}<0.1", VERL_FL_STRICT="1")
+    told = cases["vllm"]["raised"] if ends else " ".join(cases["vllm"]["said"])
+    assert f"asks for {other}<0.1, and {other} " in told, cases["vllm"]
+    assert bool(cases["vllm"]["raised"]) == ends

@@ -29,17 +29,20 @@ class RolloutEngine(Feature):
 
         Raises:
             OverlayError: ``engine`` is missing where Ray's processes will run (``here``); or, under VERL_FL_STRICT=1,
-                its version there does not fit.
+                its version there does not fit, or that of a package of the stack.  It may ask for what it is only
+                built with, so that all others are warnings.
         """
         from verl_fl_overlay import versions  # in the driver alone
 
         if packages.has_code(engine):
             found = versions.versions()  # reads hundreds of metadata
             modules = ("torch", "numpy", engine, f"{engine}_fl")
-            unmet = versions.unmet(versions.VERSIONS.get(engine, ()), found)
-            misfits = list(versions.misfits(modules, found, packages.version("verl")))
-            for misfit in [*misfits, *(str(one) for one in unmet if one.here and not one.deep)]:
-                if self.settings.strict and here:
+            wrong = [(misfit, True) for misfit in versions.misfits(modules, found, packages.version("verl"))]
+            for one in versions.unmet(versions.VERSIONS.get(engine, ()), found):
+                if one.here and not one.deep:
+                    wrong.append((str(one), one.other in versions.VERSIONS))
+            for misfit, of_the_stack in wrong:
+                if self.settings.strict and here and of_the_stack:
                     raise OverlayError(f"VERL_FL_STRICT=1, and {asked}: {misfit}. {WITHOUT}")
                 logger.warning("%s: %s", asked, misfit)
         elif here:
