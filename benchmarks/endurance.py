@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -51,9 +53,16 @@ ALLOWED = {
 """How much more than in the second quarter a measure may be in the last: a part of it, or so much."""
 
 GROWS_BY_ITSELF = {
-    "gcs_server": "Ray keeps what the last 100,000 tasks did (RAY_task_events_report_interval_ms=0 stops it)"
+    ("gcs_server", "memory, MB"): (
+        math.inf,
+        "Ray keeps what the last 100,000 tasks did (RAY_task_events_report_interval_ms=0 stops it)",
+    ),
+    ("ray::RewardLoopWorker", "threads"): (
+        32,
+        "verl calls reward functions in asyncio's pool, which starts up to 32 threads as calls overlap",
+    ),
 }
-"""Processes of others whose memory is known to grow up to a bound, which is not counted."""
+"""What is known to grow in processes of others, by how much at most, and why; it is not counted."""
 
 QUERY = ["nvidia-smi", "--format=csv,noheader,nounits"]
 
@@ -92,28 +101,32 @@ def of_process(process: psutil.Process) -> dict[str, float]:
     raise psutil.NoSuchProcess(process.pid)
 
 
-def of_devices() -> tuple[dict[int, float], dict[str, float]]:
-    """Return the memory that each process holds on NVIDIA devices, and each device's; MB, both empty without any.
+@dataclass
+class Device:
+    """A device's memory: what of it is in use, and what each process holds of that, in MB."""
 
-    Only of the devices that the command can see: on the others of the host other jobs may come and go.
-    """
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not shutil.which("nvidia-smi") or seen == "":
-        return {}, {}
-    query = [*QUERY, *(["-i", seen] if seen else [])]
+    used: float
+    held: dict[int, float] = field(default_factory=dict)
+
+
+def of_devices() -> dict[str, Device]:
+    """Return the NVIDIA devices of this host; none where nvidia-smi is missing."""
+    if not shutil.which("nvidia-smi"):
+        return {}
 
     def ask(what: str) -> Iterable[list[str]]:
-        done = subprocess.run([*query, what], capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run([*QUERY, what], capture_output=True, text=True, timeout=30, check=False)
         return ([word.strip() for word in line.split(",")] for line in done.stdout.splitlines())
 
-    by_process: dict[int, float] = {}
+    found, names = {}, {}
     with contextlib.suppress(ValueError, subprocess.TimeoutExpired):
-        for pid, used in ask("--query-compute-apps=pid,used_memory"):
-            by_process[int(pid)] = by_process.get(int(pid), 0.0) + float(used)
-    by_device = {}
-    with contextlib.suppress(ValueError, subprocess.TimeoutExpired):
-        by_device = {f"device {index}": float(used) for index, used in ask("--query-gpu=index,memory.used")}
-    return by_process, by_device
+        for index, uuid, used in ask("--query-gpu=index,uuid,memory.used"):
+            names[uuid] = f"device {index}"
+            found[names[uuid]] = Device(float(used))
+    with contextlib.suppress(ValueError, KeyError, subprocess.TimeoutExpired):
+        for pid, uuid, held in ask("--query-compute-apps=pid,gpu_uuid,used_memory"):
+            found[names[uuid]].held[int(pid)] = float(held)
+    return found
 
 
 def of_reports(folder: Path | None) -> dict[str, float]:
@@ -128,21 +141,26 @@ def of_reports(folder: Path | None) -> dict[str, float]:
 
 
 def sample(reports: Path | None) -> dict[str, dict[str, float]]:
-    """Return the measures of every process below this one, and of the run as a whole."""
-    on_devices, devices = of_devices()
+    """Return the measures of every process below this one, of the run as a whole, and of devices without other jobs."""
+    devices = of_devices()
     found: dict[str, dict[str, float]] = {}
-    for process in psutil.Process().children(recursive=True):
+    watched = psutil.Process().children(recursive=True)
+    for process in watched:
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
                 held = of_process(process)
-                if process.pid in on_devices:
-                    held["device memory, MB"] = on_devices[process.pid]
+                on_devices = [device.held[process.pid] for device in devices.values() if process.pid in device.held]
+                if on_devices:
+                    held["device memory, MB"] = sum(on_devices)
                 found[f"{role(process)} {process.pid}"] = held
     whole = {"processes": float(len(found)), **of_reports(reports)}
     for name in ("memory, MB", "open files"):
-        whole[name] = sum(held[name] for who, held in found.items() if who.split()[0] not in GROWS_BY_ITSELF)
+        whole[name] = sum(held[name] for who, held in found.items() if (who.split()[0], name) not in GROWS_BY_ITSELF)
     found["whole run"] = whole
-    found.update({name: {"device memory, MB": used} for name, used in devices.items()})
+    ours = {process.pid for process in watched}
+    for name, device in devices.items():
+        others = sum(held for pid, held in device.held.items() if pid not in ours)
+        found[name] = {"device memory, MB": device.used - others}
     return found
 
 
@@ -190,8 +208,9 @@ def judged(samples: list[dict[str, Any]], steps: dict[int, float]) -> list[dict[
         part, least = ALLOWED[what]
         row = {"who": who, "what": what, "second quarter": before, "last quarter": after}
         grew = after - before > max(part * before, least)
-        known = GROWS_BY_ITSELF.get(who.split()[0]) if grew and what == "memory, MB" else None
-        rows.append({**row, "grew": grew and not known, **({"known": known} if known else {})})
+        most, why = GROWS_BY_ITSELF.get((who.split()[0], what), (0.0, ""))
+        known = grew and after - before <= most
+        rows.append({**row, "grew": grew and not known, **({"known": why} if known else {})})
     return rows
 
 

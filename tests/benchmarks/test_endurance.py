@@ -36,15 +36,20 @@ else:
 """
 
 
-# Each time that it is asked, every process of the trainer holds 20 MB more.
+# Each time that it is asked, every process of the trainer holds {more} MB more, and another job {other} MB more.
 NVIDIA_SMI = """#!/bin/sh
+asked=$(wc -l <"$0.asked")
 case "$*" in
-*compute-apps*) echo >>"$0.asked"; for pid in $(pgrep -f {folder}/trainer.py); do
-    echo "$pid, $((1000 + 20 * $(wc -l <"$0.asked")))"; done ;;
-*index*) echo "0, 5000" ;;
+*compute-apps*) for pid in $(pgrep -f {folder}/trainer.py); do
+    echo "$pid, GPU-0, $((1000 + {more} * asked))"; done
+    echo "1, GPU-0, $((1000 + {other} * asked))" ;;
+*index*) echo >>"$0.asked"; asked=$((asked + 1)); all=$(pgrep -f {folder}/trainer.py | wc -l)
+    echo "0, GPU-0, $((5000 + all * (1000 + {more} * asked) + 1000 + {other} * asked))" ;;
 *) echo "A card" ;;
 esac
 """
+
+DEVICES = {"device memory": (20, 0), "device memory of another job": (0, 20)}
 
 
 def watched(tmp_path, growing="", lingers=0, *options):
@@ -54,9 +59,10 @@ def watched(tmp_path, growing="", lingers=0, *options):
     where = ("--json", tmp_path / "found.json", "--reports", tmp_path / "reports", "--every", "0.05")
     trainer = ("python", tmp_path / "trainer.py", tmp_path / "reports")
     smi = tmp_path / "bin" / "nvidia-smi"
-    if growing == "device memory":
+    if growing in DEVICES:
         smi.parent.mkdir()
-        smi.write_text(NVIDIA_SMI.format(folder=tmp_path))
+        smi.write_text(NVIDIA_SMI.format(folder=tmp_path, more=DEVICES[growing][0], other=DEVICES[growing][1]))
+        smi.with_name("nvidia-smi.asked").touch()
         smi.chmod(0o755)
     path = os.pathsep.join([str(smi.parent), os.environ["PATH"]])
     done = run(PROGRAM, *where, *options, "--", *trainer, env={"PATH": path}, timeout=120)
@@ -78,13 +84,39 @@ def test_a_steady_program(tmp_path):
         ("memory", {("trainer.py", "memory, MB"), ("whole", "memory, MB")}),
         ("files", {("trainer.py", "open files"), ("whole", "open files")}),
         ("reports", {("whole", "reports, MB")}),
-        ("device memory", {("trainer.py", "device memory, MB")}),
+        ("device memory", {("trainer.py", "device memory, MB"), ("device", "device memory, MB")}),
     ],
 )
 def test_what_grows_is_named(tmp_path, growing, found):
     done, _, grew = watched(tmp_path, growing)
     assert grew == found
     assert done.returncode == 1
+
+
+def test_another_jobs_device_memory_is_not_counted(tmp_path):
+    done, told, grew = watched(tmp_path, "device memory of another job")
+    assert grew == set()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["who"] for row in told["rows"]} >= {"device 0"}
+
+
+def series(who, what, numbers):
+    """Return samples of a step each."""
+    samples = [{"at": at, "processes": {who: {what: number}}} for at, number in enumerate(numbers)]
+    return samples, {step: float(step) for step in range(len(numbers))}
+
+
+@pytest.mark.parametrize(("last", "grew"), [(80, False), (120, True)])
+def test_what_is_known_to_grow_may_grow_to_its_bound(last, grew, monkeypatch):
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import endurance
+
+    numbers = [60] * 20 + [last] * 20
+    (row, _) = endurance.judged(*series("ray::RewardLoopWorker 5", "threads", numbers))
+    assert row["grew"] is grew
+    assert ("known" in row) is not grew
+    (row, _) = endurance.judged(*series("ray::WorkerDict 5", "threads", numbers))
+    assert row["grew"]
 
 
 def test_what_outlives_the_command_is_named_and_ended(tmp_path):
