@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -371,21 +371,30 @@ def versions(run: Run) -> dict[str, str]:
 
 
 def take_turns(started: list[Started], plan: Plan, until: float) -> None:
-    """Let one run after the other go on for a turn, until all have ended or the time is over."""
+    """Let one run after the other go on for a turn, until all have ended or the time is over.
 
-    def waited(conditions: Iterable[Started], turn: int) -> None:
-        while time.monotonic() < until and not all(each.waits(turn) for each in conditions):
+    One that ends is told at once: what fails at its start need not be found out after all turns of the others.
+    """
+    going = list(started)
+
+    def waited(done: Callable[[], bool]) -> None:
+        while True:
+            for each in [run for run in going if run.ended]:
+                going.remove(each)
+                tell(each)
+            if done() or time.monotonic() >= until:
+                return
             time.sleep(0.2)
 
     if plan.turns:
-        waited(started, 0)
+        waited(lambda: all(each.waits(0) for each in started))
         for turn in range(plan.turns):
-            for each in started:
+            for each in [run for run in started if run in going]:
                 each.go(turn)
-                waited([each], turn + 1)
-                tell(each)
-    while time.monotonic() < until and not all(each.ended for each in started):
-        time.sleep(0.5)
+                waited(lambda each=each, turn=turn: each.waits(turn + 1))
+                if each in going:
+                    tell(each)
+    waited(lambda: not going)
 
 
 def tell(each: Started) -> None:

@@ -88,14 +88,16 @@ class Fake:
         return {"error": "a run that is made up"}
 
 
-def test_runs_take_turns_and_one_that_ended_early_holds_up_nobody(imported):
+def test_runs_take_turns_and_one_that_ended_early_holds_up_nobody(imported, capsys):
     grpo = imported("grpo")
     order = []
-    runs = [Fake("a", order, 3), Fake("b", order, 1), Fake("c", order, 3)]
+    runs = [Fake("a", order, 3), Fake("b", order, 1), Fake("c", order, 3), Fake("never starts", order, 0)]
     plan = grpo.Plan(Path(), "tiny", 1, 3, 3, False)
     grpo.take_turns(runs, plan, float("inf"))
-    assert [name for name, turn in order if turn == 0] == ["a", "b", "c"]
-    assert [name for name, _ in order if name != "b"] == ["a", "c", "a", "c", "a", "c"]
+    assert [name for name, _ in order] == ["a", "b", "c", "a", "c", "a", "c"]
+    told = [line.split("s  ")[1].partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told[0] == "never starts"
+    assert told.count("b") == 1
 
 
 def result(row, variant="", reward=0.5, apart=1e-4, seconds=2.0, steps=4):
