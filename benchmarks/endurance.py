@@ -234,7 +234,7 @@ def watch(options: argparse.Namespace) -> dict[str, Any]:
     """Run the command to its end or the limit; return samples, steps and how it ended."""
     adopt_orphans()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it watches too
-    log_file = options.json.with_suffix(".log")
+    log_file = options.json.with_suffix(".output")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     begun, samples = time.monotonic(), []
     told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in options.command)
@@ -314,9 +314,7 @@ def shown(held: dict[str, float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--json", type=Path, default=Path("out/endurance.json"), help="beside it: its output, FILE's name with .log"
-    )
+    parser.add_argument("--json", type=Path, default=Path("out/endurance.json"), help="beside it: .output, .samples")
     parser.add_argument("--reports", type=Path, help="the folder of VERL_FL_REPORT_DIR")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two samples")
     parser.add_argument("--limit", type=float, help="seconds after which COMMAND is ended")
@@ -335,7 +333,7 @@ def main() -> int:
         f"{len(grew)} of {len(result['rows'])} measures grew, left behind: {result['left behind'] or 'nothing'}"
     )
     if result["exit status"]:
-        print("".join(options.json.with_suffix(".log").read_text().splitlines(keepends=True)[-40:]))
+        print("".join(options.json.with_suffix(".output").read_text().splitlines(keepends=True)[-40:]))
     elif not result["rows"]:
         print("too few samples between the first step and the last: nothing was judged")
         return 1

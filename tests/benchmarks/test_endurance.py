@@ -75,6 +75,8 @@ def test_a_steady_program(tmp_path):
     assert grew == set()
     assert done.returncode == 0, done.stdout + done.stderr
     assert (told["steps"], told["left behind"]) == (40, [])
+    assert "step:40 - " in (tmp_path / "found.output").read_text()
+    assert not (tmp_path / "found.log").exists(), "tools/gpu.py has its log there"
     assert {row["who"].split()[0] for row in told["rows"]} >= {"trainer.py", "whole"}
 
 
