@@ -88,9 +88,27 @@ def layered_hook() -> Hook:
 def _everywhere(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     from verl.utils.fsdp_utils import _merge_or_unmerge_lora_
 
-    wrapped(*args, **kwargs)
     module, merge = (*args, *kwargs.values())
+    _refuse_tied(module)
+    wrapped(*args, **kwargs)
     _merge_or_unmerge_lora_(module, merge=merge)  # leaves alone what is merged, or taken out, already
+
+
+def _refuse_tied(model: Any) -> None:
+    """Refuse an adapter on embeddings whose weight is the head's too, unless the head has one as well.
+
+    Training's head is without it; merged into the weight, it is in rollout's head.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = (any(getattr(end, holder, None) for holder in HOLDERS) for end in ends)
+    if embeddings and not head:
+        raise AdapterError(
+            "the model's head shares the weight of its embeddings, and an adapter is on the embeddings alone: merged "
+            "into that weight (model.lora.merge=True) it would change rollout's head, and training's has none. Leave "
+            "the embeddings out of target_modules, or set model.lora.merge=False"
+        )
 
 
 def everywhere_hook() -> Hook:
@@ -104,7 +122,7 @@ def everywhere_hook() -> Hook:
         required=False,
         why="With FSDP2 verl merges adapters in the modules that are sharded one by one, and not in those that belong "
         "to the root, such as what joins a vision tower to a language model: rollout gets their weights from before "
-        "training.  The rest is merged too.",
+        "training.  The rest is merged too.  An adapter on embeddings that share the head's weight is an error.",
         upstream="https://github.com/volcengine/verl/blob/v0.9.1/verl/utils/fsdp_utils.py#L909",
         until="verl merges the adapters of FSDP2's root module",
         relies_on=("verl.utils.fsdp_utils:_merge_or_unmerge_lora_",),

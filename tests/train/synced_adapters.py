@@ -1,7 +1,8 @@
 """The LoRA adapters that verl's real engine gives to rollout, beside those that it trains, as a program.
 
-python tests/train/synced_adapters.py MODEL STRATEGY [--layered] [--outside] prints JSON.
+python tests/train/synced_adapters.py MODEL STRATEGY [--layered] [--outside] [--embeddings] prints JSON.
 --layered: with layered_summon.  --outside: FSDP2 shards no attention alone.
+--embeddings: adapters are on embeddings and queries, and merged.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def main() -> None:
     model, strategy, *options = sys.argv[1:]
     join_group(plain=False)
     wrapped = MLPS_ALONE if "--outside" in options else {}
-    engine = make_engine(model, strategy, "lm", hf={**LORA, "lora": {}}, **wrapped)
+    embeddings = "--embeddings" in options
+    lora = {**LORA, "target_modules": ["embed_tokens", "q_proj"]} if embeddings else {**LORA, "lora": {}}
+    engine = make_engine(model, strategy, "lm", hf=lora, **wrapped)
     train(engine, "lm", 1)
     weights, _ = engine.get_per_tensor_param(layered_summon="--layered" in options, base_sync_done=True)
     got = {name: whole(weight).cpu() for name, weight in dict(weights).items()}

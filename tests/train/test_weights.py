@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from arithmetic import write_model
 from processes import OVERLAY, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -62,3 +63,16 @@ def test_adapters_that_layered_summon_leaves_out_are_an_error(tiny_model):
     given, left, first = (6, 8, "self_attn.k_proj") if version("verl") >= "0.9" else (0, 14, "mlp.down_proj")
     assert f"AdapterError: verl's layered_summon gives rollout the adapters of {given} modules and " in done.stderr
     assert f"leaves out those of {left} (base_model.model.model.layers.0.{first} ...)" in done.stderr
+
+
+def test_merged_adapters_of_embeddings_that_share_the_heads_weight_are_an_error(tmp_path):
+    """Under FSDP2: FSDP1 refuses adapters there itself, and verl's FSDP2 engine does where the head has its own."""
+    if version("verl") == "0.7.0":
+        pytest.skip("verl 0.7.0 cannot merge adapters")
+    write_model(tmp_path, tie_word_embeddings=True)
+    done = warm(PROGRAM.with_name("synced_adapters.py"), tmp_path, "fsdp2", "--embeddings", env=OVERLAY)
+    said = (
+        "AdapterError: the model's head shares the weight of its embeddings, and an adapter is on the embeddings alone"
+    )
+    assert done.returncode
+    assert said in done.stderr, done.stderr[-3000:]
