@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest.mock import patch
 
+from verl_fl_overlay import activation
 from verl_fl_overlay.compat.pins import PACKAGES, top_level
 from verl_fl_overlay.compat.release import pinning
 from verl_fl_overlay.compat.release.fingerprint import fingerprint
@@ -104,7 +106,10 @@ def _import(folder: Path, name: str) -> ModuleType:
 
 @contextmanager
 def imported(folder: Path, name: str) -> Iterator[ModuleType]:
-    """Import the copied module ``name``; afterwards the process has the modules that it had before."""
+    """Import the copied module ``name``; afterwards the process has the modules that it had before.
+
+    The overlay, which activates itself with the first verl that is imported, does not: the copy may be broken.
+    """
     before = dict(sys.modules)
     for module in before:
         if top_level(module) in PACKAGES:
@@ -116,7 +121,9 @@ def imported(folder: Path, name: str) -> Iterator[ModuleType]:
     )  # wrapt asks it, and then calls the hooks
     dont_write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a cached copy of the same second is stale
     try:
-        yield _import(folder, name)
+        with patch.object(activation, "activate"):
+            module = _import(folder, name)
+        yield module
     finally:
         sys.dont_write_bytecode = dont_write
         sys.meta_path.remove(finder)

@@ -264,7 +264,14 @@ def test_what_a_command_started_ends_with_it(number, tmp_path):
     )
     env = clean_environment({**PLAIN, "PYTHONPATH": f"{tmp_path}:{HERE}", "TRAINING_FL_FLAGGEMS_ENABLE": "1"})
     command = [sys.executable, "-m", "verl_fl_overlay", "doctor"]
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup it would be ignored, and rightly so
+    )
     while process.poll() is None and not started.exists():
         time.sleep(0.05)
     process.send_signal(number)
