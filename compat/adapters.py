@@ -89,7 +89,8 @@ def _everywhere(wrapped: Call, instance: Any, args: tuple[Any, ...], kwargs: dic
     from verl.utils.fsdp_utils import _merge_or_unmerge_lora_
 
     module, merge = (*args, *kwargs.values())
-    _refuse_tied(module)
+    if merge:
+        _refuse_tied(module)
     wrapped(*args, **kwargs)
     _merge_or_unmerge_lora_(module, merge=merge)  # leaves alone what is merged, or taken out, already
 
