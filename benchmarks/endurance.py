@@ -141,7 +141,10 @@ def of_reports(folder: Path | None) -> dict[str, float]:
 
 
 def sample(reports: Path | None) -> dict[str, dict[str, float]]:
-    """Return the measures of every process below this one, of the run as a whole, and of devices without other jobs."""
+    """Return the measures of every process below this one, of the whole run, and of its devices without other jobs.
+
+    Where nvidia-smi tells of none of these processes, as in some containers, all devices are taken for the run's.
+    """
     devices = of_devices()
     found: dict[str, dict[str, float]] = {}
     watched = psutil.Process().children(recursive=True)
@@ -158,7 +161,8 @@ def sample(reports: Path | None) -> dict[str, dict[str, float]]:
         whole[name] = sum(held[name] for who, held in found.items() if (who.split()[0], name) not in GROWS_BY_ITSELF)
     found["whole run"] = whole
     ours = {process.pid for process in watched}
-    for name, device in devices.items():
+    used = {name: device for name, device in devices.items() if ours & device.held.keys()}
+    for name, device in (used or devices).items():
         others = sum(held for pid, held in device.held.items() if pid not in ours)
         found[name] = {"device memory, MB": device.used - others}
     return found

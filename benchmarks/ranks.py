@@ -128,7 +128,8 @@ def environment(mode: str, configuration: Configuration, tiny: bool) -> dict[str
     if tiny:
         made |= {"OMP_NUM_THREADS": "1"}
         return made | ({"VERL_FL_DISABLE": NOT_PLAIN, "VERL_FL_FUSED": "0"} if mode == "plain" else {})
-    return made | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(configuration.ranks)))}
+    allowed = made.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    return made | {"CUDA_VISIBLE_DEVICES": ",".join(allowed.split(",")[: configuration.ranks])}
 
 
 # ---- In the ranks

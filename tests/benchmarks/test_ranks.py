@@ -143,3 +143,17 @@ def test_the_plain_side_is_without_the_overlay():
         print("verl_fl_overlay" in sys.modules, megatron_engine.te_fl())
     """
     assert output(program, start=warm, env=PLAIN) == "False False"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "taken"), [(None, ["0", "0,1"]), ("2,3", ["2", "2,3"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-a,GPU-b"])]
+)
+def test_only_devices_that_its_user_allows_are_taken(ranks, monkeypatch, allowed, taken):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    used = [
+        ranks.environment("overlay", ranks.CONFIGURATIONS[name], tiny=False)["CUDA_VISIBLE_DEVICES"]
+        for name in ("one GPU", "two GPUs, same batch")
+    ]
+    assert used == taken
