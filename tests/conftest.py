@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import of_the_stack, run
+from processes import before_others, of_the_stack, run
 
 for name in filter(of_the_stack, list(os.environ)):
     if name != "VERL_WHEELS":  # the tests' own
@@ -41,6 +41,6 @@ def experts_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
     program = "import sys; from pathlib import Path; import ranks; ranks.write_experts(Path(sys.argv[1]), ranks.TINY)"
     benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
-    done = run("-c", program, folder, env={"PYTHONPATH": str(benchmarks)})
+    done = run("-c", program, folder, env=before_others(benchmarks))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

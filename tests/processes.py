@@ -31,6 +31,11 @@ def clean_environment(extra: dict[str, str]) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **extra}
 
 
+def before_others(*folders: Path) -> dict[str, str]:
+    """Return the PYTHONPATH on which ``folders`` come first; what this process finds by it may be verl itself."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))}
+
+
 def run(
     *command: str | Path, env: dict[str, str], cwd: Path | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("verl")
 
-from processes import output, run
+from processes import before_others, output, run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "realistic.py"
-STAND_IN = {"PYTHONPATH": str(BENCHMARKS / "flash_attn_stand_in")}
+STAND_IN = before_others(BENCHMARKS / "flash_attn_stand_in")
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import fabricated
 import pytest
-from processes import OVERLAY, output, run
+from processes import OVERLAY, before_others, output, run
 
 pytest.importorskip("torch")
 
@@ -50,7 +49,7 @@ def tell(**said):
 
 def seeing(folder: Path) -> dict[str, str]:
     """Return the environment in which a program finds the packages in ``folder``."""
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(HERE), os.environ.get("PYTHONPATH", "")])}
+    return before_others(folder, HERE)
 
 
 def told(folder: Path, code: str) -> dict:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from processes import PLAIN, result
+from processes import PLAIN, before_others, result
 
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
@@ -71,10 +71,8 @@ def options_of(name: str) -> tuple[str | int, ...]:
 @pytest.fixture(scope="module", params=["fsdp2", "ulysses", "dp2", "tp2", "pp2", "ep2"])
 def runs(request):
     model = request.getfixturevalue("experts_model" if request.param == "ep2" else "tiny_model")
-    plain = (
-        {**PLAIN, "PYTHONPATH": str(STAND_IN)} if request.param == "ulysses" and not find_spec("flash_attn") else PLAIN
-    )
-    return both({"with": WITH, "plain": plain}, PROGRAM, model, *options_of(request.param))
+    stand_in = before_others(STAND_IN) if request.param == "ulysses" and not find_spec("flash_attn") else {}
+    return both({"with": WITH, "plain": {**PLAIN, **stand_in}}, PROGRAM, model, *options_of(request.param))
 
 
 def floats(found: dict, name: str) -> list[float]:

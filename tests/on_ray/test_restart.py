@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, run
+from processes import OVERLAY, before_others, run
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -14,8 +14,8 @@ pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 @pytest.fixture(scope="module")
 def story(tiny_model, tmp_path_factory):
     program = Path(__file__).with_name("restarted_worker.py")
-    tests = str(Path(__file__).parents[1])  # Ray's workers have no script of their own to look beside
-    env = {**OVERLAY, "PYTHONPATH": tests, "RAY_USAGE_STATS_ENABLED": "0", "VERL_FL_STRICT": "1"}
+    tests = Path(__file__).parents[1]  # Ray's workers have no script of their own to look beside
+    env = {**OVERLAY, **before_others(tests), "RAY_USAGE_STATS_ENABLED": "0", "VERL_FL_STRICT": "1"}
     done = run(program, tiny_model, tmp_path_factory.mktemp("ray"), env=env, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])  # Ray's own log lines may come after it

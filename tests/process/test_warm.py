@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
-from processes import output, python, run, warm
+from processes import before_others, output, python, run, warm
 
 pytestmark = pytest.mark.xdist_group("warm")  # they share the process
 
@@ -30,6 +30,17 @@ def test_it_ends_and_tells_as_alone(kind, end, tmp_path):
     forked, alone = (start(*command, "a", "b", env=environment, cwd=tmp_path) for start in (warm, run))
     assert (forked.returncode, forked.stdout) == (alone.returncode, alone.stdout)
     assert forked.stderr.splitlines()[-1:] == alone.stderr.splitlines()[-1:]
+
+
+@pytest.mark.parametrize("start", [run, warm])
+def test_it_finds_what_this_process_finds(start, tmp_path, monkeypatch):
+    """verl itself may be here by PYTHONPATH alone, as on a cluster with storage that its nodes share."""
+    for folder in ("ours", "users"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "both.py").write_text(f"name = {folder!r}")
+    (tmp_path / "users" / "alone.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "users"))
+    assert output("import alone, both; print(both.name)", env=before_others(tmp_path / "ours"), start=start) == "ours"
 
 
 def test_nothing_of_one_program_is_left_for_the_next():

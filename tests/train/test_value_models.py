@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from processes import OVERLAY, result, warm
+from processes import OVERLAY, before_others, result, warm
 
 pytest.importorskip("verl", reason="needs verl", exc_type=ImportError)
 
@@ -24,8 +23,7 @@ TRL = Path(__file__).parents[1] / "trl_stand_in"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    paths = os.pathsep.join(filter(None, (str(TRL), os.environ.get("PYTHONPATH"))))
-    env = {**OVERLAY, "VERL_FL_STRICT": "1", "PYTHONPATH": paths}
+    env = {**OVERLAY, **before_others(TRL), "VERL_FL_STRICT": "1"}
     return result(PROGRAM, tmp_path_factory.mktemp("models"), env=env, start=warm, timeout=600)
 
 
