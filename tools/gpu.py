@@ -270,8 +270,11 @@ def errors(found: Any, where: str = "") -> Iterator[str]:
                 yield from errors(part, f"{where} {name}".strip())
 
 
-def outcome(status: int | None, stem: Path, limit: float, cut: bool) -> dict[str, Any]:
-    """Return how an item ended that was begun: outcome, why, and what its own files tell."""
+def outcome(status: int | None, stem: Path, why_cut: str, limit: float) -> dict[str, Any]:
+    """Return how an item ended that was begun: outcome, why, and what its own files tell.
+
+    ``status`` is None if it had not ended by itself, ``why_cut`` the reason unless it had the time that it may take.
+    """
     told: dict[str, Any] = {}
     junit, own = stem.with_suffix(".xml"), stem.with_suffix(".json")
     if junit.exists():
@@ -286,8 +289,10 @@ def outcome(status: int | None, stem: Path, limit: float, cut: bool) -> dict[str
             told["errors"] = list(errors(json.loads(own.read_text())))
         except ValueError as error:
             told["errors"] = [f"no JSON: {error}"]
-    if status is None and cut:
-        return {"outcome": "not run", "why": f"no time left: cut after {limit:.0f} s", **told}
+    if status is None and why_cut and told.get("failing"):
+        return {"outcome": "failed", "why": f"{len(told['failing'])} tests failed, {why_cut}", **told}
+    if status is None and why_cut:
+        return {"outcome": "not run", "why": why_cut, **told}
     if status is None:
         return {"outcome": "failed", "why": f"had not ended after {limit:.0f} s", **told}
     tests = told.get("tests", {})
@@ -372,13 +377,16 @@ def run(
         limit, begun = min(left, 60 * item.minutes * PATIENCE), time.monotonic()
         log = stem.with_suffix(".log")
         status = ended(filled(item, sys.executable, stem, here, limit), log, limit, stopped)
-        if stopped.is_set():
-            return 1
         seconds = time.monotonic() - begun
-        row = {**outcome(status, stem, limit, cut=limit == left), "seconds": round(seconds)}
+        why_cut = f"the run was ended after {seconds:.0f} s of it" if stopped.is_set() else ""
+        if limit == left:
+            why_cut = why_cut or f"no time left: cut after {limit:.0f} s"
+        row = {**outcome(status, stem, why_cut, limit), "seconds": round(seconds)}
         row["command"] = filled(item, "python", Path(stem.name), here, limit)
         results.put(item, row)
         print(f"{head}: {words(row)} in {seconds:.0f} s", flush=True)
+        if stopped.is_set():
+            return 1
         if row["outcome"] == "failed":
             print("".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-20:]), flush=True)
     return results.status()

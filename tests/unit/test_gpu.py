@@ -112,6 +112,18 @@ def test_what_is_cut_is_told_and_run_again_and_what_ended_is_kept(tmp_path: Path
     assert ran.read_text().split() == ["a", "b", "c"], "the first one was not run again"
 
 
+def test_tests_that_failed_before_the_rest_was_cut_are_not_lost(tmp_path: Path) -> None:
+    failed = '<testcase classname="tests.gpu.test_x" name="b"><failure/></testcase>'
+    case = '<testcase classname="tests.gpu.test_x" name="a"/>'
+    for name, cases in {"fails": case + failed, "passes": case}.items():
+        (tmp_path / f"{name}.xml").write_text(f"<testsuite>{cases}</testsuite>")
+    cut = {name: gpu.words(gpu.outcome(None, tmp_path / name, "cut after 5 s", 5)) for name in ("fails", "passes")}
+    assert cut == {
+        "fails": "failed: 1 tests failed, cut after 5 s; 1 passed, 1 failed",
+        "passes": "not run: cut after 5 s; 1 passed",
+    }
+
+
 def test_what_cannot_run_again_keeps_its_result(tmp_path: Path) -> None:
     item = Item("a", "true", minutes=2)
     gpu.run([item], HERE, tmp_path, minutes=4, keep=False)
@@ -135,7 +147,7 @@ sys.exit(gpu.main())
     assert done.returncode == 1
     (folder,) = tmp_path.glob("some-card-80gb-*")
     assert gpu.words(rows(folder)["a"]) == "passed"
-    assert gpu.words(rows(folder)["b"]) == "not run: the run ended while it ran"
+    assert re.fullmatch(r"not run: the run was ended after \d+ s of it", gpu.words(rows(folder)["b"]))
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
