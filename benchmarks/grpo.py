@@ -307,6 +307,7 @@ class Started:
             "asked steps": self.plan.total,
             "model": self.plan.size,
             "gpus": self.plan.gpus,
+            "sequences": self.plan.batch * ANSWERS,
             "took turns": bool(self.plan.turns),
             "eager": self.plan.eager,
             **about,

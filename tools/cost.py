@@ -162,21 +162,21 @@ def alternating() -> Iterator[Figure]:
 
 
 def grpo() -> Iterator[Figure]:
-    """Yield the phases that ``benchmarks/grpo.py`` measured; it has a step's tokens, whose lengths are as taught."""
+    """Yield the phases that ``benchmarks/grpo.py`` measured; it has a step's tokens, spread as taught."""
     for source, row, result in read("grpo"):
         stack, named = result["row"], "model" in result and result["model"] != "tiny"
         if not named or stack not in cost.STACKS or result["variant"] or not result["took turns"]:
             continue
         steps = [step for step in result["steps"] if step["counted"]]
         size, limit, chips = SIZES[result["model"]], GRPO["ROWS"][stack].tokens, result["gpus"]
+        prompt, count = size.prompt // 2, result["sequences"]
         shape, tokens = shape_of(size, tied=True), statistics.median(step["tokens"] for step in steps)
-        mean = size.prompt / 2 + size.response
-        lengths = [round(size.prompt / 2) + n for n in responses(size.response, size.longest, round(tokens / mean))]
+        lengths = [prompt + n for n in responses(round(tokens / count) - prompt, size.longest, count)]
         micro = cost.micro_batches(lengths, chips=chips, tokens=limit)
         for phase, (train, entropy) in PHASES.items():
             name = "old" if phase == "old_log_prob" else phase
             if times := [step[name] for step in steps if name in step]:
-                work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips) | {"dispatch": 1}
+                work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips) | {"dispatch": count}
                 about = (stack, chip_of(result), chips, shape.parameters)
                 setting = f"GRPO, {result['model']}"
                 yield Figure(source, row, phase, *about, statistics.median(times), work, setting=setting)

@@ -141,7 +141,7 @@ def estimate(shape: Shape, options: argparse.Namespace, known: Mapping[str, Any]
         micro = spread[updates]
         for stack in STACKS:
             work = cost.work(shape, micro, stack, train=train, entropy=entropy, chips=chips, updates=updates)
-            work = {name: amount * epochs for name, amount in work.items()} | {"dispatch": 1}
+            work = {name: amount * epochs for name, amount in work.items()} | {"dispatch": len(lengths)}
             taken[stack][phase] = cost.seconds(work, known["costs"], chip)
             peak = cost.peak_bytes(shape, micro, stack, train=train, entropy=entropy, chips=chips)
             peaks[stack] = max(peaks[stack], peak / 1e9)
