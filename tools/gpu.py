@@ -289,18 +289,17 @@ def outcome(status: int | None, stem: Path, why_cut: str, limit: float) -> dict[
             told["errors"] = list(errors(json.loads(own.read_text())))
         except ValueError as error:
             told["errors"] = [f"no JSON: {error}"]
-    if status is None and why_cut and told.get("failing"):
-        return {"outcome": "failed", "why": f"{len(told['failing'])} tests failed, {why_cut}", **told}
+    failing = f"{len(told['failing'])} tests failed" if told.get("failing") else ""
     if status is None and why_cut:
-        return {"outcome": "not run", "why": why_cut, **told}
+        why = ", ".join(filter(None, [failing, why_cut]))
+        return {"outcome": "failed" if failing else "not run", "why": why, **told}
     if status is None:
         return {"outcome": "failed", "why": f"had not ended after {limit:.0f} s", **told}
     tests = told.get("tests", {})
     if status in (0, 5) and tests.get("skipped") and not tests.get("passed"):  # 5: pytest collected none
         return {"outcome": "not run", "why": "; ".join(told["skipped"]), **told}
     if status:
-        why = f"{len(told['failing'])} tests failed" if told.get("failing") else f"ended with exit status {status}"
-        return {"outcome": "failed", "why": why, **told}
+        return {"outcome": "failed", "why": failing or f"ended with exit status {status}", **told}
     return {"outcome": "passed", "why": "", **told}
 
 
@@ -378,9 +377,11 @@ def run(
         log = stem.with_suffix(".log")
         status = ended(filled(item, sys.executable, stem, here, limit), log, limit, stopped)
         seconds = time.monotonic() - begun
-        why_cut = f"the run was ended after {seconds:.0f} s of it" if stopped.is_set() else ""
-        if limit == left:
-            why_cut = why_cut or f"no time left: cut after {limit:.0f} s"
+        why_cut = ""
+        if stopped.is_set():
+            why_cut = f"the run was ended after {seconds:.0f} s of it"
+        elif limit == left:
+            why_cut = f"no time left: cut after {limit:.0f} s"
         row = {**outcome(status, stem, why_cut, limit), "seconds": round(seconds)}
         row["command"] = filled(item, "python", Path(stem.name), here, limit)
         results.put(item, row)
